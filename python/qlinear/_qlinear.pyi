@@ -1,0 +1,221 @@
+"""The C extension: six layer types and the quantizers and packers of their formats.
+
+Every tensor argument may be any DLPack tensor (torch, NumPy, JAX, CuPy, ...); results come back in the framework of the
+first tensor argument. N = out_features, K = in_features, G = groups. Errors: TypeError for an argument of a wrong kind
+or dtype, ValueError for a wrong shape, device or value, NotImplementedError for what no engine here can do; each names
+the argument, what came and what is taken.
+"""
+
+from typing import Any, Literal
+
+Tensor = Any
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+__version__: str
+
+class Layer:
+    """What the six types share. A layer holds references to the tensors it was made from, not copies, and sees it when
+    their storage is replaced or changed in place."""
+
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all the tensors held."""
+    def __call__(self, x: Tensor, /) -> Tensor:
+        """x [..., K] in fp32, fp16 or bf16, any strides -> [..., N] in x's dtype and framework."""
+    def grad_input(self, grad_output: Tensor, /) -> Tensor:
+        """grad_output [..., N] -> [..., K], grad_output @ W, in grad_output's dtype."""
+    def dequantize(self, dtype: Dtype = "float32") -> Tensor:
+        """W [N, K] in dtype, in the framework of the first tensor held."""
+
+class EETQLinear(Layer):
+    def __init__(self, weight: Tensor, weight_scales: Tensor, bias: Tensor | None = None) -> None:
+        """weight int8 [K, N] in EETQ's interleaved layout (K % 64 == 0, N % 2 == 0), weight_scales float [N]."""
+
+class QuantLinear(Layer):
+    def __init__(
+        self,
+        qweight: Tensor,
+        qzeros: Tensor,
+        scales: Tensor,
+        g_idx: Tensor | None = None,
+        bias: Tensor | None = None,
+        *,
+        bits: int,
+        group_size: int,
+        zero_format: Literal["auto", "gptq", "gptq_v2"] = "auto",
+        in_features: int | None = None,
+    ) -> None:
+        """qweight int32 [ceil(K * bits / 32), N], qzeros int32 [G, ceil(N * bits / 32)], scales float [G, N],
+        g_idx int32 [K] (negative entries count from G; all zero with G > 1 means trivial) or None; group_size -1: K.
+        zero_format "auto": v2 where every zero is 2^(bits-1) as stored, else v1. in_features: K, where it is not
+        g_idx's length or qweight.shape[0] * 32 // bits."""
+    @property
+    def zero_format(self) -> Literal["gptq", "gptq_v2"]: ...
+
+class AWQLinear(Layer):
+    def __init__(
+        self,
+        qweight: Tensor,
+        qzeros: Tensor,
+        scales: Tensor,
+        bias: Tensor | None = None,
+        *,
+        group_size: int,
+    ) -> None:
+        """qweight int32 [K, N / 8], qzeros int32 [G, N / 8] or, of scales' dtype, the products -(scale * zero) [G, N];
+        scales float [G, N]; group_size -1: K."""
+
+class Linear8bitLt(Layer):
+    def __init__(self, CB: Tensor, SCB: Tensor, bias: Tensor | None = None, *, threshold: float = 0.0) -> None:
+        """CB int8 [N, K], SCB fp32 [N] (the rows' absmax)."""
+
+class Linear4bit(Layer):
+    def __init__(
+        self,
+        weight: Tensor,
+        absmax: Tensor,
+        code: Tensor,
+        bias: Tensor | None = None,
+        *,
+        shape: tuple[int, int],
+        blocksize: int,
+        nested_absmax: Tensor | None = None,
+        nested_code: Tensor | None = None,
+        nested_offset: float = 0.0,
+        nested_blocksize: int = 256,
+    ) -> None:
+        """weight uint8, (N * K + 1) // 2 bytes of any shape; absmax fp32 [blocks], or uint8 [blocks] with nested_absmax
+        fp32 and nested_code fp32 [256]; code fp32 [16]; shape (N, K)."""
+
+class Fp8Linear(Layer):
+    def __init__(
+        self,
+        weight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None = None,
+        *,
+        activation: Literal["none", "static", "tensor", "token", "group"] = "token",
+        input_scale: Tensor | None = None,
+        input_scale_ub: Tensor | float | None = None,
+        block_size: tuple[int, int] = (128, 128),
+    ) -> None:
+        """weight float8_e4m3fn (or its bytes, uint8) [N, K] of any strides; weight_scale fp32 (or bf16, fp16, e8m0)
+        of one element, [N], [N, 1], [1, N], or [ceil(N / block_size[0]), ceil(K / block_size[1])]."""
+
+# EETQ
+
+def eetq_quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight float [N, K], any strides -> (weight int8 [K, N] interleaved, weight_scales [N] in weight's dtype).
+    K % 64 == 0 and N % 2 == 0, else ValueError."""
+
+def eetq_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """As eetq_quantize for any K and N, but codes int8 [K, N] row-major, not interleaved."""
+
+def eetq_pack(codes: Tensor) -> Tensor:
+    """codes int8 [K, N] -> the interleaved bytes, int8 [K, N]."""
+
+def eetq_unpack(weight: Tensor) -> Tensor:
+    """The inverse of eetq_pack."""
+
+# GPTQ
+
+def gptq_find_params(weight: Tensor, *, bits: int, group_size: int, sym: bool = False) -> tuple[Tensor, Tensor]:
+    """weight float [N, K] -> (scales fp32 [N, G], zeros fp32 [N, G]) by GPTQ's min-max rule."""
+
+def gptq_pack(
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    g_idx: Tensor | None = None,
+    *,
+    bits: int,
+    group_size: int,
+    zero_format: Literal["gptq", "gptq_v2"] = "gptq",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """weight float [N, K], scales and zeros float [N, G] -> (qweight, qzeros, scales fp16 [G, N]).
+    q = round((w + zero * scale) / fp16(scale)), clamped to [0, 2^bits - 1]."""
+
+def gptq_pack_codes(codes: Tensor, *, bits: int) -> Tensor:
+    """codes uint8 [K, N] -> int32 [ceil(K * bits / 32), N], a stream down each column."""
+
+def gptq_unpack_codes(packed: Tensor, *, bits: int, count: int) -> Tensor:
+    """The inverse: int32 [words, N] -> uint8 [count, N]."""
+
+def gptq_unplanar(packed: Tensor, *, bits: int) -> Tensor:
+    """qweight of the planar layout (gptq_p; 2, 3, 4 and 8 bits) -> the stream layout."""
+
+# AWQ
+
+def awq_quantize(weight: Tensor, *, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """weight float [N, K] -> (qweight [K, N / 8], qzeros [G, N / 8], scales fp16 [G, N]), asymmetric 4 bit by AWQ's rule."""
+
+def awq_pack(codes: Tensor) -> Tensor:
+    """codes uint8 [R, N] -> int32 [R, ceil(N / 8)] in AWQ's nibble order."""
+
+def awq_unpack(packed: Tensor, *, count: int) -> Tensor:
+    """The inverse: int32 [R, words] -> uint8 [R, count]."""
+
+def awq_from_gemv(qweight: Tensor, qzeros: Tensor, scales: Tensor, *, group_size: int) -> tuple[Tensor, Tensor, Tensor]: ...
+def awq_from_gemv_fast(
+    qweight: Tensor, qzeros: Tensor, scales: Tensor, *, group_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The zeros stay what they are: products -(scale * zero) [G, N]."""
+
+def awq_from_marlin(qweight: Tensor, scales: Tensor, *, group_size: int) -> tuple[Tensor, Tensor, Tensor]: ...
+
+# LLM.int8()
+
+def int8_quantize(x: Tensor, *, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x float [R, C] -> (codes int8 [R, C], absmax fp32 [R], outlier columns int64 [O], or None at threshold 0)."""
+
+# bitsandbytes 4 bit and blockwise 8 bit
+
+def fourbit_code(quant_type: Literal["nf4", "fp4"]) -> list[float]:
+    """The 16 values of the code, in the order of their bit patterns."""
+
+def dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bits: int = 8) -> list[float]:
+    """bitsandbytes' create_dynamic_map, 256 values in ascending order."""
+
+def quantize_4bit(x: Tensor, *, quant_type: Literal["nf4", "fp4"], blocksize: int) -> tuple[Tensor, Tensor]:
+    """x float, any shape -> (packed uint8 [(n + 1) // 2, 1], absmax fp32 [blocks])."""
+
+def dequantize_4bit(packed: Tensor, absmax: Tensor, code: Tensor, *, count: int, blocksize: int, dtype: Dtype) -> Tensor:
+    """-> [count]."""
+
+def quantize_blockwise(x: Tensor, code: Tensor, *, blocksize: int) -> tuple[Tensor, Tensor]:
+    """x float of any shape, code fp32 [256] ascending -> (uint8 of x's shape, absmax fp32 [blocks])."""
+
+def dequantize_blockwise(x: Tensor, absmax: Tensor, code: Tensor, *, blocksize: int, dtype: Dtype) -> Tensor: ...
+
+# FP8
+
+def fp8_quantize(
+    x: Tensor,
+    scale: Tensor | None = None,
+    *,
+    mode: Literal["static", "tensor", "token", "group", "block"],
+    scale_ub: Tensor | float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """x float [R, C] -> (q, scale fp32: [1], [R, 1], [R, ceil(C / 128)] or [ceil(R / 128), ceil(C / 128)]). q is
+    float8_e4m3fn [R, C] where x's framework can hold it, else uint8."""
+
+def fp8_matmul(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None = None, *, dtype: Dtype
+) -> Tensor:
+    """a e4m3 [M, K], b e4m3 [K, N] of any strides, scale_a one or M values, scale_b one or N -> [M, N] in dtype."""
+
+# What is here
+
+def cpu_info() -> dict[str, Any]:
+    """isa (str), threads (int), thread_runtime (str)."""
+
+def cuda_info() -> dict[str, Any]:
+    """built (bool), architectures (list[str]), fatbin_bytes (int), and, after asking the driver: driver (str or None),
+    driver_version (int or None), devices (list of dicts: name, capability, memory), kernels (list[str]), missing (str: why not, or "")."""
+
+def cuda_initialized() -> bool:
+    """Whether this process has called cuInit through this module. Importing never does."""

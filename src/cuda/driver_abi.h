@@ -1,0 +1,51 @@
+/* The part of the CUDA driver's ABI that is used here: declared by hand, so that the package builds where there is no
+ * CUDA at all. Names and values are those of the driver's API, of any driver from CUDA 12.0 on. */
+#ifndef QL_CUDA_DRIVER_ABI_H
+#define QL_CUDA_DRIVER_ABI_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+typedef int ql_cu_result;
+typedef int ql_cu_device;
+typedef struct ql_cu_library_handle *ql_cu_library;
+typedef struct ql_cu_kernel_handle *ql_cu_kernel;
+
+enum {
+    QL_CU_SUCCESS = 0,
+    QL_CU_NO_DEVICE = 100,
+    QL_CU_NO_BINARY_FOR_GPU = 209,
+    QL_CU_UNSUPPORTED_PTX_VERSION = 222,
+    QL_CU_NOT_FOUND = 500,
+    QL_CU_SYSTEM_DRIVER_MISMATCH = 803
+};
+
+/* Of cuGetProcAddress_v2: stream 0 is the legacy stream, as in torch. */
+enum { QL_CU_GET_PROC_ADDRESS_LEGACY_STREAM = 1 };
+
+/* Of cuDeviceGetAttribute. */
+enum { QL_CU_COMPUTE_CAPABILITY_MAJOR = 75, QL_CU_COMPUTE_CAPABILITY_MINOR = 76 };
+
+/* Of cuLibraryLoadData: the driver keeps no copy, the image stays where it is. */
+enum { QL_CU_LIBRARY_BINARY_IS_PRESERVED = 1 };
+
+typedef ql_cu_result (*ql_cu_get_proc_address)(const char *symbol, void **function, int version, uint64_t flags,
+                                               int *status);
+
+/* X(field, symbol, the CUDA version whose signature it is, parameters): every function that is looked up. */
+#define QL_CU_FUNCTIONS(X)                                                                                             \
+    X(init, "cuInit", 2000, (unsigned flags))                                                                          \
+    X(driver_get_version, "cuDriverGetVersion", 2020, (int *version))                                                  \
+    X(get_error_string, "cuGetErrorString", 6000, (ql_cu_result result, const char **text))                            \
+    X(device_get_count, "cuDeviceGetCount", 2000, (int *count))                                                        \
+    X(device_get, "cuDeviceGet", 2000, (ql_cu_device * device, int ordinal))                                           \
+    X(device_get_name, "cuDeviceGetName", 2000, (char *name, int size, ql_cu_device device))                           \
+    X(device_get_attribute, "cuDeviceGetAttribute", 2000, (int *value, int attribute, ql_cu_device device))            \
+    X(device_total_mem, "cuDeviceTotalMem", 3020, (size_t *bytes, ql_cu_device device))                                \
+    X(library_load_data, "cuLibraryLoadData", 12000,                                                                   \
+      (ql_cu_library * library, const void *image, int *jit_options, void **jit_values, unsigned jit_count,            \
+       int *options, void **values, unsigned count))                                                                   \
+    X(library_get_kernel, "cuLibraryGetKernel", 12000,                                                                 \
+      (ql_cu_kernel * kernel, ql_cu_library library, const char *name))
+
+#endif

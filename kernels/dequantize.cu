@@ -4,42 +4,11 @@
  * wants neighbouring lanes at neighbouring n, writing wants them at neighbouring k. So a warp takes a tile of 32 n by 32
  * k, of which each lane decodes one n (`bits` words hold exactly its 32 codes), and turns it in shared memory. */
 #include "params.h"
+#include "value.cuh"
 #include "variants.h"
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 /* An odd pitch keeps both the rows and the columns of a tile free of bank conflicts. */
 enum { PITCH = QL_DEQUANTIZE_TILE_K + 1 };
-
-/* Element `index` of an array of any of the three types. */
-static __device__ __forceinline__ float load_value(const void *array, int type, int64_t index) {
-    switch (type) {
-    case QL_VALUE_F16: return __half2float(((const __half *)array)[index]);
-    case QL_VALUE_BF16: return __bfloat162float(((const __nv_bfloat16 *)array)[index]);
-    default: return ((const float *)array)[index];
-    }
-}
-
-/* Stores `value`, rounded to nearest even. */
-static __device__ __forceinline__ void store_value(void *array, int type, int64_t index, float value) {
-    switch (type) {
-    case QL_VALUE_F16: ((__half *)array)[index] = __float2half_rn(value); break;
-    case QL_VALUE_BF16: ((__nv_bfloat16 *)array)[index] = __float2bfloat16_rn(value); break;
-    default: ((float *)array)[index] = value; break;
-    }
-}
-
-/* Code `index` of a stream of `bits`-bit codes whose word w is at words[w * stride]. A code that straddles two words has
- * its low bits in the first. */
-static __device__ __forceinline__ uint32_t load_code(const int32_t *words, int64_t stride, int bits, int64_t index) {
-    int64_t bit = index * bits;
-    int shift = (int)(bit & 31);
-    int64_t word = bit >> 5;
-    uint32_t code = (uint32_t)words[word * stride] >> shift;
-    if (shift + bits > 32) code |= (uint32_t)words[(word + 1) * stride] << (32 - shift);
-    return code & ((1u << bits) - 1u);
-}
 
 /* The scale of row `row` and its zero, in the group `group`. */
 static __device__ __forceinline__ float2 load_scale(const ql_dequantize_gptq_params *p, int bits, int64_t group,

@@ -24,4 +24,45 @@ typedef struct ql_dequantize_gptq_params {
     int32_t zero_offset; /* 1: zeros are stored less one, 0: as they are */
 } ql_dequantize_gptq_params;
 
+/* The outputs of a block of the base kernels, its threads, and the tokens that each variant gives it. */
+enum { QL_LINEAR_OUTPUTS = 64, QL_LINEAR_THREADS = 256, QL_LINEAR_FEW = 8, QL_LINEAR_MANY = 64, QL_LINEAR_INT8 = 16 };
+
+/* A product with a weight of any format, its transpose, or the weight itself; fields of other formats are not read. The
+ * formulas are those of formats/weight.h. Grid: ceil(outputs / QL_LINEAR_OUTPUTS) by ceil(m / tokens of the variant). */
+typedef struct ql_linear_params {
+    void *out;        /* [m, outputs] contiguous, out_type */
+    const void *x;    /* [m, inner], rows x_stride apart, x_type */
+    const void *bias; /* [n], bias_stride apart, bias_type, or NULL */
+    int64_t m, n, k, x_stride, bias_stride;
+    int32_t x_type, out_type, bias_type, scales_type;
+    const void *codes;         /* qweight, CB, the packed nibbles, the e4m3 bytes */
+    const void *zeros;         /* GPTQ, AWQ */
+    const void *zero_products; /* AWQ */
+    const void *scales;        /* scales, SCB, absmax */
+    const int32_t *index;      /* GPTQ: g_idx or NULL */
+    const float *table;        /* 4 bit: code [16] */
+    const uint8_t *nested;     /* 4 bit: the codes of absmax, or NULL */
+    const float *nested_table;
+    int64_t group_size; /* also 4 bit's blocksize */
+    int64_t nested_blocksize;
+    int64_t row_stride, col_stride, block_n, block_k, scale_stride; /* FP8 */
+    float offset;                                                   /* 4 bit: of nested absmax */
+    int32_t bits, zero_offset;                                      /* GPTQ */
+    const float *row_absmax;                                        /* INT8: [m] */
+    const uint8_t *outliers;                                        /* INT8: [k], 1 in outlier columns, or NULL */
+} ql_linear_params;
+
+enum { QL_ACTIVATION_STATIC, QL_ACTIVATION_TENSOR, QL_ACTIVATION_TOKEN, QL_ACTIVATION_GROUP128, QL_ACTIVATION_GROUP = 128 };
+
+/* The activations of an 8-bit layer: [m, k], rows x_stride apart, x_type. */
+typedef struct ql_activation_params {
+    float *out; /* [m, k]: FP8's rounded activations */
+    const void *x;
+    float *row_absmax; /* [m] */
+    uint8_t *outliers; /* [k] */
+    int64_t m, k, x_stride;
+    int32_t x_type, mode;
+    float threshold, input_scale, upper_bound, least_scale;
+} ql_activation_params;
+
 #endif

@@ -1,27 +1,40 @@
 /* .incbin puts the bytes into .rodata as they are: no generated source, no copy at load time, and the assembler needs
- * no time for it. The path comes from the build as the string QL_FATBIN. */
+ * no time for it. The build passes QL_FATBINS, the name of a header that it writes, with a list
+ * QL_FATBIN_LIST(X): X(name, "path") for each file, and QL_FATBIN_ARCHITECTURES and QL_FATBIN_CUDA_MAJOR. */
 #include "image.h"
 
-#ifdef QL_FATBIN
+#ifdef QL_FATBINS
 
-__asm__(".pushsection .rodata\n"
-        ".balign 64\n"
-        ".hidden ql_fatbin_begin\n"
-        ".globl ql_fatbin_begin\n"
-        "ql_fatbin_begin:\n"
-        ".incbin \"" QL_FATBIN "\"\n"
-        ".hidden ql_fatbin_end\n"
-        ".globl ql_fatbin_end\n"
-        "ql_fatbin_end:\n"
-        ".byte 0\n"
-        ".popsection\n");
+#include QL_FATBINS
 
-extern const unsigned char ql_fatbin_begin[];
-extern const unsigned char ql_fatbin_end[];
+#define QL_EMBED(name, path)                                                                                           \
+    __asm__(".pushsection .rodata\n"                                                                                   \
+            ".balign 64\n"                                                                                             \
+            ".hidden ql_fatbin_" #name "\n"                                                                            \
+            ".globl ql_fatbin_" #name "\n"                                                                             \
+            "ql_fatbin_" #name ":\n"                                                                                   \
+            ".incbin \"" path "\"\n"                                                                                   \
+            ".hidden ql_fatbin_end_" #name "\n"                                                                        \
+            ".globl ql_fatbin_end_" #name "\n"                                                                         \
+            "ql_fatbin_end_" #name ":\n"                                                                               \
+            ".byte 0\n"                                                                                                \
+            ".popsection\n");                                                                                          \
+    extern const unsigned char ql_fatbin_##name[], ql_fatbin_end_##name[];
+QL_FATBIN_LIST(QL_EMBED)
+#undef QL_EMBED
 
-const void *ql_cuda_image(void) { return ql_fatbin_begin; }
+#define QL_EXTENT(name, path) {ql_fatbin_##name, ql_fatbin_end_##name},
+static const struct {
+    const unsigned char *begin, *end;
+} images[] = {QL_FATBIN_LIST(QL_EXTENT)};
+#undef QL_EXTENT
 
-int64_t ql_cuda_image_bytes(void) { return (int64_t)((uintptr_t)ql_fatbin_end - (uintptr_t)ql_fatbin_begin); }
+int ql_cuda_image_count(void) { return (int)(sizeof images / sizeof *images); }
+
+ql_cuda_image ql_cuda_image_at(int index) {
+    const unsigned char *begin = images[index].begin;
+    return (ql_cuda_image){begin, (int64_t)((uintptr_t)images[index].end - (uintptr_t)begin)};
+}
 
 const char *ql_cuda_image_architectures(void) { return QL_FATBIN_ARCHITECTURES; }
 
@@ -30,9 +43,12 @@ int ql_cuda_image_driver(void) { return QL_FATBIN_CUDA_MAJOR == 12 ? 12040 : 100
 
 #else
 
-const void *ql_cuda_image(void) { return 0; }
+int ql_cuda_image_count(void) { return 0; }
 
-int64_t ql_cuda_image_bytes(void) { return 0; }
+ql_cuda_image ql_cuda_image_at(int index) {
+    (void)index;
+    return (ql_cuda_image){0};
+}
 
 const char *ql_cuda_image_architectures(void) { return ""; }
 

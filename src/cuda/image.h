@@ -1,20 +1,23 @@
-/* The fatbin that the build embedded: kernels compiled for several GPU architectures. */
+/* The fatbins that the build embedded, one for each file of kernels: each holds its kernels for every architecture. */
 #ifndef QL_CUDA_IMAGE_H
 #define QL_CUDA_IMAGE_H
 
 #include <stdint.h>
 
-/* Its first byte, or NULL where the package was built without CUDA. It lies in read-only memory for as long as the
- * module does. */
-const void *ql_cuda_image(void);
+typedef struct ql_cuda_image {
+    const void *data; /* read-only, for as long as the module is loaded */
+    int64_t bytes;
+} ql_cuda_image;
 
-/* Its size, 0 where there is none. */
-int64_t ql_cuda_image_bytes(void);
+/* How many there are: 0 where the package was built without CUDA. */
+int ql_cuda_image_count(void);
 
-/* What it was compiled for, separated by spaces; "compute_80" stands for PTX. "" where there is none. */
+ql_cuda_image ql_cuda_image_at(int index);
+
+/* What they were compiled for, separated by spaces; "compute_80" stands for PTX. "" where there is none. */
 const char *ql_cuda_image_architectures(void);
 
-/* The oldest CUDA version of a driver that can read it: 1000 * major + 10 * minor. */
+/* The oldest CUDA version of a driver that can read them: 1000 * major + 10 * minor; 0 where there is none. */
 int ql_cuda_image_driver(void);
 
 #endif

@@ -1,6 +1,6 @@
-/* Loading the image needs no context and is done once for all GPUs. The driver takes from it what fits a GPU when a
+/* Loading the images needs no context and is done once for all GPUs. The driver takes from them what fits a GPU when a
  * kernel is first used there; that a GPU has no fitting binary is known only then, so the architectures are compared
- * with the image's list here, where a plain sentence can still be given. */
+ * with the list of the build here, where a plain sentence can still be given. */
 #include "library.h"
 
 #include "image.h"
@@ -10,24 +10,22 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define QL_KERNEL_NAME(name, bits, type) #name,
-static const char *const names[QL_KERNEL_COUNT] = {QL_DEQUANTIZE_GPTQ_VARIANTS(QL_KERNEL_NAME)};
+#define QL_KERNEL_NAME(name, ...) #name,
+static const char *const names[QL_KERNEL_COUNT] = {QL_KERNELS(QL_KERNEL_NAME)};
 #undef QL_KERNEL_NAME
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* guards the two below */
-static ql_cu_library library;
+static bool loaded;
 static ql_cu_kernel kernels[QL_KERNEL_COUNT];
 
 const char *ql_cuda_kernel_name(ql_cuda_kernel kernel) { return names[kernel]; }
 
-static int load(const ql_cuda_driver *driver, char message[QL_CUDA_MESSAGE]) {
-    if (library) return 0;
+static int load_image(const ql_cuda_driver *driver, ql_cuda_image image, char message[QL_CUDA_MESSAGE]) {
     /* The value of an option that is a flag is the pointer itself, by the driver's convention. */
     int option = QL_CU_LIBRARY_BINARY_IS_PRESERVED;
     void *value = (void *)(uintptr_t)1;
-    ql_cu_library loaded = NULL;
-    ql_cu_result result =
-        driver->library_load_data(&loaded, ql_cuda_image(), NULL, NULL, 0, &option, &value, 1);
+    ql_cu_library library = NULL;
+    ql_cu_result result = driver->library_load_data(&library, image.data, NULL, NULL, 0, &option, &value, 1);
     if (result == QL_CU_NO_BINARY_FOR_GPU) {
         snprintf(message, QL_CUDA_MESSAGE, "no GPU here is one that the kernels were compiled for (%s).",
                  ql_cuda_image_architectures());
@@ -44,27 +42,33 @@ static int load(const ql_cuda_driver *driver, char message[QL_CUDA_MESSAGE]) {
         return -1;
     }
     for (int i = 0; i < QL_KERNEL_COUNT; i++) {
-        ql_cu_kernel found = NULL;
-        kernels[i] = driver->library_get_kernel(&found, loaded, names[i]) == QL_CU_SUCCESS ? found : NULL;
+        ql_cu_kernel found;
+        if (!kernels[i] && driver->library_get_kernel(&found, library, names[i]) == QL_CU_SUCCESS) kernels[i] = found;
     }
-    library = loaded;
+    return 0;
+}
+
+static int load(const ql_cuda_driver *driver, char message[QL_CUDA_MESSAGE]) {
+    for (int i = 0; !loaded && i < ql_cuda_image_count(); i++)
+        if (load_image(driver, ql_cuda_image_at(i), message) < 0) return -1;
+    loaded = true;
     return 0;
 }
 
 const ql_cu_kernel *ql_cuda_library(char message[QL_CUDA_MESSAGE]) {
-    if (!ql_cuda_image()) {
+    if (!ql_cuda_image_count()) {
         snprintf(message, QL_CUDA_MESSAGE, "this build has no CUDA kernels.");
         return NULL;
     }
     const ql_cuda_driver *driver = ql_cuda_open(message);
     if (!driver) return NULL;
     pthread_mutex_lock(&lock);
-    int loaded = load(driver, message);
+    int status = load(driver, message);
     pthread_mutex_unlock(&lock);
-    return loaded < 0 ? NULL : kernels;
+    return status < 0 ? NULL : kernels;
 }
 
-/* Whether the image has something that runs on compute capability major.minor: a binary "sm_XY" of the same major and
+/* Whether the images have something that runs on compute capability major.minor: a binary "sm_XY" of the same major and
  * no higher minor ("sm_90a" of exactly this one), or PTX, "compute_XY", of no higher one. */
 static bool runs_on(int major, int minor) {
     for (const char *at = ql_cuda_image_architectures(); *at;) {
@@ -101,9 +105,9 @@ static void describe_devices(ql_cuda_description *description, const ql_cuda_dri
 
 void ql_cuda_describe(ql_cuda_description *description) {
     memset(description, 0, sizeof *description);
-    description->built = ql_cuda_image() != NULL;
+    description->built = ql_cuda_image_count() > 0;
     description->architectures = ql_cuda_image_architectures();
-    description->fatbin_bytes = ql_cuda_image_bytes();
+    for (int i = 0; i < ql_cuda_image_count(); i++) description->fatbin_bytes += ql_cuda_image_at(i).bytes;
 
     const ql_cuda_driver *driver = ql_cuda_load(description->missing);
     if (!driver) return;

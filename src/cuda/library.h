@@ -6,15 +6,15 @@
 #include "driver.h"
 
 /* The kernels, in the order of kernels/variants.h. */
-#define QL_KERNEL_ID(name, bits, type) QL_KERNEL_##name,
-typedef enum ql_cuda_kernel { QL_DEQUANTIZE_GPTQ_VARIANTS(QL_KERNEL_ID) QL_KERNEL_COUNT } ql_cuda_kernel;
+#define QL_KERNEL_ID(name, ...) QL_KERNEL_##name,
+typedef enum ql_cuda_kernel { QL_KERNELS(QL_KERNEL_ID) QL_KERNEL_COUNT } ql_cuda_kernel;
 #undef QL_KERNEL_ID
 
-/* The name of the kernel's entry point, which is its symbol in the image. */
+/* The name of the kernel's entry point, which is its symbol in one of the images. */
 const char *ql_cuda_kernel_name(ql_cuda_kernel kernel);
 
-/* Every kernel by its id, loaded from the embedded image at the first call; NULL for one that the image lacks. Returns
- * NULL with a sentence in message where there is no image, no driver, or none of its binaries can be used. The handles
+/* Every kernel by its id, loaded from the embedded images at the first call; NULL for one that they lack. Returns NULL
+ * with a sentence in message where there is no image, no driver, or an image that the driver cannot use. The handles
  * serve every GPU and live as long as the process. */
 const ql_cu_kernel *ql_cuda_library(char message[QL_CUDA_MESSAGE]);
 
@@ -29,12 +29,12 @@ typedef struct ql_cuda_device {
 typedef struct ql_cuda_description {
     bool built;                /* kernels are embedded */
     const char *architectures; /* what they were compiled for, separated by spaces: "sm_80 ... compute_80", or "" */
-    int64_t fatbin_bytes;
+    int64_t fatbin_bytes;      /* of all images */
     const char *driver; /* the driver's file, or NULL */
     int driver_version; /* as ql_cuda_driver's, 0 where there is none */
     int device_count;
     ql_cuda_device devices[QL_CUDA_MAX_DEVICES];
-    bool kernels[QL_KERNEL_COUNT]; /* which the driver found in the image */
+    bool kernels[QL_KERNEL_COUNT]; /* which the driver found in the images */
     char missing[QL_CUDA_MESSAGE]; /* why kernels cannot run here, or "" */
 } ql_cuda_description;
 

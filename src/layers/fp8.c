@@ -1,0 +1,604 @@
+/* Fp8Linear: W8A8 and W8A16 on float8_e4m3fn weights, with the quantizer of activations and weights and the product of two
+ * quantized matrices. */
+#include "../formats/fp8.h"
+#include "../cpu/engine.h"
+#include "../cpu/threads.h"
+#include "grouped.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+/* ------------------------------------------------------------------------------------------------------------------
+ * Scales and bytes, as the type and the functions take them */
+
+/* uint8 is e8m0 by its bytes: not every framework can hold the type itself. */
+static ql_dtype scale_dtype(const ql_tensor *tensor) { return tensor->dtype == QL_U8 ? QL_E8M0 : tensor->dtype; }
+
+static int check_scale(const ql_tensor *tensor, const char *name) {
+    static const ql_dtype taken[] = {QL_F32, QL_BF16, QL_F16, QL_E8M0, QL_U8};
+    return ql_check_dtype(tensor, name, 5, taken) < 0 || ql_check_cpu(tensor, name) < 0
+               ? -1
+               : ql_check_aligned(tensor, name);
+}
+
+static int check_bytes(const ql_tensor *tensor, const char *name) {
+    static const ql_dtype taken[] = {QL_E4M3, QL_U8};
+    static const int64_t any[2] = {-1, -1};
+    return ql_check_dtype(tensor, name, 2, taken) < 0 || ql_check_cpu(tensor, name) < 0
+               ? -1
+               : ql_check_shape(tensor, name, 2, any);
+}
+
+static int check_not_empty(const ql_tensor *tensor, const char *name) {
+    if (tensor->shape[0] >= 1 && tensor->shape[1] >= 1) return 0;
+    PyErr_Format(PyExc_ValueError, "%s must have at least one row and one column, got [%lld, %lld]", name,
+                 (long long)tensor->shape[0], (long long)tensor->shape[1]);
+    return -1;
+}
+
+/* The value of a scale of one element, whatever its rank. */
+static int one_scale(float *value, const ql_tensor *tensor, const char *name) {
+    if (check_scale(tensor, name) < 0) return -1;
+    if (ql_tensor_numel(tensor) != 1) {
+        char got[256];
+        PyErr_Format(PyExc_ValueError, "%s must have one element, got %s", name,
+                     ql_tensor_describe(tensor, got, sizeof got));
+        return -1;
+    }
+    *value = ql_f32_load(tensor->data, scale_dtype(tensor), 0);
+    return 0;
+}
+
+static bool is_number(PyObject *object) {
+    return PyFloat_Check(object) || (PyLong_Check(object) && !PyBool_Check(object));
+}
+
+/* An upper bound given as a number. One that comes in a tensor is read without this check, as a layer may be made before
+ * its tensors are filled; NaN bounds nothing then. */
+static int number_bound(float *bound, PyObject *object, const char *name) {
+    double value = 0.0;
+    if (ql_arg_float(&value, object, name) < 0) return -1;
+    *bound = (float)value;
+    if (value > 0.0) return 0;
+    PyErr_Format(PyExc_ValueError, "%s must be above 0, got %R", name, object);
+    return -1;
+}
+
+/* One scale, or `count` of them as [count], [count, 1] or [1, count]: a matrix of one column. */
+static bool view_vector(ql_matrix *scales, const ql_tensor *tensor, int64_t count) {
+    *scales = (ql_matrix){.data = tensor->data, .dtype = scale_dtype(tensor), .rows = 1, .cols = 1};
+    if (ql_tensor_numel(tensor) == 1) return true;
+    scales->rows = count;
+    bool is_row = tensor->ndim == 2 && tensor->shape[0] == 1;
+    bool is_column = tensor->ndim == 1 || (tensor->ndim == 2 && tensor->shape[1] == 1);
+    if (!is_row && !is_column) return false;
+    scales->row_stride = tensor->stride[is_row ? 1 : 0];
+    return tensor->shape[is_row ? 1 : 0] == count;
+}
+
+/* Whether the product can read the scales where they are. */
+static bool is_direct(const ql_matrix *scales) {
+    return scales->dtype == QL_F32 && (scales->cols == 1 || scales->col_stride == 1);
+}
+
+static void convert_scales(float *out, const ql_matrix *scales) {
+    for (int64_t row = 0; row < scales->rows; row++)
+        for (int64_t col = 0; col < scales->cols; col++)
+            out[row * scales->cols + col] = ql_matrix_f32(scales, row, col);
+}
+
+/* rows * cols floats, or NULL with MemoryError, also where their bytes do not fit int64. */
+static float *alloc_floats(float *before, int64_t rows, int64_t cols) {
+    int64_t bytes;
+    float *floats = NULL;
+    if (!__builtin_mul_overflow(rows, cols, &bytes) && !__builtin_mul_overflow(bytes, (int64_t)sizeof(float), &bytes))
+        floats = realloc(before, (size_t)bytes);
+    if (!floats) PyErr_NoMemory();
+    return floats;
+}
+
+/* ------------------------------------------------------------------------------------------------------------------
+ * The type */
+
+enum { HELD_WEIGHT, HELD_WEIGHT_SCALE, HELD_INPUT_SCALE, HELD_INPUT_SCALE_UB };
+
+static const char *const activation_choices[] = {"none", "static", "tensor", "token", "group", NULL};
+
+typedef struct fp8_extra {
+    ql_fp8_activation activation;
+    bool prefer_blocks; /* scales that could be a channel's or a block's are a block's */
+    float upper_bound;  /* where it came as a number; infinity where none */
+    int64_t block_n, block_k;
+    /* weight_scale in fp32, where the tensor itself will not do. Two, so that a bind never writes what the weight bound
+     * before reads: it may have to be bound again, or be in use by another thread. */
+    float *copy[2];
+    int64_t copied[2];
+} fp8_extra;
+
+static void fp8_clear(ql_layer *layer) {
+    fp8_extra *extra = layer->extra;
+    for (int i = 0; i < 2; i++) free(extra->copy[i]);
+}
+
+/* The scales as a matrix, and what one of them is for. Shapes that could be both [1, N] and a grid of blocks are a
+ * channel's, unless the caller spoke of blocks; a grid may be larger than needed, the rest is padding. */
+static int view_weight_scale(ql_matrix *scales, ql_fp8 *weight, const ql_tensor *tensor, int64_t n, int64_t k,
+                             const fp8_extra *extra) {
+    int64_t down = ql_group_count(n, extra->block_n), across = ql_group_count(k, extra->block_k);
+    bool is_pair = tensor->ndim == 2;
+    bool is_exact = is_pair && tensor->shape[0] == down && tensor->shape[1] == across;
+    bool is_grid = is_pair && tensor->shape[0] >= down && tensor->shape[1] >= across;
+    if (!(extra->prefer_blocks && is_exact) && view_vector(scales, tensor, n)) {
+        weight->block_n = scales->rows == 1 ? n : 1;
+        weight->block_k = k;
+        return 0;
+    }
+    if (is_grid) {
+        *scales = (ql_matrix){tensor->data, scale_dtype(tensor), down, across, tensor->stride[0], tensor->stride[1]};
+        weight->block_n = extra->block_n;
+        weight->block_k = extra->block_k;
+        return 0;
+    }
+    char got[256];
+    PyErr_Format(PyExc_ValueError,
+                 "weight_scale must have one element, shape [%lld], [%lld, 1] or [1, %lld], or a grid of blocks of at "
+                 "least [%lld, %lld], got %s",
+                 (long long)n, (long long)n, (long long)n, (long long)down, (long long)across,
+                 ql_tensor_describe(tensor, got, sizeof got));
+    return -1;
+}
+
+/* The scales in fp32: those that the layer reads now, where nothing changed. */
+static const float *converted_scales(fp8_extra *extra, const float *now, const ql_matrix *scales) {
+    int spare = now && now == extra->copy[0] ? 1 : 0;
+    int64_t count = scales->rows * scales->cols;
+    float *copy = alloc_floats(extra->copy[spare], scales->rows, scales->cols);
+    if (!copy) return NULL;
+    extra->copy[spare] = copy;
+    extra->copied[spare] = count;
+    convert_scales(copy, scales);
+    bool is_same = now && now == extra->copy[1 - spare] && extra->copied[1 - spare] == count &&
+                   memcmp(now, copy, (size_t)count * sizeof *copy) == 0;
+    return is_same ? now : copy;
+}
+
+/* The values that the weight has of its activations' scales. */
+static int bind_activation(ql_fp8 *weight, const ql_layer *layer) {
+    const fp8_extra *extra = layer->extra;
+    const ql_tensor *input_scale = ql_layer_tensor(layer, HELD_INPUT_SCALE);
+    const ql_tensor *bound = ql_layer_tensor(layer, HELD_INPUT_SCALE_UB);
+    weight->activation = extra->activation;
+    weight->input_upper_bound = extra->upper_bound;
+    if (input_scale && one_scale(&weight->input_scale, input_scale, "input_scale") < 0) return -1;
+    return bound ? one_scale(&weight->input_upper_bound, bound, "input_scale_ub") : 0;
+}
+
+static int fp8_bind(ql_layer *layer) {
+    fp8_extra *extra = layer->extra;
+    const ql_tensor *bytes = ql_layer_tensor(layer, HELD_WEIGHT);
+    const ql_tensor *tensor = ql_layer_tensor(layer, HELD_WEIGHT_SCALE);
+    ql_matrix scales;
+    ql_weight weight;
+    memset(&weight, 0, sizeof weight);
+    ql_fp8 *fp8 = &weight.fp8;
+    if (check_bytes(bytes, "weight") < 0 || check_not_empty(bytes, "weight") < 0 ||
+        check_scale(tensor, "weight_scale") < 0 || bind_activation(fp8, layer) < 0 ||
+        view_weight_scale(&scales, fp8, tensor, bytes->shape[0], bytes->shape[1], extra) < 0)
+        return -1;
+    weight.format = QL_FORMAT_FP8;
+    weight.n = bytes->shape[0];
+    weight.k = bytes->shape[1];
+    fp8->weight = bytes->data;
+    fp8->row_stride = bytes->stride[0];
+    fp8->col_stride = bytes->stride[1];
+    fp8->scale = scales.data;
+    fp8->scale_stride = scales.row_stride;
+    if (!is_direct(&scales)) {
+        fp8->scale = converted_scales(extra, layer->weight.fp8.scale, &scales);
+        fp8->scale_stride = scales.cols;
+        if (!fp8->scale) return -1;
+    }
+    /* Other threads may be reading the weight: what is the same is not written. */
+    if (memcmp(&layer->weight, &weight, sizeof weight) != 0) layer->weight = weight;
+    const char *scope = fp8->block_k < weight.k || (fp8->block_n > 1 && fp8->block_n < weight.n) ? "block"
+                        : fp8->block_n == 1                                                      ? "channel"
+                                                                                                 : "tensor";
+    snprintf(layer->summary, sizeof layer->summary, "activation=%s, weight_scale=%s",
+             activation_choices[extra->activation], scope);
+    return 0;
+}
+
+/* block_size: two positive ints. */
+static int parse_block_size(fp8_extra *extra, PyObject *object) {
+    int64_t *const sizes[2] = {&extra->block_n, &extra->block_k};
+    extra->block_n = extra->block_k = 128;
+    if (!object) return 0;
+    if (!(PyTuple_Check(object) || PyList_Check(object)) || PySequence_Size(object) != 2) {
+        PyErr_Format(PyExc_TypeError, "block_size must be a pair of ints, got %R", object);
+        return -1;
+    }
+    for (int i = 0; i < 2; i++) {
+        PyObject *item = PySequence_GetItem(object, i);
+        if (!item) return -1;
+        int result = ql_arg_int(sizes[i], item, i ? "block_size[1]" : "block_size[0]");
+        Py_DECREF(item);
+        if (result < 0) return -1;
+    }
+    if (extra->block_n >= 1 && extra->block_k >= 1) return 0;
+    PyErr_Format(PyExc_ValueError, "block_size must be two sizes of at least 1, got %R", object);
+    return -1;
+}
+
+/* Scales that the mode would not use are refused: a checkpoint that brings them means something else. */
+static int check_activation_scales(ql_fp8_activation activation, PyObject *input_scale, PyObject *bound) {
+    const char *name = activation_choices[activation];
+    if (activation == QL_FP8_STATIC && ql_arg_is_none(input_scale)) {
+        PyErr_SetString(PyExc_ValueError, "input_scale is missing: activation is 'static'");
+        return -1;
+    }
+    if (activation != QL_FP8_STATIC && !ql_arg_is_none(input_scale)) {
+        PyErr_Format(PyExc_ValueError, "input_scale is of activation 'static' only, got activation '%s'", name);
+        return -1;
+    }
+    if (activation != QL_FP8_TOKEN && !ql_arg_is_none(bound)) {
+        PyErr_Format(PyExc_ValueError, "input_scale_ub is of activation 'token' only, got activation '%s'", name);
+        return -1;
+    }
+    return 0;
+}
+
+static PyObject *fp8_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
+    enum { WEIGHT, WEIGHT_SCALE, BIAS, ACTIVATION, INPUT_SCALE, INPUT_SCALE_UB, BLOCK_SIZE, COUNT };
+    static const char *const names[] = {"weight",      "weight_scale",   "bias",      "activation",
+                                        "input_scale", "input_scale_ub", "block_size"};
+    static const ql_signature signature = {"Fp8Linear", COUNT, 3, 2, names};
+    PyObject *values[COUNT];
+    int activation = QL_FP8_TOKEN;
+    fp8_extra extra = {.upper_bound = INFINITY};
+    if (ql_args_tuple(values, &signature, args, kwargs) < 0 ||
+        ql_arg_choice(&activation, values[ACTIVATION], "activation", activation_choices) < 0 ||
+        check_activation_scales((ql_fp8_activation)activation, values[INPUT_SCALE], values[INPUT_SCALE_UB]) < 0 ||
+        parse_block_size(&extra, values[BLOCK_SIZE]) < 0)
+        return NULL;
+    PyObject *bound = values[INPUT_SCALE_UB];
+    if (!ql_arg_is_none(bound) && is_number(bound)) {
+        if (number_bound(&extra.upper_bound, bound, "input_scale_ub") < 0) return NULL;
+        bound = NULL;
+    }
+    extra.activation = (ql_fp8_activation)activation;
+    extra.prefer_blocks = values[BLOCK_SIZE] || extra.activation == QL_FP8_GROUP;
+
+    ql_layer *layer = ql_layer_alloc(type, fp8_bind, sizeof extra);
+    if (!layer) return NULL;
+    *(fp8_extra *)layer->extra = extra;
+    layer->clear = fp8_clear;
+    if (ql_layer_hold_required(layer, values[WEIGHT], "weight") >= 0 &&
+        ql_layer_hold_required(layer, values[WEIGHT_SCALE], "weight_scale") >= 0 &&
+        ql_layer_hold(layer, values[INPUT_SCALE], "input_scale") >= 0 &&
+        ql_layer_hold(layer, bound, "input_scale_ub") >= 0 && ql_layer_ready(layer, values[BIAS]) == 0)
+        return (PyObject *)layer;
+    Py_DECREF(layer);
+    return NULL;
+}
+
+PyDoc_STRVAR(
+    fp8_doc,
+    "Fp8Linear(weight, weight_scale, bias=None, *, activation='token', input_scale=None, input_scale_ub=None,\n"
+    "          block_size=(128, 128))\n--\n\n"
+    "y = x W' + bias with W float8_e4m3fn (or its bytes, uint8) [N, K], any strides; weight_scale of one\n"
+    "element, a row each, or a block each. activation: 'none' (W8A16), 'static' (input_scale), 'tensor',\n"
+    "'token' or 'group' (of 128 columns). Scales in fp32 are read where they lie.");
+
+int ql_fp8_add_type(PyObject *module) {
+    return ql_layer_make_type(module, "_qlinear.Fp8Linear", fp8_new, fp8_doc, NULL);
+}
+
+/* ------------------------------------------------------------------------------------------------------------------
+ * fp8_quantize */
+
+typedef enum quantize_mode { MODE_STATIC, MODE_TENSOR, MODE_TOKEN, MODE_GROUP, MODE_BLOCK } quantize_mode;
+
+static const char *const mode_choices[] = {"static", "tensor", "token", "group", "block", NULL};
+
+typedef struct quantize_task {
+    ql_matrix x;
+    uint8_t *codes;
+    float *scales; /* as they are returned */
+    float *absmax; /* [rows], of MODE_TENSOR */
+    quantize_mode mode;
+    float upper_bound;
+} quantize_task;
+
+static void run_absmax(void *context, int64_t begin, int64_t end) {
+    const quantize_task *task = context;
+    ql_fp8_absmax_rows(task->absmax, &task->x, begin, end);
+}
+
+static void run_quantize_one(void *context, int64_t begin, int64_t end) {
+    const quantize_task *task = context;
+    ql_fp8_quantize_rows(task->codes, &task->x, task->scales, 0, true, begin, end);
+}
+
+static void run_quantize_tokens(void *context, int64_t begin, int64_t end) {
+    const quantize_task *task = context;
+    ql_fp8_absmax_rows(task->scales, &task->x, begin, end);
+    for (int64_t row = begin; row < end; row++)
+        task->scales[row] = ql_fp8_token_scale(task->scales[row], task->upper_bound);
+    ql_fp8_quantize_rows(task->codes, &task->x, task->scales, 1, false, begin, end);
+}
+
+static void run_quantize_groups(void *context, int64_t begin, int64_t end) {
+    const quantize_task *task = context;
+    ql_fp8_quantize_blocks(task->codes, task->scales, &task->x, 1, begin, end);
+}
+
+static void run_quantize_blocks(void *context, int64_t begin, int64_t end) {
+    const quantize_task *task = context;
+    ql_fp8_quantize_blocks(task->codes, task->scales, &task->x, QL_FP8_GROUP_SIZE, begin, end);
+}
+
+static void run_quantize(quantize_task *task) {
+    int64_t rows = task->x.rows, cols = task->x.cols;
+    int64_t grain = cols < 65536 ? 65536 / (cols > 0 ? cols : 1) : 1;
+    switch (task->mode) {
+    case MODE_TENSOR:
+        ql_cpu_parallel(rows, grain, run_absmax, task);
+        task->scales[0] = ql_fp8_scale(ql_fp8_absmax(task->absmax, rows));
+        ql_cpu_parallel(rows, grain, run_quantize_one, task);
+        break;
+    case MODE_STATIC: ql_cpu_parallel(rows, grain, run_quantize_one, task); break;
+    case MODE_TOKEN: ql_cpu_parallel(rows, grain, run_quantize_tokens, task); break;
+    case MODE_GROUP: ql_cpu_parallel(rows, grain, run_quantize_groups, task); break;
+    case MODE_BLOCK: ql_cpu_parallel(ql_group_count(rows, QL_FP8_GROUP_SIZE), 1, run_quantize_blocks, task); break;
+    }
+}
+
+/* The shape of the scales; its number of dimensions. */
+static int scales_shape(int64_t *shape, const quantize_task *task) {
+    shape[0] = task->mode == MODE_BLOCK ? ql_group_count(task->x.rows, QL_FP8_GROUP_SIZE) : task->x.rows;
+    shape[1] = task->mode == MODE_TOKEN ? 1 : ql_group_count(task->x.cols, QL_FP8_GROUP_SIZE);
+    if (task->mode != MODE_STATIC && task->mode != MODE_TENSOR) return 2;
+    shape[0] = 1;
+    return 1;
+}
+
+static PyObject *quantize_matrix(PyObject *object, quantize_task *task, float given_scale) {
+    ql_output outputs[2];
+    int64_t shape[2] = {task->x.rows, task->x.cols};
+    if (ql_output_begin(&outputs[0], object, QL_E4M3, 2, shape) < 0) return NULL;
+    int ndim = scales_shape(shape, task);
+    if (ql_output_begin(&outputs[1], object, QL_F32, ndim, shape) < 0) {
+        ql_output_abandon(&outputs[0]);
+        return NULL;
+    }
+    task->codes = outputs[0].view.data;
+    task->scales = outputs[1].view.data;
+    if (task->mode == MODE_STATIC) task->scales[0] = given_scale;
+    if (task->mode == MODE_TENSOR && task->x.rows && !(task->absmax = alloc_floats(NULL, task->x.rows, 1))) {
+        for (int i = 0; i < 2; i++) ql_output_abandon(&outputs[i]);
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS run_quantize(task);
+    Py_END_ALLOW_THREADS free(task->absmax);
+    return ql_outputs_finish(outputs, 2);
+}
+
+static int read_one_scale(float *value, PyObject *object, const char *name) {
+    ql_tensor tensor;
+    if (ql_tensor_read(&tensor, object, name) < 0) return -1;
+    int result = one_scale(value, &tensor, name);
+    ql_tensor_release(&tensor);
+    return result;
+}
+
+static int read_bound(float *bound, PyObject *object, const char *name) {
+    if (ql_arg_is_none(object)) return 0;
+    return is_number(object) ? number_bound(bound, object, name) : read_one_scale(bound, object, name);
+}
+
+static int check_mode(quantize_mode mode, PyObject *scale, PyObject *bound) {
+    if (mode == MODE_STATIC && ql_arg_is_none(scale)) {
+        PyErr_SetString(PyExc_ValueError, "scale is missing: mode is 'static'");
+        return -1;
+    }
+    if (mode != MODE_STATIC && !ql_arg_is_none(scale)) {
+        PyErr_Format(PyExc_ValueError, "scale is of mode 'static' only, got mode '%s'", mode_choices[mode]);
+        return -1;
+    }
+    if (mode != MODE_TOKEN && !ql_arg_is_none(bound)) {
+        PyErr_Format(PyExc_ValueError, "scale_ub is of mode 'token' only, got mode '%s'", mode_choices[mode]);
+        return -1;
+    }
+    return 0;
+}
+
+static PyObject *fp8_quantize(PyObject *module, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames) {
+    enum { X, SCALE, MODE, SCALE_UB, COUNT };
+    static const char *const names[] = {"x", "scale", "mode", "scale_ub"};
+    static const ql_signature signature = {"fp8_quantize", COUNT, 2, 1, names};
+    static const int64_t any[2] = {-1, -1};
+    PyObject *values[COUNT], *result = NULL;
+    quantize_task task = {.upper_bound = INFINITY};
+    int mode = MODE_TOKEN;
+    float scale = 1.0f;
+    ql_tensor x;
+    (void)module;
+    if (ql_args_fast(values, &signature, args, nargs, kwnames) < 0) return NULL;
+    if (!values[MODE]) return PyErr_Format(PyExc_TypeError, "fp8_quantize: mode is missing");
+    if (ql_arg_choice(&mode, values[MODE], "mode", mode_choices) < 0 ||
+        check_mode((quantize_mode)mode, values[SCALE], values[SCALE_UB]) < 0 ||
+        (mode == MODE_STATIC && read_one_scale(&scale, values[SCALE], "scale") < 0) ||
+        read_bound(&task.upper_bound, values[SCALE_UB], "scale_ub") < 0 || ql_tensor_read(&x, values[X], "x") < 0)
+        return NULL;
+    if (ql_check_float(&x, "x", true) == 0 && ql_check_cpu(&x, "x") == 0 && ql_check_aligned(&x, "x") == 0 &&
+        ql_check_shape(&x, "x", 2, any) == 0) {
+        task.mode = (quantize_mode)mode;
+        task.x = ql_matrix_of(&x);
+        result = quantize_matrix(values[X], &task, scale);
+    }
+    ql_tensor_release(&x);
+    return result;
+}
+
+/* ------------------------------------------------------------------------------------------------------------------
+ * fp8_matmul: rows of a are decoded, scaled, and multiplied with b as a weight, a panel at a time */
+
+enum { PANEL = 256 }; /* rows: enough that decoding b once a panel is little beside the product */
+
+typedef struct matmul_task {
+    ql_matrix a, scale_a;
+    int64_t first, rows; /* the panel */
+    float *x;            /* [PANEL, K] */
+    float *y;            /* [PANEL, N], or in the output itself */
+    ql_weight weight;
+    ql_output output;
+} matmul_task;
+
+static void run_decode(void *context, int64_t begin, int64_t end) {
+    const matmul_task *task = context;
+    const ql_matrix *a = &task->a;
+    for (int64_t i = begin; i < end; i++) {
+        int64_t row = task->first + i;
+        float scale = ql_matrix_f32(&task->scale_a, task->scale_a.rows == 1 ? 0 : row, 0);
+        float value[256];
+        for (int code = 0; code < 256; code++) value[code] = ql_f32_from_e4m3((uint8_t)code) * scale;
+        for (int64_t k = 0; k < a->cols; k++) task->x[i * a->cols + k] = value[ql_matrix_u8(a, row, k)];
+    }
+}
+
+static void run_round(void *context, int64_t begin, int64_t end) {
+    const matmul_task *task = context;
+    int64_t n = task->weight.n;
+    for (int64_t i = begin * n; i < end * n; i++)
+        ql_f32_store(task->output.view.data, task->output.view.dtype, task->first * n + i, task->y[i]);
+}
+
+/* 0, or -1 where the engine had no memory. */
+static int run_matmul(matmul_task *task, const float *bias) {
+    int64_t n = task->weight.n, k = task->weight.k;
+    bool is_rounded = task->output.view.dtype != QL_F32;
+    for (task->first = 0; task->first < task->a.rows; task->first += PANEL) {
+        task->rows = task->a.rows - task->first < PANEL ? task->a.rows - task->first : PANEL;
+        ql_cpu_parallel(task->rows, 16, run_decode, task);
+        float *y = is_rounded ? task->y : (float *)task->output.view.data + task->first * n;
+        if (ql_cpu_linear(y, task->x, k, QL_F32, task->rows, &task->weight, bias) < 0) return -1;
+        if (is_rounded) ql_cpu_parallel(task->rows, 16, run_round, task);
+    }
+    return 0;
+}
+
+/* A vector of `count` floats as fp32, where it lies or in *copy, which the caller frees. */
+static int contiguous_floats(const float **floats, float **copy, const ql_matrix *vector) {
+    *floats = vector->data;
+    *copy = NULL;
+    if (vector->dtype == QL_F32 && (vector->rows == 1 || vector->row_stride == 1)) return 0;
+    if (!(*copy = alloc_floats(NULL, vector->rows, 1))) return -1;
+    convert_scales(*copy, vector);
+    *floats = *copy;
+    return 0;
+}
+
+static int check_factor_scale(ql_matrix *scales, const ql_tensor *tensor, const char *name, int64_t count) {
+    if (check_scale(tensor, name) < 0) return -1;
+    if (view_vector(scales, tensor, count)) return 0;
+    char got[256];
+    PyErr_Format(PyExc_ValueError, "%s must have one element or shape [%lld], [%lld, 1] or [1, %lld], got %s", name,
+                 (long long)count, (long long)count, (long long)count, ql_tensor_describe(tensor, got, sizeof got));
+    return -1;
+}
+
+enum { A, B, SCALE_A, SCALE_B, BIAS, DTYPE, MATMUL_COUNT };
+
+/* tensors [A .. BIAS] are read; has_bias tells whether the last one is there. */
+static int check_matmul(matmul_task *task, ql_matrix *scale_b, ql_matrix *bias, const ql_tensor *tensors,
+                        bool has_bias) {
+    const ql_tensor *a = &tensors[A], *b = &tensors[B];
+    if (check_bytes(a, "a") < 0 || check_bytes(b, "b") < 0 || check_not_empty(b, "b") < 0) return -1;
+    int64_t k = b->shape[0], n = b->shape[1];
+    if (a->shape[1] != k) {
+        PyErr_Format(PyExc_ValueError, "a must have as many columns as b has rows, %lld, got [%lld, %lld]",
+                     (long long)k, (long long)a->shape[0], (long long)a->shape[1]);
+        return -1;
+    }
+    if (check_factor_scale(&task->scale_a, &tensors[SCALE_A], "scale_a", a->shape[0]) < 0 ||
+        check_factor_scale(scale_b, &tensors[SCALE_B], "scale_b", n) < 0)
+        return -1;
+    if (has_bias) {
+        const ql_tensor *tensor = &tensors[BIAS];
+        if (ql_check_float(tensor, "bias", true) < 0 || ql_check_cpu(tensor, "bias") < 0 ||
+            ql_check_aligned(tensor, "bias") < 0 || ql_check_shape(tensor, "bias", 1, &n) < 0)
+            return -1;
+        *bias = (ql_matrix){tensor->data, tensor->dtype, n, 1, tensor->stride[0], 0};
+    }
+    task->a = ql_matrix_of(a);
+    task->weight = (ql_weight){.format = QL_FORMAT_FP8, .n = n, .k = k};
+    task->weight.fp8 = (ql_fp8){
+        .weight = b->data,
+        .row_stride = b->stride[1],
+        .col_stride = b->stride[0],
+        .block_n = scale_b->rows == 1 ? n : 1,
+        .block_k = k,
+        .scale_stride = 1,
+        .activation = QL_FP8_NONE,
+    };
+    return 0;
+}
+
+static PyObject *matmul_checked(PyObject *object, matmul_task *task, ql_dtype dtype, const float *bias) {
+    int64_t m = task->a.rows, shape[2] = {m, task->weight.n}, panel = m < PANEL ? m : PANEL;
+    if (ql_output_begin(&task->output, object, dtype, 2, shape) < 0) return NULL;
+    if (m == 0) return ql_output_finish(&task->output);
+    task->x = alloc_floats(NULL, panel, task->weight.k);
+    if (task->x && dtype != QL_F32) task->y = alloc_floats(NULL, panel, task->weight.n);
+    int result = task->x && (task->y || dtype == QL_F32) ? 0 : -1;
+    if (result == 0) {
+        Py_BEGIN_ALLOW_THREADS result = run_matmul(task, bias);
+        Py_END_ALLOW_THREADS if (result < 0) PyErr_NoMemory();
+    }
+    free(task->x);
+    free(task->y);
+    if (result == 0) return ql_output_finish(&task->output);
+    ql_output_abandon(&task->output);
+    return NULL;
+}
+
+static PyObject *fp8_matmul(PyObject *module, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames) {
+    static const char *const names[] = {"a", "b", "scale_a", "scale_b", "bias", "dtype"};
+    static const ql_signature signature = {"fp8_matmul", MATMUL_COUNT, 5, 4, names};
+    PyObject *values[MATMUL_COUNT], *result = NULL;
+    matmul_task task = {0};
+    ql_tensor tensors[BIAS + 1];
+    ql_matrix scale_b, bias_vector = {0};
+    ql_dtype dtype = QL_F32;
+    (void)module;
+    if (ql_args_fast(values, &signature, args, nargs, kwnames) < 0) return NULL;
+    if (!values[DTYPE]) return PyErr_Format(PyExc_TypeError, "fp8_matmul: dtype is missing");
+    if (ql_arg_dtype(&dtype, values[DTYPE], "dtype") < 0) return NULL;
+    bool has_bias = !ql_arg_is_none(values[BIAS]);
+    int count = has_bias ? BIAS + 1 : BIAS, read = 0;
+    while (read < count && ql_tensor_read(&tensors[read], values[read], names[read]) == 0) read++;
+    if (read == count && check_matmul(&task, &scale_b, &bias_vector, tensors, has_bias) == 0) {
+        const float *bias = NULL;
+        float *scale_copy = NULL, *bias_copy = NULL;
+        if (contiguous_floats(&task.weight.fp8.scale, &scale_copy, &scale_b) == 0 &&
+            (!has_bias || contiguous_floats(&bias, &bias_copy, &bias_vector) == 0))
+            result = matmul_checked(values[A], &task, dtype, bias);
+        free(scale_copy);
+        free(bias_copy);
+    }
+    ql_tensors_release(tensors, read);
+    return result;
+}
+
+PyMethodDef ql_fp8_methods[] = {
+    {"fp8_quantize", QL_METHOD(fp8_quantize), METH_FASTCALL | METH_KEYWORDS,
+     "fp8_quantize(x, scale=None, *, mode, scale_ub=None)\n--\n\n"
+     "x float [R, C] -> (float8_e4m3fn [R, C], or uint8 where x's framework has no float8; scale float32). mode:\n"
+     "'static' (scale given), 'tensor' [1], 'token' [R, 1], 'group' [R, ceil(C / 128)] or 'block' [ceil(R / 128),\n"
+     "ceil(C / 128)]."},
+    {"fp8_matmul", QL_METHOD(fp8_matmul), METH_FASTCALL | METH_KEYWORDS,
+     "fp8_matmul(a, b, scale_a, scale_b, bias=None, *, dtype)\n--\n\n"
+     "a [M, K] @ b [K, N] of float8_e4m3fn, any strides, times scale_a (one or M) and scale_b (one or N), plus bias."},
+    {NULL, NULL, 0, NULL},
+};

@@ -287,8 +287,21 @@ int ql_check_contiguous(const ql_tensor *tensor, const char *name) {
 
 int ql_check_cpu(const ql_tensor *tensor, const char *name) {
     if (tensor->device_type == QL_DEVICE_CPU) return 0;
-    PyErr_Format(PyExc_NotImplementedError, "%s is on cuda:%d; this version computes on the CPU only", name,
-                 tensor->device_id);
+    PyErr_Format(PyExc_NotImplementedError, "%s is on cuda:%d; this is done on the CPU only", name, tensor->device_id);
+    return -1;
+}
+
+static const char *ql_device_name(const ql_tensor *tensor, char buffer[32]) {
+    if (tensor->device_type == QL_DEVICE_CPU) return "the CPU";
+    snprintf(buffer, 32, "cuda:%d", tensor->device_id);
+    return buffer;
+}
+
+int ql_check_same_device(const ql_tensor *tensor, const char *name, const ql_tensor *other, const char *other_name) {
+    if (tensor->device_type == other->device_type && tensor->device_id == other->device_id) return 0;
+    char buffer[32], other_buffer[32];
+    PyErr_Format(PyExc_ValueError, "%s is on %s, but %s is on %s", name, ql_device_name(tensor, buffer), other_name,
+                 ql_device_name(other, other_buffer));
     return -1;
 }
 
@@ -296,6 +309,16 @@ int ql_check_aligned(const ql_tensor *tensor, const char *name) {
     size_t size = ql_dtype_size(tensor->dtype);
     if ((uintptr_t)tensor->data % size == 0) return 0;
     PyErr_Format(PyExc_ValueError, "%s: its data is not aligned to its %zu byte elements", name, size);
+    return -1;
+}
+
+int ql_tensor_stream(void **stream, PyObject *object, const ql_tensor *tensor, const char *name) {
+    const DLPackExchangeAPI *api = ql_exchange_of(object);
+    if (api && api->current_work_stream)
+        return api->current_work_stream(kDLCUDA, tensor->device_id, stream) == 0 ? 0 : -1;
+    PyErr_Format(PyExc_NotImplementedError,
+                 "%s is a CUDA tensor of %R, which has no DLPack exchange API (torch has one from 2.10 on)", name,
+                 (PyObject *)Py_TYPE(object));
     return -1;
 }
 
@@ -309,11 +332,11 @@ static void ql_allocator_failed(void *context, const char *kind, const char *mes
     PyErr_Format(PyExc_RuntimeError, "%s: %s", kind, message);
 }
 
-static int ql_exchange_begin(ql_output *output, const DLPackExchangeAPI *api, ql_dtype dtype, int ndim,
+static int ql_exchange_begin(ql_output *output, const DLPackExchangeAPI *api, DLDevice device, ql_dtype dtype, int ndim,
                              const int64_t *shape) {
     int64_t sizes[QL_MAX_DIMS];
     for (int i = 0; i < ndim; i++) sizes[i] = shape[i];
-    DLTensor prototype = {.device = {kDLCPU, 0}, .ndim = ndim, .shape = sizes};
+    DLTensor prototype = {.device = device, .ndim = ndim, .shape = sizes};
     ql_dlpack_dtype(dtype, &prototype.dtype.code, &prototype.dtype.bits);
     prototype.dtype.lanes = 1;
     DLManagedTensorVersioned *managed = NULL;
@@ -328,7 +351,7 @@ static int ql_exchange_begin(ql_output *output, const DLPackExchangeAPI *api, ql
     return result;
 }
 
-int ql_output_begin(ql_output *output, PyObject *like, ql_dtype dtype, int ndim, const int64_t *shape) {
+static int ql_check_output_size(ql_dtype dtype, int ndim, const int64_t *shape) {
     int64_t bytes = (int64_t)ql_dtype_size(dtype);
     for (int i = 0; i < ndim; i++) {
         if (shape[i] != 0 && __builtin_mul_overflow(bytes, shape[i], &bytes)) {
@@ -336,9 +359,23 @@ int ql_output_begin(ql_output *output, PyObject *like, ql_dtype dtype, int ndim,
             return -1;
         }
     }
+    return 0;
+}
+
+int ql_output_begin_beside(ql_output *output, PyObject *like, const ql_tensor *beside, ql_dtype dtype, int ndim,
+                           const int64_t *shape) {
+    if (beside->device_type == QL_DEVICE_CPU) return ql_output_begin(output, like, dtype, ndim, shape);
+    if (ql_check_output_size(dtype, ndim, shape) < 0) return -1;
+    *output = (ql_output){.like = like};
+    DLDevice device = {kDLCUDA, beside->device_id};
+    return ql_exchange_begin(output, ql_exchange_of(like), device, dtype, ndim, shape);
+}
+
+int ql_output_begin(ql_output *output, PyObject *like, ql_dtype dtype, int ndim, const int64_t *shape) {
+    if (ql_check_output_size(dtype, ndim, shape) < 0) return -1;
     *output = (ql_output){.like = like};
     const DLPackExchangeAPI *api = ql_exchange_of(like);
-    if (api) return ql_exchange_begin(output, api, dtype, ndim, shape);
+    if (api) return ql_exchange_begin(output, api, (DLDevice){kDLCPU, 0}, dtype, ndim, shape);
     int is_array = ql_numpy_check(like);
     if (is_array < 0) return -1;
     output->kind = is_array ? QL_OUTPUT_OBJECT : QL_OUTPUT_IMPORT;

@@ -45,12 +45,19 @@ int ql_check_float(const ql_tensor *tensor, const char *name, bool allow_f64);
 /* ndim is `ndim` and each size is the one given; -1 takes any. */
 int ql_check_shape(const ql_tensor *tensor, const char *name, int ndim, const int64_t *shape);
 int ql_check_contiguous(const ql_tensor *tensor, const char *name);
+/* NotImplementedError for a tensor that is not in the host's memory: for what only the CPU does. */
 int ql_check_cpu(const ql_tensor *tensor, const char *name);
+/* ValueError that names both devices where they differ. */
+int ql_check_same_device(const ql_tensor *tensor, const char *name, const ql_tensor *other, const char *other_name);
 /* data is aligned to its element size (a product by vector loads needs no more). */
 int ql_check_aligned(const ql_tensor *tensor, const char *name);
 
 /* "[2, 3] float16" into buffer, for messages. */
 const char *ql_tensor_describe(const ql_tensor *tensor, char *buffer, size_t size);
+
+/* The stream that the framework of `object`, a CUDA tensor read into *tensor, works on now. NotImplementedError where the
+ * framework has no exchange API. */
+int ql_tensor_stream(void **stream, PyObject *object, const ql_tensor *tensor, const char *name);
 
 /* ---- outputs ---- */
 
@@ -64,6 +71,10 @@ typedef struct ql_output {
 } ql_output;
 
 int ql_output_begin(ql_output *output, PyObject *like, ql_dtype dtype, int ndim, const int64_t *shape);
+/* As ql_output_begin, on the device of `beside`, a tensor read from `like`: from the allocator of the framework, so that
+ * memory is had and given back in the order of the current stream. Abandoned, it has served as scratch. */
+int ql_output_begin_beside(ql_output *output, PyObject *like, const ql_tensor *beside, ql_dtype dtype, int ndim,
+                           const int64_t *shape);
 PyObject *ql_output_finish(ql_output *output);
 void ql_output_abandon(ql_output *output);
 

@@ -10,6 +10,7 @@ typedef int ql_cu_result;
 typedef int ql_cu_device;
 typedef struct ql_cu_library_handle *ql_cu_library;
 typedef struct ql_cu_kernel_handle *ql_cu_kernel;
+typedef struct ql_cu_context_handle *ql_cu_context;
 
 enum {
     QL_CU_SUCCESS = 0,
@@ -46,6 +47,15 @@ typedef ql_cu_result (*ql_cu_get_proc_address)(const char *symbol, void **functi
       (ql_cu_library * library, const void *image, int *jit_options, void **jit_values, unsigned jit_count,            \
        int *options, void **values, unsigned count))                                                                   \
     X(library_get_kernel, "cuLibraryGetKernel", 12000,                                                                 \
-      (ql_cu_kernel * kernel, ql_cu_library library, const char *name))
+      (ql_cu_kernel * kernel, ql_cu_library library, const char *name))                                                \
+    X(device_primary_ctx_retain, "cuDevicePrimaryCtxRetain", 7000, (ql_cu_context * context, ql_cu_device device))     \
+    X(ctx_get_current, "cuCtxGetCurrent", 4000, (ql_cu_context * context))                                             \
+    X(ctx_push_current, "cuCtxPushCurrent", 4000, (ql_cu_context context))                                             \
+    X(ctx_pop_current, "cuCtxPopCurrent", 4000, (ql_cu_context * context))                                             \
+    X(launch_kernel, "cuLaunchKernel", 4000,                                                                           \
+      (ql_cu_kernel kernel, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,     \
+       unsigned block_z, unsigned shared_bytes, void *stream, void **parameters, void **extra))                        \
+    X(memcpy_dtoh_async, "cuMemcpyDtoHAsync", 3020, (void *host, uint64_t device_data, size_t bytes, void *stream))    \
+    X(stream_synchronize, "cuStreamSynchronize", 2000, (void *stream))
 
 #endif

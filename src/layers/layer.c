@@ -1,6 +1,7 @@
 #include "layer.h"
 
 #include "../cpu/engine.h"
+#include "../cuda/engine.h"
 #include "../formats/number.h"
 
 #include <stddef.h>
@@ -33,23 +34,67 @@ int ql_layer_hold(ql_layer *layer, PyObject *object, const char *name) {
     if (!ql_arg_is_none(object)) {
         if (ql_tensor_read(&held->tensor, object, name) < 0) return -1;
         held->object = Py_NewRef(object);
-        layer->held_count++;
-        return ql_check_cpu(&held->tensor, name) < 0 ? -1 : index;
     }
     layer->held_count++;
     return index;
 }
 
+/* Where the layer's tensors are: with the first one. */
+static const ql_tensor *ql_layer_device(const ql_layer *layer) { return &layer->held[0].tensor; }
+
+static int ql_layer_check_devices(const ql_layer *layer) {
+    for (int i = 1; i < layer->held_count; i++) {
+        const ql_tensor *tensor = ql_layer_tensor(layer, i);
+        if (tensor &&
+            ql_check_same_device(tensor, layer->held[i].name, ql_layer_device(layer), layer->held[0].name) < 0)
+            return -1;
+    }
+    return 0;
+}
+
+static int ql_place_of(ql_cuda_place *place, PyObject *object, const ql_tensor *tensor, const char *name) {
+    place->device = tensor->device_id;
+    return ql_tensor_stream(&place->stream, object, tensor, name);
+}
+
+/* What the CUDA side says of a failure, as an exception. */
+static int ql_cuda_failed(const char *message) {
+    PyErr_Format(PyExc_RuntimeError, "CUDA: %s", message);
+    return -1;
+}
+
+const void *ql_layer_contents(const ql_layer *layer, int index, void **copy) {
+    const ql_held *held = &layer->held[index];
+    *copy = NULL;
+    if (held->tensor.device_type == QL_DEVICE_CPU) return held->tensor.data;
+    size_t bytes = (size_t)ql_tensor_numel(&held->tensor) * ql_dtype_size(held->tensor.dtype);
+    ql_cuda_place place;
+    if (ql_check_contiguous(&held->tensor, held->name) < 0 ||
+        ql_place_of(&place, held->object, &held->tensor, held->name) < 0)
+        return NULL;
+    if (!(*copy = malloc(bytes ? bytes : 1))) return PyErr_NoMemory();
+    char message[QL_CUDA_MESSAGE];
+    int result;
+    Py_BEGIN_ALLOW_THREADS
+    result = ql_cuda_read(*copy, held->tensor.data, bytes, &place, message);
+    Py_END_ALLOW_THREADS
+    if (result == 0) return *copy;
+    free(*copy);
+    *copy = NULL;
+    ql_cuda_failed(message);
+    return NULL;
+}
+
 static int ql_layer_check_bias(const ql_layer *layer) {
     const ql_tensor *bias = layer->bias < 0 ? NULL : ql_layer_tensor(layer, layer->bias);
     if (!bias) return 0;
-    if (ql_check_float(bias, "bias", true) < 0) return -1;
+    if (ql_check_float(bias, "bias", bias->device_type == QL_DEVICE_CPU) < 0) return -1;
     return ql_check_shape(bias, "bias", 1, &layer->weight.n);
 }
 
 int ql_layer_ready(ql_layer *layer, PyObject *bias) {
     layer->bias = ql_layer_hold(layer, bias, "bias");
-    if (layer->bias < 0 || layer->bind(layer) < 0) return -1;
+    if (layer->bias < 0 || ql_layer_check_devices(layer) < 0 || layer->bind(layer) < 0) return -1;
     return ql_layer_check_bias(layer);
 }
 
@@ -75,11 +120,11 @@ static int ql_layer_refresh(ql_layer *layer) {
             before[i] = held->tensor;
             held->tensor = now;
             changed |= 1u << i;
-            result = ql_check_cpu(&now, held->name);
         }
     }
     if (!changed) return result;
     ql_weight weight = layer->weight;
+    if (result == 0) result = ql_layer_check_devices(layer);
     if (result == 0) result = layer->bind(layer);
     if (result == 0) result = ql_layer_check_bias(layer);
     if (result == 0) return 0;
@@ -135,6 +180,7 @@ static int ql_rows_of(ql_rows *rows, const ql_tensor *x, int64_t width) {
     *rows = (ql_rows){.rows = 1};
     for (int i = 0; i < x->ndim - 1; i++) rows->rows *= x->shape[i];
     if (rows->rows == 0 || ql_rows_view(rows, x, width)) return 0;
+    if (x->device_type != QL_DEVICE_CPU) return ql_check_contiguous(x, "a CUDA input whose rows are not evenly spaced");
     size_t size = ql_dtype_size(x->dtype);
     rows->copy = malloc((size_t)ql_tensor_numel(x) * size);
     if (!rows->copy) {
@@ -147,8 +193,10 @@ static int ql_rows_of(ql_rows *rows, const ql_tensor *x, int64_t width) {
     return 0;
 }
 
-static int ql_check_activation(const ql_tensor *x, const char *name, int64_t width) {
-    if (ql_check_float(x, name, false) < 0 || ql_check_cpu(x, name) < 0 || ql_check_aligned(x, name) < 0) return -1;
+static int ql_check_activation(const ql_layer *layer, const ql_tensor *x, const char *name, int64_t width) {
+    if (ql_check_float(x, name, false) < 0 || ql_check_aligned(x, name) < 0 ||
+        ql_check_same_device(x, name, ql_layer_device(layer), layer->held[0].name) < 0)
+        return -1;
     if (x->ndim >= 1 && x->shape[x->ndim - 1] == width) return 0;
     char got[256];
     PyErr_Format(PyExc_ValueError, "%s must have shape [..., %lld], got %s", name, (long long)width,
@@ -176,42 +224,88 @@ static int ql_layer_bias(const float **bias, float **copy, const ql_layer *layer
     return 0;
 }
 
-static int ql_run_linear(void *out, const ql_rows *x, ql_dtype dtype, const ql_layer *layer) {
+/* One mapping of rows: its output, its input and what it needs to run where the layer's tensors are. */
+typedef struct ql_call {
+    const ql_layer *layer;
+    ql_output *output;
+    PyObject *object;
+    const ql_tensor *x;
+    const ql_rows *rows;
+} ql_call;
+
+static int ql_cpu_failed(int result) {
+    if (result < 0) PyErr_NoMemory();
+    return result;
+}
+
+static int ql_run_cpu_linear(const ql_call *call) {
     const float *bias;
     float *copy;
-    if (ql_layer_bias(&bias, &copy, layer) < 0) return -1;
+    if (ql_layer_bias(&bias, &copy, call->layer) < 0) return -1;
     int result;
     Py_BEGIN_ALLOW_THREADS
-    result = ql_cpu_linear(out, x->data, x->stride, dtype, x->rows, &layer->weight, bias);
+    result = ql_cpu_linear(call->output->view.data, call->rows->data, call->rows->stride, call->x->dtype,
+                           call->rows->rows, &call->layer->weight, bias);
     Py_END_ALLOW_THREADS
     free(copy);
-    if (result < 0) PyErr_NoMemory();
-    return result;
+    return ql_cpu_failed(result);
 }
 
-static int ql_run_grad(void *out, const ql_rows *g, ql_dtype dtype, const ql_layer *layer) {
+static int ql_run_cpu_grad(const ql_call *call) {
     int result;
     Py_BEGIN_ALLOW_THREADS
-    result = ql_cpu_linear_grad(out, g->data, g->stride, dtype, g->rows, &layer->weight);
+    result = ql_cpu_linear_grad(call->output->view.data, call->rows->data, call->rows->stride, call->x->dtype,
+                                call->rows->rows, &call->layer->weight);
     Py_END_ALLOW_THREADS
-    if (result < 0) PyErr_NoMemory();
-    return result;
+    return ql_cpu_failed(result);
 }
 
-/* [..., width] -> [..., out_width] by `run`, in the framework of `object`. */
+/* A launch takes a microsecond or two, less than giving the GIL away and taking it back costs others. */
+static int ql_run_cuda_linear(const ql_call *call) {
+    const ql_tensor *bias = ql_layer_tensor(call->layer, call->layer->bias);
+    ql_cuda_bias description = {0};
+    if (bias) description = (ql_cuda_bias){bias->data, bias->dtype, bias->stride[0]};
+    int64_t bytes = ql_cuda_linear_scratch(call->rows->rows, &call->layer->weight);
+    ql_cuda_place place;
+    ql_output scratch = {0};
+    if (ql_place_of(&place, call->object, call->x, "x") < 0) return -1;
+    if (bytes < 0) {
+        PyErr_SetString(PyExc_ValueError, "x has too many rows: the scratch for them is out of range");
+        return -1;
+    }
+    if (bytes > 0 && ql_output_begin_beside(&scratch, call->object, call->x, QL_U8, 1, &bytes) < 0) return -1;
+    char message[QL_CUDA_MESSAGE];
+    int result = ql_cuda_linear(&place, call->output->view.data, call->rows->data, call->rows->stride, call->x->dtype,
+                                call->rows->rows, &call->layer->weight, &description, scratch.view.data, message);
+    ql_output_abandon(&scratch);
+    return result < 0 ? ql_cuda_failed(message) : 0;
+}
+
+static int ql_run_cuda_grad(const ql_call *call) {
+    ql_cuda_place place;
+    if (ql_place_of(&place, call->object, call->x, "grad_output") < 0) return -1;
+    char message[QL_CUDA_MESSAGE];
+    int result = ql_cuda_linear_grad(&place, call->output->view.data, call->rows->data, call->rows->stride,
+                                     call->x->dtype, call->rows->rows, &call->layer->weight, message);
+    return result < 0 ? ql_cuda_failed(message) : 0;
+}
+
+/* [..., width] -> [..., out_width], in the framework of `object`, by the engine of the layer's device. */
 static PyObject *ql_layer_map(ql_layer *layer, PyObject *object, const char *name, int64_t width, int64_t out_width,
-                              int (*run)(void *, const ql_rows *, ql_dtype, const ql_layer *)) {
+                              int (*run_cpu)(const ql_call *), int (*run_cuda)(const ql_call *)) {
     ql_tensor x;
     if (ql_tensor_read(&x, object, name) < 0) return NULL;
     PyObject *result = NULL;
     ql_rows rows = {0};
-    if (ql_check_activation(&x, name, width) == 0 && ql_rows_of(&rows, &x, width) == 0) {
+    if (ql_check_activation(layer, &x, name, width) == 0 && ql_rows_of(&rows, &x, width) == 0) {
         int64_t shape[QL_MAX_DIMS];
         memcpy(shape, x.shape, sizeof shape[0] * (size_t)x.ndim);
         shape[x.ndim - 1] = out_width;
         ql_output output;
-        if (ql_output_begin(&output, object, x.dtype, x.ndim, shape) == 0) {
-            if (rows.rows == 0 || run(output.view.data, &rows, x.dtype, layer) == 0)
+        if (ql_output_begin_beside(&output, object, &x, x.dtype, x.ndim, shape) == 0) {
+            ql_call call = {layer, &output, object, &x, &rows};
+            int (*run)(const ql_call *) = x.device_type == QL_DEVICE_CPU ? run_cpu : run_cuda;
+            if (rows.rows == 0 || run(&call) == 0)
                 result = ql_output_finish(&output);
             else
                 ql_output_abandon(&output);
@@ -228,13 +322,32 @@ static PyObject *ql_layer_call(PyObject *self, PyObject *args, PyObject *kwargs)
         return PyErr_Format(PyExc_TypeError, "a layer is called with one tensor x, got %zd arguments",
                             PyTuple_Size(args) + (kwargs ? PyDict_Size(kwargs) : 0));
     if (ql_layer_refresh(layer) < 0) return NULL;
-    return ql_layer_map(layer, PyTuple_GetItem(args, 0), "x", layer->weight.k, layer->weight.n, ql_run_linear);
+    return ql_layer_map(layer, PyTuple_GetItem(args, 0), "x", layer->weight.k, layer->weight.n,
+                        ql_run_cpu_linear, ql_run_cuda_linear);
 }
 
 static PyObject *ql_layer_grad_input(PyObject *self, PyObject *grad_output) {
     ql_layer *layer = (ql_layer *)self;
     if (ql_layer_refresh(layer) < 0) return NULL;
-    return ql_layer_map(layer, grad_output, "grad_output", layer->weight.n, layer->weight.k, ql_run_grad);
+    return ql_layer_map(layer, grad_output, "grad_output", layer->weight.n, layer->weight.k,
+                        ql_run_cpu_grad, ql_run_cuda_grad);
+}
+
+static int ql_dequantize_cpu(const ql_layer *layer, ql_tensor *out) {
+    int result;
+    Py_BEGIN_ALLOW_THREADS
+    result = ql_cpu_dequantize(out->data, out->dtype, &layer->weight);
+    Py_END_ALLOW_THREADS
+    return ql_cpu_failed(result);
+}
+
+static int ql_dequantize_cuda(const ql_layer *layer, ql_tensor *out) {
+    ql_cuda_place place;
+    const ql_held *first = &layer->held[0];
+    if (ql_place_of(&place, first->object, &first->tensor, first->name) < 0) return -1;
+    char message[QL_CUDA_MESSAGE];
+    int result = ql_cuda_dequantize(&place, out->data, out->dtype, &layer->weight, message);
+    return result < 0 ? ql_cuda_failed(message) : 0;
 }
 
 static PyObject *ql_layer_dequantize(PyObject *self, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames) {
@@ -248,14 +361,13 @@ static PyObject *ql_layer_dequantize(PyObject *self, PyObject *const *args, Py_s
         return NULL;
     ql_output output;
     int64_t shape[2] = {layer->weight.n, layer->weight.k};
-    if (ql_output_begin(&output, layer->held[0].object, dtype, 2, shape) < 0) return NULL;
-    int result;
-    Py_BEGIN_ALLOW_THREADS
-    result = ql_cpu_dequantize(output.view.data, output.view.dtype, &layer->weight);
-    Py_END_ALLOW_THREADS
+    PyObject *like = layer->held[0].object;
+    if (ql_output_begin_beside(&output, like, ql_layer_device(layer), dtype, 2, shape) < 0) return NULL;
+    int result = ql_layer_device(layer)->device_type == QL_DEVICE_CPU ? ql_dequantize_cpu(layer, &output.view)
+                                                                      : ql_dequantize_cuda(layer, &output.view);
     if (result == 0) return ql_output_finish(&output);
     ql_output_abandon(&output);
-    return PyErr_NoMemory();
+    return NULL;
 }
 
 /* ------------------------------------------------------------------------------------------------------------------

@@ -43,6 +43,10 @@ int ql_layer_hold(ql_layer *layer, PyObject *object, const char *name);
 /* Holds the bias, binds, and checks that all tensors share a device and that the bias is a float [n]. 0, or -1. */
 int ql_layer_ready(ql_layer *layer, PyObject *bias);
 
+/* The contents of a contiguous tensor that is held, where the host can read them: its own memory, or a copy from the GPU
+ * in *copy, for the caller to free. For the few values that bind must see. NULL with an exception. */
+const void *ql_layer_contents(const ql_layer *layer, int index, void **copy);
+
 /* The tensor at `index` of held, or NULL where it is absent. */
 static inline const ql_tensor *ql_layer_tensor(const ql_layer *layer, int index) {
     return layer->held[index].object ? &layer->held[index].tensor : NULL;

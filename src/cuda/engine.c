@@ -1,0 +1,217 @@
+#include "engine.h"
+
+#include "../../kernels/params.h"
+
+/* The first kernel of each format in kernels/variants.h: few tokens; many and the gradient follow it. */
+static const ql_cuda_kernel first_kernel[] = {
+    [QL_FORMAT_GPTQ] = QL_KERNEL_ql_linear_gptq_few, [QL_FORMAT_AWQ] = QL_KERNEL_ql_linear_awq_few,
+    [QL_FORMAT_EETQ] = QL_KERNEL_ql_linear_eetq_few, [QL_FORMAT_INT8] = QL_KERNEL_ql_linear_int8_few,
+    [QL_FORMAT_FOURBIT] = QL_KERNEL_ql_linear_fourbit_few, [QL_FORMAT_FP8] = QL_KERNEL_ql_linear_fp8_few,
+};
+enum { FEW, MANY, GRAD };
+
+static int64_t blocks(int64_t count, int64_t each) { return count / each + (count % each != 0); }
+
+/* The part of the parameters that the weight gives. */
+static ql_linear_params params_of(const ql_weight *weight) {
+    ql_linear_params p = {.n = weight->n, .k = weight->k};
+    switch (weight->format) {
+    case QL_FORMAT_GPTQ:
+        p.codes = weight->gptq.qweight;
+        p.zeros = weight->gptq.qzeros;
+        p.scales = weight->gptq.scales;
+        p.scales_type = (int32_t)weight->gptq.scales_dtype;
+        p.index = weight->gptq.g_idx;
+        p.group_size = weight->gptq.group_size;
+        p.bits = weight->gptq.bits;
+        p.zero_offset = weight->gptq.zero_offset;
+        break;
+    case QL_FORMAT_AWQ:
+        p.codes = weight->awq.qweight;
+        p.zeros = weight->awq.qzeros;
+        p.zero_products = weight->awq.zero_products;
+        p.scales = weight->awq.scales;
+        p.scales_type = (int32_t)weight->awq.scales_dtype;
+        p.group_size = weight->awq.group_size;
+        break;
+    case QL_FORMAT_EETQ:
+        p.codes = weight->eetq.weight;
+        p.scales = weight->eetq.scales;
+        p.scales_type = (int32_t)weight->eetq.scales_dtype;
+        break;
+    case QL_FORMAT_INT8:
+        p.codes = weight->int8.codes;
+        p.scales = weight->int8.absmax;
+        break;
+    case QL_FORMAT_FOURBIT:
+        p.codes = weight->fourbit.packed;
+        p.table = weight->fourbit.code;
+        p.scales = weight->fourbit.absmax;
+        p.nested = weight->fourbit.nested;
+        p.nested_table = weight->fourbit.nested_code;
+        p.offset = weight->fourbit.offset;
+        p.group_size = weight->fourbit.blocksize;
+        p.nested_blocksize = weight->fourbit.nested_blocksize;
+        break;
+    case QL_FORMAT_FP8:
+        p.codes = weight->fp8.weight;
+        p.scales = weight->fp8.scale;
+        p.row_stride = weight->fp8.row_stride;
+        p.col_stride = weight->fp8.col_stride;
+        p.block_n = weight->fp8.block_n;
+        p.block_k = weight->fp8.block_k;
+        p.scale_stride = weight->fp8.scale_stride;
+        break;
+    }
+    return p;
+}
+
+static bool quantizes_activations(const ql_weight *weight) {
+    return weight->format == QL_FORMAT_INT8 ||
+           (weight->format == QL_FORMAT_FP8 && weight->fp8.activation != QL_FP8_NONE);
+}
+
+/* Scratch: row_absmax fp32 [m], then for INT8 the outlier flags [k], for FP8 the rounded activations fp32 [m, k]. */
+int64_t ql_cuda_linear_scratch(int64_t m, const ql_weight *weight) {
+    int64_t rows, rest = weight->k, bytes;
+    if (!quantizes_activations(weight)) return 0;
+    if (__builtin_mul_overflow(m, (int64_t)sizeof(float), &rows)) return -1;
+    if (weight->format == QL_FORMAT_FP8 && __builtin_mul_overflow(weight->k, rows, &rest)) return -1;
+    return __builtin_add_overflow(rows, rest, &bytes) ? -1 : bytes;
+}
+
+/* A launch reaches at most this many blocks along m; longer inputs take several. */
+enum { MOST_GRID_M = 65535 };
+
+static int launch_products(const ql_cuda_guard *guard, void *stream, ql_cuda_kernel kernel, ql_linear_params p,
+                           int64_t outputs, int64_t tokens, char message[QL_CUDA_MESSAGE]) {
+    int64_t m = p.m, most = MOST_GRID_M * tokens;
+    int64_t x_bytes = p.x_stride * (p.x_type == QL_VALUE_F32 ? 4 : 2), out_bytes = outputs * (p.out_type == QL_VALUE_F32 ? 4 : 2);
+    for (int64_t done = 0; done < m; done += most) {
+        p.m = m - done < most ? m - done : most;
+        if (ql_cuda_launch(guard, kernel, stream, blocks(outputs, QL_LINEAR_OUTPUTS), blocks(p.m, tokens),
+                           QL_LINEAR_THREADS, &p, message) < 0)
+            return -1;
+        p.x = (const char *)p.x + most * x_bytes;
+        p.out = (char *)p.out + most * out_bytes;
+        if (p.row_absmax) p.row_absmax += most;
+    }
+    return 0;
+}
+
+static ql_cuda_kernel by_tokens(int64_t m, ql_format format, int64_t *tokens) {
+    *tokens = m <= QL_LINEAR_FEW ? QL_LINEAR_FEW : QL_LINEAR_MANY;
+    return (ql_cuda_kernel)(first_kernel[format] + (m <= QL_LINEAR_FEW ? FEW : MANY));
+}
+
+/* A block a row, as many as a GPU is sure to take at once; each goes on with further rows. */
+static int64_t row_blocks(int64_t m) { return m < 4096 ? m : 4096; }
+
+static int launch_int8(const ql_cuda_guard *guard, void *stream, ql_linear_params *p, const ql_weight *weight,
+                       void *scratch, char message[QL_CUDA_MESSAGE]) {
+    float threshold = weight->int8.threshold;
+    ql_activation_params a = {.x = p->x, .row_absmax = scratch, .outliers = (uint8_t *)((float *)scratch + p->m), .m = p->m,
+                              .k = p->k, .x_stride = p->x_stride, .x_type = p->x_type, .threshold = threshold};
+    p->row_absmax = a.row_absmax;
+    if (threshold > 0.0f) {
+        p->outliers = a.outliers;
+        if (ql_cuda_launch(guard, QL_KERNEL_ql_find_outliers, stream, blocks(p->k, QL_LINEAR_THREADS), 1,
+                           QL_LINEAR_THREADS, &a, message) < 0)
+            return -1;
+    }
+    if (ql_cuda_launch(guard, QL_KERNEL_ql_row_absmax, stream, row_blocks(p->m), 1, QL_LINEAR_THREADS, &a, message) < 0)
+        return -1;
+    return launch_products(guard, stream, QL_KERNEL_ql_linear_int8, *p, p->n, QL_LINEAR_INT8, message);
+}
+
+static int launch_fp8(const ql_cuda_guard *guard, void *stream, ql_linear_params *p, const ql_weight *weight,
+                      void *scratch, char message[QL_CUDA_MESSAGE]) {
+    static const int32_t modes[] = {
+        [QL_FP8_STATIC] = QL_ACTIVATION_STATIC,
+        [QL_FP8_TENSOR] = QL_ACTIVATION_TENSOR,
+        [QL_FP8_TOKEN] = QL_ACTIVATION_TOKEN,
+        [QL_FP8_GROUP] = QL_ACTIVATION_GROUP128,
+    };
+    ql_activation_params a = {.x = p->x,
+                              .row_absmax = scratch,
+                              .out = (float *)scratch + p->m,
+                              .m = p->m,
+                              .k = p->k,
+                              .x_stride = p->x_stride,
+                              .x_type = p->x_type,
+                              .mode = modes[weight->fp8.activation],
+                              .input_scale = weight->fp8.input_scale,
+                              .upper_bound = weight->fp8.input_upper_bound,
+                              .least_scale = 1.0f / (448.0f * 512.0f)};
+    bool needs_absmax = a.mode == QL_ACTIVATION_TENSOR || a.mode == QL_ACTIVATION_TOKEN;
+    if (needs_absmax && ql_cuda_launch(guard, QL_KERNEL_ql_row_absmax, stream, row_blocks(p->m), 1, QL_LINEAR_THREADS,
+                                       &a, message) < 0)
+        return -1;
+    if (ql_cuda_launch(guard, QL_KERNEL_ql_fp8_activation, stream, row_blocks(p->m), 1, QL_LINEAR_THREADS, &a,
+                       message) < 0)
+        return -1;
+    p->x = a.out;
+    p->x_type = QL_VALUE_F32;
+    p->x_stride = p->k;
+    int64_t tokens;
+    ql_cuda_kernel kernel = by_tokens(p->m, weight->format, &tokens);
+    return launch_products(guard, stream, kernel, *p, p->n, tokens, message);
+}
+
+int ql_cuda_linear(const ql_cuda_place *place, void *out, const void *x, int64_t x_stride, ql_dtype dtype, int64_t m,
+                   const ql_weight *weight, const ql_cuda_bias *bias, void *scratch, char message[QL_CUDA_MESSAGE]) {
+    ql_linear_params p = params_of(weight);
+    p.out = out;
+    p.x = x;
+    p.m = m;
+    p.x_stride = x_stride;
+    p.x_type = p.out_type = (int32_t)dtype;
+    p.bias = bias->data;
+    p.bias_type = (int32_t)bias->dtype;
+    p.bias_stride = bias->stride;
+    ql_cuda_guard guard;
+    if (ql_cuda_enter(&guard, place->device, message) < 0) return -1;
+    int result;
+    if (weight->format == QL_FORMAT_INT8) {
+        result = launch_int8(&guard, place->stream, &p, weight, scratch, message);
+    } else if (quantizes_activations(weight)) {
+        result = launch_fp8(&guard, place->stream, &p, weight, scratch, message);
+    } else {
+        int64_t tokens;
+        ql_cuda_kernel kernel = by_tokens(m, weight->format, &tokens);
+        result = launch_products(&guard, place->stream, kernel, p, p.n, tokens, message);
+    }
+    ql_cuda_leave(&guard);
+    return result;
+}
+
+int ql_cuda_linear_grad(const ql_cuda_place *place, void *out, const void *g, int64_t g_stride, ql_dtype dtype, int64_t m,
+                        const ql_weight *weight, char message[QL_CUDA_MESSAGE]) {
+    ql_linear_params p = params_of(weight);
+    p.out = out;
+    p.x = g;
+    p.m = m;
+    p.x_stride = g_stride;
+    p.x_type = p.out_type = (int32_t)dtype;
+    ql_cuda_guard guard;
+    if (ql_cuda_enter(&guard, place->device, message) < 0) return -1;
+    int result = launch_products(&guard, place->stream, (ql_cuda_kernel)(first_kernel[weight->format] + GRAD), p, p.k,
+                                 QL_LINEAR_MANY, message);
+    ql_cuda_leave(&guard);
+    return result;
+}
+
+int ql_cuda_dequantize(const ql_cuda_place *place, void *out, ql_dtype dtype, const ql_weight *weight,
+                       char message[QL_CUDA_MESSAGE]) {
+    ql_linear_params p = params_of(weight);
+    p.out = out;
+    p.out_type = (int32_t)dtype;
+    ql_cuda_guard guard;
+    if (ql_cuda_enter(&guard, place->device, message) < 0) return -1;
+    /* Each thread goes on by the grid's size, so any count of blocks is right. */
+    int64_t grid = blocks(weight->n, 1) * blocks(weight->k, QL_LINEAR_THREADS);
+    int result = ql_cuda_launch(&guard, (ql_cuda_kernel)(QL_KERNEL_ql_dequantize_gptq + (int)weight->format),
+                                place->stream, grid < 65536 ? grid : 65536, 1, QL_LINEAR_THREADS, &p, message);
+    ql_cuda_leave(&guard);
+    return result;
+}

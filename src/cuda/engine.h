@@ -1,0 +1,33 @@
+/* The CUDA engine: products with a quantized weight whose tensors are on a GPU, in the checkpoint's own layout. Launches
+ * on the stream given and does not wait; no allocation: scratch comes from the caller. The results are those of the CPU
+ * engine within rounding, and the same bits for the same call. Each returns 0, or -1 with a sentence in message. */
+#ifndef QL_CUDA_ENGINE_H
+#define QL_CUDA_ENGINE_H
+
+#include "../formats/weight.h"
+#include "launch.h"
+
+/* A bias on the device: [n], stride elements apart, fp32, fp16 or bf16. */
+typedef struct ql_cuda_bias {
+    const void *data; /* NULL: none */
+    ql_dtype dtype;
+    int64_t stride;
+} ql_cuda_bias;
+
+/* Bytes of device memory that ql_cuda_linear needs as scratch for m rows; 0 for the formats that leave x as it is. -1
+ * where it does not fit int64. */
+int64_t ql_cuda_linear_scratch(int64_t m, const ql_weight *weight);
+
+/* out[m][n] = x @ W^T + bias, as ql_cpu_linear; every pointer, also those of weight, is device memory. */
+int ql_cuda_linear(const ql_cuda_place *place, void *out, const void *x, int64_t x_stride, ql_dtype dtype, int64_t m,
+                   const ql_weight *weight, const ql_cuda_bias *bias, void *scratch, char message[QL_CUDA_MESSAGE]);
+
+/* out[m][k] = g @ W. */
+int ql_cuda_linear_grad(const ql_cuda_place *place, void *out, const void *g, int64_t g_stride, ql_dtype dtype, int64_t m,
+                        const ql_weight *weight, char message[QL_CUDA_MESSAGE]);
+
+/* out[n][k] = W. */
+int ql_cuda_dequantize(const ql_cuda_place *place, void *out, ql_dtype dtype, const ql_weight *weight,
+                       char message[QL_CUDA_MESSAGE]);
+
+#endif

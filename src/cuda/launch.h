@@ -1,0 +1,34 @@
+/* Launching a kernel of the image, and what a launch needs: the GPU's context made current, which also makes it work from
+ * a thread that never touched CUDA and whatever device is current there. */
+#ifndef QL_CUDA_LAUNCH_H
+#define QL_CUDA_LAUNCH_H
+
+#include "library.h"
+
+/* Where a call runs: a device ordinal and a stream of it (NULL: the legacy default stream). */
+typedef struct ql_cuda_place {
+    int device;
+    void *stream;
+} ql_cuda_place;
+
+/* The device's primary context is current between enter and leave; leave restores what was before. */
+typedef struct ql_cuda_guard {
+    const ql_cuda_driver *driver;
+    const ql_cu_kernel *kernels;
+    bool pushed;
+} ql_cuda_guard;
+
+/* 0, or -1 with a sentence in message; leave only after 0. */
+int ql_cuda_enter(ql_cuda_guard *guard, int device, char message[QL_CUDA_MESSAGE]);
+void ql_cuda_leave(ql_cuda_guard *guard);
+
+/* Launches grid_x by grid_y blocks of `threads` with one parameter struct, between enter and leave. Does not wait. */
+int ql_cuda_launch(const ql_cuda_guard *guard, ql_cuda_kernel kernel, void *stream, int64_t grid_x, int64_t grid_y,
+                   int threads, const void *params, char message[QL_CUDA_MESSAGE]);
+
+/* Copies `bytes` from device memory to the host and waits for them, after all work of the stream: for the few values that
+ * a layer must see when it is made. Fails while the stream is captured. */
+int ql_cuda_read(void *host, const void *device_data, size_t bytes, const ql_cuda_place *place,
+                 char message[QL_CUDA_MESSAGE]);
+
+#endif

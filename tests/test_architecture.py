@@ -46,6 +46,12 @@ def test_the_tree_was_found():
     assert {part_of(path) for path in SOURCES} == set(MAY_INCLUDE)
 
 
+def test_the_build_lists_every_source():
+    listed = re.findall(r"^ +((?:src|kernels)/\S+\.cu?)\b", (ROOT / "CMakeLists.txt").read_text(), re.MULTILINE)
+    found = [name(path) for path in SOURCES + KERNELS if path.suffix in (".c", ".cu")]
+    assert sorted(listed) == sorted(found)
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=name)
 def test_includes_only_what_its_part_may_know(path):
     part = part_of(path)

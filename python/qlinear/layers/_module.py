@@ -1,0 +1,193 @@
+"""What the six layers share: the way of a call, casts that spare the packed weight, loading, pickling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import is_
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from .. import ops
+
+
+def is_real(*tensors: Tensor | None) -> bool:
+    """Whether every tensor has data that C can read: no meta, fake or wrapped one among them."""
+    return all(t is None or (type(t) in (Tensor, Parameter) and t.device.type != "meta") for t in tensors)
+
+
+def frozen(tensor: Tensor | None) -> Tensor | None:
+    """The tensor without its history: a Parameter becomes the plain tensor that it holds."""
+    return None if tensor is None else tensor.detach()
+
+
+def check_bias(bias: Any, out_features: int) -> None:
+    if bias is None:
+        return
+    if not isinstance(bias, Tensor) or not bias.is_floating_point():
+        got = str(bias.dtype) if isinstance(bias, Tensor) else type(bias).__name__
+        raise TypeError(f"bias must be a floating-point tensor or None, got {got}")
+    if tuple(bias.shape) != (out_features,):
+        raise ValueError(f"bias must have the shape ({out_features},), got {tuple(bias.shape)}")
+
+
+def check_weight(weight: Any) -> None:
+    """A float weight [N, K], as the constructors that quantize take it."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a torch.Tensor, got {type(weight).__name__}")
+    if weight.dtype not in ops.DTYPE_NAMES:
+        raise TypeError(f"weight must be float32, float16 or bfloat16, got {weight.dtype}")
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be 2-D [out_features, in_features], got {tuple(weight.shape)}")
+
+
+class QuantizedLinear(torch.nn.Module):
+    """A linear layer on a checkpoint's own tensors.
+
+    The tensors are buffers (the weight of the bitsandbytes layers is a Parameter without gradient) under the names that
+    they have in the checkpoint. The C layer beside them holds references, is made at the first call, made anew when a
+    tensor was replaced, and is never copied or pickled.
+    """
+
+    operator: ClassVar[str]
+    # The tensors whose dtype and bytes the checkpoint fixes: all but the bias. The first of them always exists.
+    packed: ClassVar[tuple[str, ...]]
+    # Of those: the ones that a checkpoint may have or lack, and the ones whose shape the file decides.
+    optional: ClassVar[frozenset[str]] = frozenset()
+    flexible: ClassVar[frozenset[str]] = frozenset()
+
+    weight_dtype: torch.dtype | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        # What the weight was before it was quantized here, for dequantize(); a checkpoint does not tell.
+        self.weight_dtype = None
+        self._forget()
+
+    # The call
+
+    def _arguments(self) -> tuple:
+        """The operator's arguments after x, as ops.FORMATS has them; the same objects as long as nothing changed."""
+        raise NotImplementedError
+
+    def _forget(self) -> None:
+        self.__dict__["_engine"] = None
+        self.__dict__["_held"] = ()
+
+    def engine(self) -> Any:
+        """The C layer of the tensors that the module has now."""
+        arguments = self._arguments()
+        if self._engine is None or not all(map(is_, arguments, self._held)):
+            engine = ops.engine(self.operator, arguments)
+            self.__dict__["_held"] = arguments
+            self.__dict__["_engine"] = engine
+        return self._engine
+
+    def _check(self) -> None:
+        """Makes the C layer now, so that wrong tensors are refused at construction; those without data wait."""
+        if is_real(*(getattr(self, name) for name in self.packed), self._buffers["bias"]):
+            self.engine()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if ops.is_plain(x):
+            return self.engine()(x)
+        return ops.linear(self.operator, x, self._arguments())
+
+    # What is known of it
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """W [N, K]. dtype: float32, float16 or bfloat16; None is the dtype that the weight had before."""
+        dtype = dtype or self.natural_dtype()
+        if dtype not in ops.DTYPE_NAMES:
+            raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+        return self.engine().dequantize(ops.DTYPE_NAMES[dtype])
+
+    def natural_dtype(self) -> torch.dtype:
+        """The dtype of a float weight in this layer's place."""
+        bias = self._buffers["bias"]
+        candidates = (self.weight_dtype, None if bias is None else bias.dtype, self._scale_dtype())
+        return next((dtype for dtype in candidates if dtype in ops.DTYPE_NAMES), torch.float32)
+
+    def _scale_dtype(self) -> torch.dtype | None:
+        return None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors held, the bias among them."""
+        tensors = (*self._parameters.values(), *self._buffers.values())
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    @property
+    def device(self) -> torch.device:
+        return getattr(self, self.packed[0]).device
+
+    def extra_repr(self) -> str:
+        bias = self._buffers["bias"] is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}"
+
+    # Casts and moves
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
+        fixed = {id(tensor) for name in self.packed if (tensor := getattr(self, name)) is not None}
+
+        def spare(tensor: Tensor) -> Tensor:
+            if id(tensor) not in fixed:
+                return fn(tensor)
+            # An empty tensor tells what fn does to the dtype without casting the whole weight to throw it away.
+            moved = fn(tensor.new_empty(0))
+            return fn(tensor) if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        try:
+            return super()._apply(spare, recurse)
+        finally:
+            self._forget()
+
+    def __getstate__(self) -> dict:
+        state = dict(self.__dict__)
+        del state["_engine"], state["_held"]
+        return state
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._forget()
+
+    # Loading
+
+    def _place(self, name: str, tensor: Tensor | None) -> None:
+        if name in self._parameters and tensor is not None:
+            self._parameters[name] = Parameter(tensor, requires_grad=False)
+        else:
+            self._buffers[name] = tensor
+
+    def _adopt(self, state_dict: dict, prefix: str, assign: bool) -> None:
+        """Makes room for the file's tensors where it has others than the module: nn.Module would cast them."""
+        if f"{prefix}{self.packed[0]}" not in state_dict:
+            return
+        for name in (*self.packed, "bias"):
+            here = getattr(self, name)
+            there = state_dict.get(f"{prefix}{name}")
+            if there is None:
+                if name in self.optional:
+                    self._place(name, None)
+                continue
+            if not isinstance(there, Tensor):
+                continue
+            if here is None:
+                fits = name not in self.optional
+            else:
+                fits = here.dtype == there.dtype and (here.shape == there.shape or name not in self.flexible)
+            if not fits:
+                device = "meta" if assign else self.device
+                shape = there.shape if here is None or name in self.flexible else here.shape
+                self._place(name, torch.empty(shape, dtype=there.dtype, device=device))
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        self._adopt(state_dict, prefix, bool(local_metadata.get("assign_to_params_buffers", False)))
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        self._forget()

@@ -1,0 +1,148 @@
+"""AWQ: 4-bit weights with zeros and scales by groups of input channels, W[n][k] = (q - z) * s."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .. import _qlinear
+from ._module import QuantizedLinear, check_bias, check_weight, frozen
+
+
+def to_gemm(qweight: Tensor, qzeros: Tensor | None, scales: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The storage that AutoAWQ calls GEMM, from any of its four, which dtypes and shapes tell apart.
+
+    GEMVFast has int16 words; Marlin has no zeros; GEMV has one row of each tensor an output channel. GEMVFast's zeros
+    stay the products that they are, of scales' dtype. ValueError where it is none of them.
+    """
+    if qweight.dim() != 2 or scales.dim() != 2 or (qzeros is not None and qzeros.dim() != 2):
+        raise ValueError("qweight, qzeros and scales must be 2-D")
+    if qweight.dtype == torch.int16:
+        if qzeros is None:
+            raise ValueError("qzeros must be given with a GEMVFast qweight (int16)")
+        return _qlinear.awq_from_gemv_fast(qweight, qzeros, scales, group_size=group_size)
+    if qweight.dtype != torch.int32:
+        raise TypeError(f"qweight must be int32 (or GEMVFast's int16), got {qweight.dtype}")
+    if qzeros is None:
+        return _qlinear.awq_from_marlin(qweight, scales, group_size=group_size)
+    words, groups, columns = qweight.shape[1], scales.shape[0], scales.shape[1]
+    if columns == 8 * words and qzeros.shape[0] == groups:
+        return qweight, qzeros, scales
+    if qweight.shape[0] == qzeros.shape[0] == groups and columns == 8 * qzeros.shape[1]:
+        return _qlinear.awq_from_gemv(qweight, qzeros, scales, group_size=group_size)
+    raise ValueError(
+        f"qweight {tuple(qweight.shape)}, qzeros {tuple(qzeros.shape)} and scales {tuple(scales.shape)} are none of "
+        "AWQ's storages: GEMM takes [K, N / 8], [G, N / 8] and [G, N]"
+    )
+
+
+class AWQLinear(QuantizedLinear):
+    """qweight int32 [K, N / 8], qzeros int32 [G, N / 8] and scales [G, N]; group_size -1 is K.
+
+    The GEMV, GEMVFast and Marlin storages (the last with qzeros None) are converted, exactly, on the way in.
+    """
+
+    operator = "awq"
+    packed = ("qweight", "qzeros", "scales")
+    flexible = frozenset({"qzeros"})
+
+    def __init__(
+        self,
+        w_bit: int,
+        group_size: int,
+        qweight: Tensor,
+        qzeros: Tensor | None,
+        scales: Tensor,
+        bias: Tensor | None,
+    ) -> None:
+        if w_bit != 4:
+            raise NotImplementedError("Only 4-bit are supported for now.")
+        if not isinstance(group_size, int) or group_size == 0 or group_size < -1:
+            raise ValueError(f"group_size must be positive or -1, got {group_size!r}")
+        for name, tensor in (("qweight", qweight), ("scales", scales)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        super().__init__()
+        qweight, qzeros, scales = to_gemm(qweight, qzeros, scales, group_size)
+        check_bias(bias, scales.shape[1])
+        self.w_bit = w_bit
+        self.in_features = qweight.shape[0]
+        self.out_features = scales.shape[1]
+        self.group_size = self.in_features if group_size == -1 else group_size
+        self.register_buffer("qweight", frozen(qweight))
+        self.register_buffer("qzeros", frozen(qzeros))
+        self.register_buffer("scales", frozen(scales))
+        self.register_buffer("bias", frozen(bias))
+        self._check()
+
+    @classmethod
+    def quantize(cls, weight: Tensor, bias: Tensor | None, *, group_size: int = 128) -> AWQLinear:
+        """Rounds a float weight [N, K] to the nearest codes, with AWQ's scales and zeros."""
+        check_weight(weight)
+        self = cls(4, group_size, *_qlinear.awq_quantize(weight.detach(), group_size=group_size), bias)
+        self.weight_dtype = weight.dtype
+        return self
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], bias: Tensor | None = None, *, group_size: int | None = None, bits: int = 4
+    ) -> AWQLinear:
+        """From a checkpoint's `qweight`, `qzeros`, `scales` and, where there is one, `bias`. group_size None: told from
+        the number of groups, which only the GEMM storage does."""
+        qweight, scales = tensors["qweight"], tensors["scales"]
+        if group_size is None:
+            group_size = -(-qweight.shape[0] // max(scales.shape[0], 1))
+        bias = tensors.get("bias") if bias is None else bias
+        return cls(bits, group_size, qweight, tensors.get("qzeros"), scales, bias)
+
+    @classmethod
+    def empty(
+        cls,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        group_size: int = 128,
+        device="meta",
+        dtype=torch.float16,
+    ) -> AWQLinear:
+        """A layer to load a checkpoint into; zero where the device has memory. dtype: of scales and bias."""
+        if out_features % 8:
+            raise ValueError(f"out_features must be a multiple of 8, got {out_features}")
+        groups = 1 if group_size == -1 else -(-in_features // group_size)
+        return cls(
+            4,
+            group_size,
+            torch.zeros(in_features, out_features // 8, dtype=torch.int32, device=device),
+            torch.zeros(groups, out_features // 8, dtype=torch.int32, device=device),
+            torch.zeros(groups, out_features, dtype=dtype, device=device),
+            torch.zeros(out_features, dtype=dtype, device=device) if bias else None,
+        )
+
+    def _arguments(self) -> tuple:
+        buffers = self._buffers
+        return (buffers["qweight"], buffers["qzeros"], buffers["scales"], buffers["bias"], self.group_size)
+
+    def _adopt(self, state_dict: dict, prefix: str, assign: bool) -> None:
+        names = {name: f"{prefix}{name}" for name in self.packed}
+        qweight, scales = state_dict.get(names["qweight"]), state_dict.get(names["scales"])
+        if qweight is not None and scales is not None and qweight.shape != self.qweight.shape:
+            try:
+                converted = to_gemm(qweight, state_dict.get(names["qzeros"]), scales, self.group_size)
+            except (TypeError, ValueError):
+                # nn.Module reports the shapes that do not fit, with all the others of the model.
+                converted = ()
+            state_dict.update(zip(names.values(), converted, strict=False))
+        super()._adopt(state_dict, prefix, assign)
+
+    def _scale_dtype(self) -> torch.dtype:
+        return self.scales.dtype
+
+    @property
+    def weight(self) -> Tensor:
+        return self.qweight
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, w_bit={self.w_bit}, group_size={self.group_size}"

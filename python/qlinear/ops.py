@@ -1,0 +1,229 @@
+"""The registered operators, one product and one gradient a format.
+
+A layer calls the C type directly where nothing watches the call (`is_plain`). Everything else, autograd, autocast,
+`torch.compile`, export, fake and meta tensors, goes through `linear`, which ends in `torch.ops.qlinear.<format>`. Both
+operators of a format take the same arguments after the first: the checkpoint's tensors and the numbers of the format.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+from . import _qlinear
+
+DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+# Before torch 2.10 the C side cannot see that a tensor's storage was replaced: there its address is part of who it is.
+_READS_STORAGE_ANEW = hasattr(Tensor, "__dlpack_c_exchange_api__")
+
+# Both are private to torch and cheap; a torch without one of them has no such mode, or only slower tools notice.
+_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+_functorch_level = getattr(getattr(torch._C, "_functorch", None), "maybe_current_level", lambda: None)
+
+
+class Format(NamedTuple):
+    """schema: of the arguments after x; make: the C layer of those; features: (K, N) of those."""
+
+    schema: str
+    make: Callable[..., Any]
+    features: Callable[..., tuple[int, int]]
+
+
+def _make_gptq(qweight, qzeros, scales, g_idx, bias, bits, group_size, zero_format, in_features, out_features):
+    return _qlinear.QuantLinear(
+        qweight,
+        qzeros,
+        scales,
+        g_idx,
+        bias,
+        bits=bits,
+        group_size=group_size,
+        zero_format=zero_format,
+        in_features=in_features,
+    )
+
+
+def packed_bytes(weight: Tensor) -> Tensor:
+    """The bytes of a packed weight that a checkpoint stores as another dtype (bitsandbytes' quant_storage)."""
+    return weight if weight.dtype == torch.uint8 else weight.detach().contiguous().view(torch.uint8)
+
+
+def _make_fourbit(
+    weight, absmax, code, bias, nested_absmax, nested_code, n, k, blocksize, nested_offset, nested_blocksize
+):
+    return _qlinear.Linear4bit(
+        packed_bytes(weight),
+        absmax,
+        code,
+        bias,
+        shape=(n, k),
+        blocksize=blocksize,
+        nested_absmax=nested_absmax,
+        nested_code=nested_code,
+        nested_offset=nested_offset,
+        nested_blocksize=nested_blocksize,
+    )
+
+
+def _make_fp8(weight, weight_scale, bias, input_scale, input_scale_ub, activation, block_n, block_k):
+    return _qlinear.Fp8Linear(
+        weight,
+        weight_scale,
+        bias,
+        activation=activation,
+        input_scale=input_scale,
+        input_scale_ub=input_scale_ub,
+        block_size=(block_n, block_k),
+    )
+
+
+FORMATS = {
+    "eetq": Format(
+        "Tensor weight, Tensor weight_scales, Tensor? bias",
+        lambda weight, weight_scales, bias: _qlinear.EETQLinear(weight, weight_scales, bias),
+        lambda weight, *_: (weight.shape[0], weight.shape[1]),
+    ),
+    "gptq": Format(
+        "Tensor qweight, Tensor qzeros, Tensor scales, Tensor? g_idx, Tensor? bias, int bits, int group_size, "
+        "str zero_format, int in_features, int out_features",
+        _make_gptq,
+        lambda *arguments: arguments[-2:],
+    ),
+    "awq": Format(
+        "Tensor qweight, Tensor qzeros, Tensor scales, Tensor? bias, int group_size",
+        lambda qweight, qzeros, scales, bias, group_size: _qlinear.AWQLinear(
+            qweight, qzeros, scales, bias, group_size=group_size
+        ),
+        lambda qweight, qzeros, scales, *_: (qweight.shape[0], scales.shape[1]),
+    ),
+    "int8": Format(
+        "Tensor CB, Tensor SCB, Tensor? bias, float threshold",
+        lambda CB, SCB, bias, threshold: _qlinear.Linear8bitLt(CB, SCB, bias, threshold=threshold),
+        lambda CB, *_: (CB.shape[1], CB.shape[0]),
+    ),
+    "fourbit": Format(
+        "Tensor weight, Tensor absmax, Tensor code, Tensor? bias, Tensor? nested_absmax, Tensor? nested_code, int n, "
+        "int k, int blocksize, float nested_offset, int nested_blocksize",
+        _make_fourbit,
+        lambda *arguments: (arguments[7], arguments[6]),
+    ),
+    "fp8": Format(
+        "Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? input_scale, Tensor? input_scale_ub, "
+        "str activation, int block_n, int block_k",
+        _make_fp8,
+        lambda weight, *_: (weight.shape[1], weight.shape[0]),
+    ),
+}
+
+# A C layer holds its tensors, so while it lives no other tensor can have their ids; the modules keep it alive.
+_live: weakref.WeakValueDictionary[tuple, Any] = weakref.WeakValueDictionary()
+
+
+def _identity(argument: Any) -> Any:
+    if not isinstance(argument, Tensor):
+        return argument
+    return id(argument) if _READS_STORAGE_ANEW else (id(argument), argument.data_ptr())
+
+
+def engine(name: str, arguments: tuple) -> Any:
+    """The C layer of these arguments: one that lives already, or a new one. Raises what the C type raises."""
+    key = (name, *map(_identity, arguments))
+    found = _live.get(key)
+    if found is None:
+        found = _live[key] = FORMATS[name].make(*arguments)
+    return found
+
+
+def _define(name: str, made: Format) -> tuple[Any, Any]:
+    def product(x: Tensor, *arguments: Any) -> Tensor:
+        return engine(name, arguments)(x)
+
+    def product_fake(x: Tensor, *arguments: Any) -> Tensor:
+        in_features, out_features = made.features(*arguments)
+        torch._check(x.shape[-1] == in_features, lambda: f"x has {x.shape[-1]} features, the weight has {in_features}")
+        return x.new_empty((*x.shape[:-1], out_features))
+
+    def gradient(grad_output: Tensor, *arguments: Any) -> Tensor:
+        return engine(name, arguments).grad_input(grad_output)
+
+    def gradient_fake(grad_output: Tensor, *arguments: Any) -> Tensor:
+        return grad_output.new_empty((*grad_output.shape[:-1], made.features(*arguments)[0]))
+
+    tags = (torch.Tag.pt2_compliant_tag,)
+    for op, first, kernel, fake in (
+        (name, "x", product, product_fake),
+        (f"{name}_grad_input", "grad_output", gradient, gradient_fake),
+    ):
+        _library.define(f"{op}(Tensor {first}, {made.schema}) -> Tensor", tags=tags)
+        _library.impl(op, kernel, "CPU")
+        _library.impl(op, kernel, "CUDA")
+        torch.library.register_fake(f"qlinear::{op}", fake, lib=_library)
+    return getattr(torch.ops.qlinear, name).default, getattr(torch.ops.qlinear, f"{name}_grad_input").default
+
+
+_library = torch.library.Library("qlinear", "DEF")
+_OPERATORS = {name: _define(name, made) for name, made in FORMATS.items()}
+
+
+class _Linear(torch.autograd.Function):
+    """The product with its gradient with respect to x; the packed weight and the bias are frozen."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, name, *arguments):
+        return _OPERATORS[name][0](x, *arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.name, *arguments = inputs
+        ctx.save_for_backward(*(argument for argument in arguments if isinstance(argument, Tensor)))
+        ctx.numbers = [None if isinstance(argument, Tensor) else (argument,) for argument in arguments]
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        tensors = iter(ctx.saved_tensors)
+        arguments = [next(tensors) if number is None else number[0] for number in ctx.numbers]
+        return _OPERATORS[ctx.name][1](grad_output, *arguments), None, *(None for _ in arguments)
+
+
+def is_plain(x: Any) -> bool:
+    """Whether x may go to the C type as it is: a strided tensor with data, and nobody who wants to see the call."""
+    kind = type(x)
+    if (kind is not Tensor and kind is not Parameter) or torch.compiler.is_compiling():
+        return False
+    device = x.device.type
+    return not (
+        (x.requires_grad and torch.is_grad_enabled())
+        or (device != "cpu" and device != "cuda")
+        or torch.is_autocast_enabled(device)
+        or _dispatch_modes()
+        or _functorch_level() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._is_tracing()
+    )
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x in the dtype that F.linear would compute in here."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device) or not x.is_floating_point():
+        return x
+    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device))
+
+
+def linear(name: str, x: Tensor, arguments: tuple) -> Tensor:
+    """x [..., K] times the weight that `arguments` hold, through the registered operator."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+    x = autocast(x)
+    if (torch.is_grad_enabled() and x.requires_grad) or forward_ad._current_level >= 0:
+        return _Linear.apply(x, name, *arguments)
+    return _OPERATORS[name][0](x, *arguments)

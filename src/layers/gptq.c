@@ -89,10 +89,10 @@ static int ql_gptq_check(const ql_layer *layer) {
                : 0;
 }
 
-/* The resolved g_idx in *copy for the caller to own, NULL where it is trivial. */
-static int ql_gptq_copy_g_idx(ql_g_idx_copy **copy, const ql_tensor *g_idx, const ql_gptq *gptq, int64_t k) {
+/* The resolved g_idx in *copy for the caller to own, NULL where it is trivial; contents: its elements on the host. */
+static int ql_gptq_copy_g_idx(ql_g_idx_copy **copy, const void *contents, const ql_tensor *g_idx, const ql_gptq *gptq,
+                              int64_t k) {
     *copy = NULL;
-    if (!g_idx) return 0;
     ql_g_idx_copy *resolved = malloc(sizeof *resolved + (size_t)k * sizeof resolved->group[0]);
     if (!resolved) {
         PyErr_NoMemory();
@@ -101,7 +101,7 @@ static int ql_gptq_copy_g_idx(ql_g_idx_copy **copy, const ql_tensor *g_idx, cons
     resolved->older = NULL;
     resolved->k = k;
     int64_t position = 0;
-    ql_g_idx kind = ql_gptq_resolve_g_idx(resolved->group, &position, g_idx->data, g_idx->dtype, g_idx->stride[0], k,
+    ql_g_idx kind = ql_gptq_resolve_g_idx(resolved->group, &position, contents, g_idx->dtype, g_idx->stride[0], k,
                                           gptq->groups, gptq->group_size);
     if (kind == QL_G_IDX_GENERAL) {
         *copy = resolved;
@@ -110,15 +110,14 @@ static int ql_gptq_copy_g_idx(ql_g_idx_copy **copy, const ql_tensor *g_idx, cons
     free(resolved);
     if (kind == QL_G_IDX_TRIVIAL) return 0;
     int64_t at = position * g_idx->stride[0];
-    long long value = g_idx->dtype == QL_I64 ? ((const int64_t *)g_idx->data)[at] : ((const int32_t *)g_idx->data)[at];
+    long long value = g_idx->dtype == QL_I64 ? ((const int64_t *)contents)[at] : ((const int32_t *)contents)[at];
     PyErr_Format(PyExc_ValueError, "g_idx must be in [-%lld, %lld), got %lld at position %lld", (long long)gptq->groups,
                  (long long)gptq->groups, value, (long long)position);
     return -1;
 }
 
-/* Makes the copy the newest of the layer's, or drops it for an equal one; the groups to use, NULL for NULL. */
+/* Makes the copy the newest of the layer's, or drops it for an equal one; the groups to use. */
 static const int32_t *ql_gptq_keep_g_idx(ql_gptq_config *config, ql_g_idx_copy *copy) {
-    if (!copy) return NULL;
     size_t bytes = (size_t)copy->k * sizeof copy->group[0];
     for (ql_g_idx_copy *kept = config->g_idx; kept; kept = kept->older) {
         if (kept->k == copy->k && memcmp(kept->group, copy->group, bytes) == 0) {
@@ -137,8 +136,46 @@ static void ql_gptq_summarize(ql_layer *layer, const ql_gptq_config *config) {
              layer->weight.gptq.g_idx ? ", act_order" : "");
 }
 
-/* g_idx is checked and copied here, once: the engine indexes with entries that nobody can change any more. So a change
- * of its contents in place is not seen, and neither is one of qzeros by zero_format "auto". */
+/* What bind takes of g_idx: a new copy in *copy on the CPU; on a GPU its own memory in gptq->g_idx, if nothing in it has to
+ * be resolved. Neither where it is trivial. */
+static int ql_gptq_bind_g_idx(ql_g_idx_copy **copy, ql_gptq *gptq, const ql_layer *layer, int64_t k) {
+    const ql_tensor *g_idx = ql_gptq_g_idx_tensor(layer);
+    *copy = NULL;
+    if (!g_idx) return 0;
+    void *read;
+    const void *contents = ql_layer_contents(layer, G_IDX, &read);
+    int result = contents ? ql_gptq_copy_g_idx(copy, contents, g_idx, gptq, k) : -1;
+    if (result == 0 && *copy && g_idx->device_type != QL_DEVICE_CPU) {
+        if (g_idx->dtype == QL_I32 && memcmp(contents, (*copy)->group, (size_t)k * sizeof(int32_t)) == 0) {
+            gptq->g_idx = g_idx->data;
+        } else {
+            PyErr_SetString(PyExc_NotImplementedError,
+                            "g_idx on a GPU must be int32 without negative entries where it is not trivial");
+            result = -1;
+        }
+        free(*copy);
+        *copy = NULL;
+    }
+    free(read);
+    return result;
+}
+
+/* 1 or 0 in gptq->zero_offset, by the argument or, for "auto", by the zeros themselves. */
+static int ql_gptq_bind_zeros(ql_gptq *gptq, const ql_layer *layer, int64_t n) {
+    const ql_gptq_config *config = layer->extra;
+    gptq->zero_offset = config->zero_format == QL_ZEROS_V1;
+    if (config->zero_format != QL_ZEROS_AUTO) return 0;
+    void *read;
+    const void *contents = ql_layer_contents(layer, QZEROS, &read);
+    /* An empty tensor may have no memory. */
+    if (!contents && PyErr_Occurred()) return -1;
+    gptq->zero_offset = !ql_gptq_zeros_are_middle(contents, gptq->groups, n, gptq->bits);
+    free(read);
+    return 0;
+}
+
+/* On the CPU g_idx is checked and copied here, once: the engine indexes with entries that nobody can change any more. So a
+ * change of its contents in place is not seen, and neither is one of qzeros by zero_format "auto". */
 static int ql_gptq_bind(ql_layer *layer) {
     ql_gptq_config *config = layer->extra;
     const ql_tensor *qweight = &layer->held[QWEIGHT].tensor;
@@ -165,12 +202,8 @@ static int ql_gptq_bind(ql_layer *layer) {
         .groups = groups,
     };
     ql_g_idx_copy *copy;
-    if (ql_gptq_copy_g_idx(&copy, g_idx, &gptq, k) < 0) return -1;
-    bool stored_as_is =
-        config->zero_format == QL_ZEROS_V2 ||
-        (config->zero_format == QL_ZEROS_AUTO && ql_gptq_zeros_are_middle(gptq.qzeros, groups, n, config->bits));
-    gptq.zero_offset = stored_as_is ? 0 : 1;
-    gptq.g_idx = ql_gptq_keep_g_idx(config, copy);
+    if (ql_gptq_bind_zeros(&gptq, layer, n) < 0 || ql_gptq_bind_g_idx(&copy, &gptq, layer, k) < 0) return -1;
+    if (copy) gptq.g_idx = ql_gptq_keep_g_idx(config, copy);
     layer->weight = (ql_weight){.format = QL_FORMAT_GPTQ, .n = n, .k = k, .gptq = gptq};
     ql_gptq_summarize(layer, config);
     return 0;
@@ -361,7 +394,7 @@ static int ql_gptq_read_g_idx(ql_g_idx_copy **copy, PyObject *object, int64_t gr
     ql_gptq gptq = {.group_size = group_size, .groups = ql_group_count(k, group_size)};
     int result = ql_check_dtype(&g_idx, "g_idx", 2, index);
     if (result == 0) result = ql_check_shape(&g_idx, "g_idx", 1, &k);
-    if (result == 0) result = ql_gptq_copy_g_idx(copy, &g_idx, &gptq, k);
+    if (result == 0) result = ql_gptq_copy_g_idx(copy, g_idx.data, &g_idx, &gptq, k);
     ql_tensor_release(&g_idx);
     return result;
 }

@@ -1,0 +1,392 @@
+/* Products with few rows of x: weights are decoded in registers and multiplied there, so that a call is one walk over the
+ * checkpoint's bytes. Part of the kernels (see vector.h). MAX_FUSED_ROWS rows at most; more go through dense.h. */
+#include "decode.h"
+#include "threads.h"
+
+#include <stdlib.h>
+
+enum { MAX_FUSED_ROWS = 4 };
+
+INLINE void store_outputs(const ql_product *product, int64_t m, int64_t n, vf sums, int64_t count) {
+    if (count <= 0) return;
+    if (product->row_scale) sums = sums * vf_set(product->row_scale[m]);
+    if (product->bias) sums = sums + vf_convert(product->bias, QL_F32, n, count);
+    vf_store_as(product->out, product->dtype, m * product->weight->n + n, sums, count);
+}
+
+/* ---- n lanes: GPTQ and AWQ ---- */
+
+/* Columns that share a group are summed as (q - z) * x, which is exact but for the sum, and scaled once. */
+enum { N_CHUNK = 128, N_STRIP_BLOCKS = 4 };
+
+INLINE void n_gptq_chunk(float *sums, const int32_t *from, int64_t n, int64_t rows, const float *x, int64_t x_stride,
+                         int64_t cols, const float *zeros, const float *scales, const n_decoder *decoder,
+                         const int bits, const int vectors, const int m_count) {
+    const int codes = unit_codes(bits), words = unit_words(bits);
+    vf sum[8][MAX_FUSED_ROWS], zero[8];
+    UNROLL
+    for (int v = 0; v < vectors; v++) {
+        zero[v] = vf_load(zeros + v * LANES);
+        UNROLL
+        for (int m = 0; m < m_count; m++) sum[v][m] = vf_set(0);
+    }
+    int64_t unit = 0;
+    for (; (unit + 1) * codes <= cols; unit++, from += words * n) {
+        const float *at = x + unit * codes;
+        UNROLL
+        for (int v = 0; v < vectors; v++) {
+            vi packed[3];
+            UNROLL
+            for (int w = 0; w < words; w++) {
+                packed[w] = vi_load_some(from + w * n + v * LANES, rows - v * LANES);
+                /* The next chunk's words: rows lie so far apart that the processor foresees none of them. */
+                __builtin_prefetch((const void *)((uintptr_t)(from + w * n + v * LANES) +
+                                                  (uintptr_t)(N_CHUNK * bits / 32 * n * 4)));
+            }
+            UNROLL
+            for (int c = 0; c < codes; c++) {
+                vf code = n_code(decoder, packed, c, bits) - zero[v];
+                UNROLL
+                for (int m = 0; m < m_count; m++) sum[v][m] = vf_fma(vf_set(at[m * x_stride + c]), code, sum[v][m]);
+            }
+        }
+    }
+    if (unit * codes < cols) { /* the last unit of K, in part: the codes that are not there meet zeros */
+        float tail[MAX_FUSED_ROWS][32] = {{0}};
+        int64_t left = ((cols - unit * codes) * bits + 31) / 32;
+        for (int m = 0; m < m_count; m++)
+            memcpy(tail[m], x + m * x_stride + unit * codes, (size_t)(cols - unit * codes) * sizeof(float));
+        UNROLL
+        for (int v = 0; v < vectors; v++) {
+            vi packed[3];
+            UNROLL
+            for (int w = 0; w < words; w++)
+                packed[w] = vi_load_some(from + (w < left ? w : 0) * n + v * LANES, rows - v * LANES);
+            UNROLL
+            for (int c = 0; c < codes; c++) {
+                vf code = n_code(decoder, packed, c, bits) - zero[v];
+                UNROLL
+                for (int m = 0; m < m_count; m++) sum[v][m] = vf_fma(vf_set(tail[m][c]), code, sum[v][m]);
+            }
+        }
+    }
+    UNROLL
+    for (int v = 0; v < vectors; v++) {
+        vf scale = vf_load(scales + v * LANES);
+        UNROLL
+        for (int m = 0; m < m_count; m++) {
+            float *to = sums + m * (N_STRIP_BLOCKS * BLOCK) + v * LANES;
+            vf_store(to, vf_fma(sum[v][m], scale, vf_load(to)));
+        }
+    }
+}
+
+INLINE void n_awq_chunk(float *sums, const int32_t *from, int64_t words, int64_t left, const float *x, int64_t x_stride,
+                        int64_t cols, const float *zeros, const float *scales, const n_decoder *decoder,
+                        const int first, const int vectors, const int m_count) {
+    vf sum[8][MAX_FUSED_ROWS], zero[8];
+    UNROLL
+    for (int v = 0; v < vectors; v++) {
+        zero[v] = vf_load(zeros + (first + v) * LANES);
+        UNROLL
+        for (int m = 0; m < m_count; m++) sum[v][m] = vf_set(0);
+    }
+    for (int64_t col = 0; col < cols; col++, from += words) {
+        vi packed = vi_load_some(from, left);
+        if (first == 0) __builtin_prefetch((const void *)((uintptr_t)from + (uintptr_t)(N_CHUNK * words * 4)));
+        UNROLL
+        for (int v = 0; v < vectors; v++) {
+            vf code = n_code(decoder, &packed, first + v, 4) - zero[v];
+            UNROLL
+            for (int m = 0; m < m_count; m++) sum[v][m] = vf_fma(vf_set(x[m * x_stride + col]), code, sum[v][m]);
+        }
+    }
+    UNROLL
+    for (int v = 0; v < vectors; v++) {
+        vf scale = vf_load(scales + (first + v) * LANES);
+        UNROLL
+        for (int m = 0; m < m_count; m++) {
+            float *to = sums + m * (N_STRIP_BLOCKS * BLOCK) + (first + v) * LANES;
+            vf_store(to, vf_fma(sum[v][m], scale, vf_load(to)));
+        }
+    }
+}
+
+/* Vectors of sums that fit the registers beside the zeros, for m_count rows. */
+INLINE int n_vectors(int m_count) {
+#if LANES == 16
+    return m_count <= 2 ? 8 : 4;
+#else
+    return m_count == 1 ? 4 : m_count == 2 ? 2 : 1;
+#endif
+}
+
+typedef struct n_fused {
+    const ql_product *product;
+    n_decoder decoder;
+    int16_t order[BLOCK];
+    int64_t strip; /* rows of W an item, a multiple of BLOCK */
+} n_fused;
+
+INLINE void n_fused_strip(const n_fused *work, int64_t row, float *sums, const int bits, const bool awq,
+                          const int m_count) {
+    const ql_product *product = work->product;
+    const ql_weight *weight = product->weight;
+    const int64_t n = weight->n, k = weight->k, words = (n + 7) / 8;
+    const int64_t group_size = awq ? weight->awq.group_size : weight->gptq.group_size;
+    const int vectors = n_vectors(m_count);
+    int64_t end = min_of(row + work->strip, n);
+    memset(sums, 0, (size_t)m_count * N_STRIP_BLOCKS * BLOCK * sizeof(float));
+    float group_values[2][BLOCK];
+    for (int64_t col = 0, group = 0, cols; col < k; col += cols) {
+        int64_t group_end = group_size >= k - group * group_size ? k : (group + 1) * group_size;
+        cols = min_of(group_end - col, N_CHUNK);
+        for (int64_t at = row; at < end; at += BLOCK) {
+            float *block_sums = sums + (at - row);
+            const float *x = product->x + col;
+            if (awq) {
+                awq_group(group_values[0], group_values[1], weight, &work->decoder, work->order, group, at);
+                UNROLL
+                for (int first = 0; first < 8; first += vectors)
+                    n_awq_chunk(block_sums, weight->awq.qweight + col * words + at / 8, words, words - at / 8, x,
+                                product->x_stride, cols, group_values[0], group_values[1], &work->decoder, first,
+                                vectors, m_count);
+            } else {
+                gptq_group(group_values[0], group_values[1], weight, group, at);
+                for (int v = 0; v < 8; v += vectors) {
+                    if (at + v * LANES >= n) break;
+                    n_gptq_chunk(block_sums + v * LANES,
+                                 weight->gptq.qweight + col * bits / 32 * n + at + v * LANES, n, n - at - v * LANES, x,
+                                 product->x_stride, cols, group_values[0] + v * LANES, group_values[1] + v * LANES,
+                                 &work->decoder, bits, vectors, m_count);
+                }
+            }
+        }
+        if (col + cols == group_end) group++;
+    }
+    for (int m = 0; m < m_count; m++) {
+        for (int64_t at = row; at < end; at += BLOCK) {
+            float *from = sums + m * (N_STRIP_BLOCKS * BLOCK) + (at - row), natural[BLOCK];
+            for (int i = 0; i < BLOCK; i++) natural[work->order[i]] = from[i];
+            for (int v = 0; v < 8; v++)
+                store_outputs(product, m, at + v * LANES, vf_load(natural + v * LANES), n - at - v * LANES);
+        }
+    }
+}
+
+#define N_FUSED_BODY(name, bits, awq, m_count)                                                                         \
+    static void name(void *context, int64_t begin, int64_t end) {                                                      \
+        const n_fused *work = context;                                                                                 \
+        float sums[(m_count) * N_STRIP_BLOCKS * BLOCK];                                                                \
+        for (int64_t i = begin; i < end; i++) n_fused_strip(work, i * work->strip, sums, bits, awq, m_count);          \
+    }
+#define N_FUSED_BODIES(name, bits, awq)                                                                                \
+    N_FUSED_BODY(name##_1, bits, awq, 1)                                                                               \
+    N_FUSED_BODY(name##_2, bits, awq, 2)                                                                               \
+    N_FUSED_BODY(name##_3, bits, awq, 3)                                                                               \
+    N_FUSED_BODY(name##_4, bits, awq, 4)
+#define BODIES(name)                                                                                                   \
+    {name##_1, name##_2, name##_3, name##_4}
+
+N_FUSED_BODIES(gptq2_fused, 2, false)
+N_FUSED_BODIES(gptq3_fused, 3, false)
+N_FUSED_BODIES(gptq4_fused, 4, false)
+N_FUSED_BODIES(gptq8_fused, 8, false)
+N_FUSED_BODIES(awq_fused, 4, true)
+
+typedef void loop_body(void *context, int64_t begin, int64_t end);
+
+static bool n_fused_fits(const ql_weight *weight) {
+    if (weight->format == QL_FORMAT_AWQ) return weight->awq.qzeros != NULL;
+    const ql_gptq *gptq = &weight->gptq;
+    return !gptq->g_idx && (gptq->group_size >= weight->k || gptq->group_size % unit_codes(gptq->bits) == 0);
+}
+
+static void n_fused_linear(const ql_product *product) {
+    static loop_body *const gptq_bodies[4][MAX_FUSED_ROWS] = {BODIES(gptq2_fused), BODIES(gptq3_fused),
+                                                             BODIES(gptq4_fused), BODIES(gptq8_fused)};
+    static loop_body *const awq_bodies[MAX_FUSED_ROWS] = BODIES(awq_fused);
+    const ql_weight *weight = product->weight;
+    const bool awq = weight->format == QL_FORMAT_AWQ;
+    n_fused work = {.product = product};
+    int bits = awq ? 4 : weight->gptq.bits;
+    n_decoder_init(&work.decoder, bits);
+    n_order(work.order, weight->format);
+    /* Wide strips read longer runs of each word row; narrow ones give every thread some. Sums do not depend on it. */
+    int64_t blocks = (weight->n + BLOCK - 1) / BLOCK / (4 * ql_cpu_thread_count());
+    work.strip = BLOCK * (blocks < 1 ? 1 : min_of(blocks, N_STRIP_BLOCKS));
+    loop_body *body = awq ? awq_bodies[product->m - 1] : gptq_bodies[bits == 8 ? 3 : bits - 2][product->m - 1];
+    ql_cpu_parallel((weight->n + work.strip - 1) / work.strip, 1, body, &work);
+}
+
+/* ---- k lanes: EETQ, FOURBIT and FP8 ---- */
+
+enum { MAX_FUSED_BLOCKS = 2048 }; /* of FOURBIT's absmax in one row */
+
+typedef struct k_fused {
+    const ql_product *product;
+    const float *x; /* [m][steps * BLOCK] in k_order, zeros beyond K */
+    k_decoder decoder;
+    int64_t steps;
+} k_fused;
+
+/* The sums of `row_count` rows from `row` on, with each of m_count rows of x. A step's products are summed by themselves
+ * and then scaled where the scale belongs to less than the row; that is also the better order of a long sum. */
+INLINE void k_fused_rows(const k_fused *work, int64_t row, float *sums, const ql_format format, const int row_count,
+                         const int m_count) {
+    const ql_weight *weight = work->product->weight;
+    const int64_t k = weight->k, x_stride = work->steps * BLOCK;
+    const int loads = words_loads(format), vectors = 8 / loads;
+    const int log2_blocksize = format == QL_FORMAT_FOURBIT ? __builtin_ctzll((uint64_t)weight->fourbit.blocksize) : 0;
+    const bool stepped = format == QL_FORMAT_FP8 && weight->fp8.block_k < k;
+    vf sum[4][MAX_FUSED_ROWS];
+    const uint8_t *from[4];
+    const float *scale_from[4] = {0};
+    int64_t inside[4] = {0}, left[4] = {0};
+    float expanded[4][MAX_FUSED_BLOCKS];
+    UNROLL
+    for (int r = 0; r < row_count; r++) {
+        from[r] = k_row(weight, row + r, 0, format);
+        if (format == QL_FORMAT_FOURBIT) {
+            const ql_fourbit *fourbit = &weight->fourbit;
+            int64_t flat = (row + r) * k, first = flat >> log2_blocksize;
+            left[r] = ((flat + k - 1) >> log2_blocksize) - first + 1;
+            inside[r] = flat & (fourbit->blocksize - 1);
+            scale_from[r] = fourbit->absmax + first;
+            if (fourbit->nested) {
+                fourbit_absmax(expanded[r], fourbit, first, left[r]);
+                scale_from[r] = expanded[r];
+            }
+        } else if (format == QL_FORMAT_FP8) {
+            scale_from[r] = weight->fp8.scale + (row + r) / weight->fp8.block_n * weight->fp8.scale_stride;
+        }
+        UNROLL
+        for (int m = 0; m < m_count; m++) sum[r][m] = vf_set(0);
+    }
+    for (int64_t step = 0; step < work->steps; step++) {
+        const float *x = work->x + step * BLOCK;
+        vf part[4][MAX_FUSED_ROWS];
+        UNROLL
+        for (int load = 0; load < loads; load++) {
+            k_words words[4];
+            int64_t col = step * BLOCK + load * 4 * LANES;
+            int64_t bytes = format == QL_FORMAT_FOURBIT ? (k - col) / 2 : k - col;
+            UNROLL
+            for (int r = 0; r < row_count; r++) {
+                /* A row of EETQ has 64 of each 128 bytes. */
+                int64_t offset = format == QL_FORMAT_FOURBIT ? col / 2 : format == QL_FORMAT_EETQ ? (col >> 6) * 128 + (col & 63) : col;
+                words[r] = k_open(&work->decoder, k_load(from[r] + offset, bytes), format);
+            }
+            UNROLL
+            for (int j = 0; j < vectors; j++) {
+                vf value[4];
+                UNROLL
+                for (int r = 0; r < row_count; r++) value[r] = k_value(&work->decoder, &words[r], j, format);
+                UNROLL
+                for (int m = 0; m < m_count; m++) {
+                    vf activation = vf_load(x + m * x_stride + (load * vectors + j) * LANES);
+                    UNROLL
+                    for (int r = 0; r < row_count; r++)
+                        part[r][m] = load + j == 0 ? value[r] * activation : vf_fma(value[r], activation, part[r][m]);
+                }
+            }
+        }
+        UNROLL
+        for (int r = 0; r < row_count; r++) {
+            vf scale = vf_set(1.0f);
+            if (format == QL_FORMAT_FOURBIT) {
+                int64_t at = inside[r] + step * BLOCK, block = at >> log2_blocksize;
+                scale = fourbit_scale(scale_from[r] + block, left[r] - block, at & (weight->fourbit.blocksize - 1),
+                                      log2_blocksize);
+            } else if (stepped) {
+                scale = vf_set(scale_from[r][step * BLOCK / weight->fp8.block_k]);
+            }
+            UNROLL
+            for (int m = 0; m < m_count; m++)
+                sum[r][m] = format == QL_FORMAT_FOURBIT || format == QL_FORMAT_FP8 ? vf_fma(part[r][m], scale, sum[r][m])
+                                                                                  : sum[r][m] + part[r][m];
+        }
+    }
+    UNROLL
+    for (int r = 0; r < row_count; r++) {
+        float scale = 1.0f;
+        if (format == QL_FORMAT_EETQ) scale = ql_f32_load(weight->eetq.scales, weight->eetq.scales_dtype, row + r);
+        if (format == QL_FORMAT_FP8 && !stepped) scale = scale_from[r][0];
+        UNROLL
+        for (int m = 0; m < m_count; m++) sums[m * LANES + r] = vf_sum(sum[r][m]) * scale;
+    }
+}
+
+INLINE int k_rows(int m_count) {
+#if LANES == 16
+    return m_count <= 2 ? 4 : 2;
+#else
+    return m_count == 1 ? 4 : m_count == 2 ? 2 : 1;
+#endif
+}
+
+/* Items are runs of LANES rows. */
+INLINE void k_fused_range(const k_fused *work, int64_t begin, int64_t end, const ql_format format, const int m_count) {
+    const int64_t n = work->product->weight->n;
+    const int rows = k_rows(m_count);
+    for (int64_t row = begin * LANES; row < min_of(end * LANES, n); row += LANES) {
+        float sums[MAX_FUSED_ROWS * LANES] = {0};
+        int64_t count = min_of(LANES, n - row), r = 0;
+        for (; r + rows <= count; r += rows) k_fused_rows(work, row + r, sums + r, format, rows, m_count);
+        for (; r < count; r++) k_fused_rows(work, row + r, sums + r, format, 1, m_count);
+        for (int m = 0; m < m_count; m++) store_outputs(work->product, m, row, vf_load(sums + m * LANES), count);
+    }
+}
+
+#define K_FUSED_BODY(name, format, m_count)                                                                            \
+    static void name(void *context, int64_t begin, int64_t end) {                                                      \
+        k_fused_range(context, begin, end, format, m_count);                                                           \
+    }
+#define K_FUSED_BODIES(name, format)                                                                                   \
+    K_FUSED_BODY(name##_1, format, 1)                                                                                  \
+    K_FUSED_BODY(name##_2, format, 2)                                                                                  \
+    K_FUSED_BODY(name##_3, format, 3)                                                                                  \
+    K_FUSED_BODY(name##_4, format, 4)
+
+K_FUSED_BODIES(eetq_fused, QL_FORMAT_EETQ)
+K_FUSED_BODIES(fourbit_fused, QL_FORMAT_FOURBIT)
+K_FUSED_BODIES(fp8_fused, QL_FORMAT_FP8)
+
+static bool k_fused_fits(const ql_weight *weight) {
+    if (weight->format == QL_FORMAT_FP8) return weight->fp8.col_stride == 1 && fp8_scale_is_even(weight);
+    if (weight->format == QL_FORMAT_FOURBIT)
+        return !fourbit_is_ragged(weight) &&
+               (!weight->fourbit.nested || weight->k / weight->fourbit.blocksize + 2 <= MAX_FUSED_BLOCKS);
+    return weight->format == QL_FORMAT_EETQ;
+}
+
+static int k_fused_linear(const ql_product *product) {
+    static loop_body *const eetq_bodies[MAX_FUSED_ROWS] = BODIES(eetq_fused);
+    static loop_body *const fourbit_bodies[MAX_FUSED_ROWS] = BODIES(fourbit_fused);
+    static loop_body *const fp8_bodies[MAX_FUSED_ROWS] = BODIES(fp8_fused);
+    const ql_weight *weight = product->weight;
+    k_fused work = {.product = product, .steps = (weight->k + BLOCK - 1) / BLOCK};
+    k_decoder_init(&work.decoder, weight);
+    int16_t order[BLOCK];
+    k_order(order, weight->format);
+    float *x = calloc((size_t)(product->m * work.steps), BLOCK * sizeof(float));
+    if (!x) return -1;
+    for (int64_t m = 0; m < product->m; m++) {
+        const float *from = product->x + m * product->x_stride;
+        float *to = x + m * work.steps * BLOCK;
+        for (int64_t col = 0; col < weight->k; col += BLOCK, to += BLOCK) {
+            if (col + BLOCK <= weight->k)
+                for (int i = 0; i < BLOCK; i++) to[i] = from[col + order[i]];
+            else
+                for (int i = 0; i < BLOCK; i++) to[i] = col + order[i] < weight->k ? from[col + order[i]] : 0.0f;
+        }
+    }
+    work.x = x;
+    loop_body *body = (weight->format == QL_FORMAT_EETQ      ? eetq_bodies
+                       : weight->format == QL_FORMAT_FOURBIT ? fourbit_bodies
+                                                             : fp8_bodies)[product->m - 1];
+    int64_t items = (weight->n + LANES - 1) / LANES, grain = items / (8 * ql_cpu_thread_count());
+    ql_cpu_parallel(items, grain < 1 ? 1 : grain, body, &work);
+    free(x);
+    return 0;
+}

@@ -26,8 +26,9 @@ static const float fp4_code[16] = {
     0.0f, -0.0625f / 12.0f, -8.0f / 12.0f, -1.0f, -4.0f / 12.0f, -0.5f, -2.0f / 12.0f, -0.25f,
 };
 
-/* Thresholds between neighbours, ascending, as bitsandbytes' kernel has them. NF4's are the fp32 midpoints of its code;
- * FP4's are literals that differ from the midpoints in the last places. */
+/* Thresholds between neighbours, ascending, by the decimals of bitsandbytes' kernel. NF4's are midpoints, but four of them
+ * (0, 8, 12, 14) are ties between two floats, which the decimal decides and not the rounding of the sum: they must not be
+ * computed. FP4's differ from the midpoints in the last places. */
 static const float nf4_threshold[15] = {
     -0.8480964004993439f,  -0.6106329262256622f,   -0.4599952697753906f, -0.33967943489551544f, -0.23460740596055984f,
     -0.13791173323988914f, -0.045525018125772476f, 0.03979014977812767f, 0.1202552504837513f,   0.2035212516784668f,

@@ -13,7 +13,7 @@ static const ql_dtype taken_f32[] = {QL_F32}, taken_u8[] = {QL_U8};
 
 /* A contiguous tensor of one dtype and `count` elements in any shape. */
 static int check_flat(const ql_tensor *tensor, const char *name, const ql_dtype *dtype, int64_t count) {
-    if (ql_check_dtype(tensor, name, 1, dtype) < 0 || ql_check_cpu(tensor, name) < 0 ||
+    if (ql_check_dtype(tensor, name, 1, dtype) < 0 ||
         ql_check_contiguous(tensor, name) < 0)
         return -1;
     if (ql_tensor_numel(tensor) == count) return 0;
@@ -310,7 +310,7 @@ static PyObject *quantize(PyObject *object, const ql_tensor *x, blocks_task *tas
 }
 
 static int check_values(const ql_tensor *x) {
-    return ql_check_float(x, "x", true) < 0 || ql_check_cpu(x, "x") < 0 || ql_check_aligned(x, "x") < 0 ? -1 : 0;
+    return ql_check_float(x, "x", true) < 0 || ql_check_aligned(x, "x") < 0 ? -1 : 0;
 }
 
 static PyObject *quantize_4bit(PyObject *module, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames) {
@@ -324,7 +324,7 @@ static PyObject *quantize_4bit(PyObject *module, PyObject *const *args, Py_ssize
     if (ql_args_fast(values, &signature, args, nargs, kwnames) < 0 ||
         ql_arg_choice(&type, values[1], "quant_type", type_choices) < 0 ||
         ql_arg_int(&task.blocksize, values[2], "blocksize") < 0 || check_blocksize(task.blocksize, "blocksize") < 0 ||
-        ql_tensor_read(&x, values[0], "x") < 0)
+        ql_tensor_read_cpu(&x, values[0], "x") < 0)
         return NULL;
     if (check_values(&x) == 0) {
         task.type = (ql_fourbit_type)type;
@@ -356,9 +356,9 @@ static PyObject *quantize_blockwise(PyObject *module, PyObject *const *args, Py_
     (void)module;
     if (ql_args_fast(values, &signature, args, nargs, kwnames) < 0 ||
         ql_arg_int(&task.blocksize, values[2], "blocksize") < 0 || check_blocksize(task.blocksize, "blocksize") < 0 ||
-        ql_tensor_read(&x, values[0], "x") < 0)
+        ql_tensor_read_cpu(&x, values[0], "x") < 0)
         return NULL;
-    if (ql_tensor_read(&code, values[1], "code") == 0) {
+    if (ql_tensor_read_cpu(&code, values[1], "code") == 0) {
         if (check_values(&x) == 0 && check_map(&code) == 0) {
             task.map = code.data;
             task.count = ql_tensor_numel(&x);
@@ -373,7 +373,7 @@ static PyObject *quantize_blockwise(PyObject *module, PyObject *const *args, Py_
 /* The three tensors of a dequantization, to be released, or -1 and none. */
 static int read_three(ql_tensor *tensors, PyObject *const *objects, const char *const *names) {
     for (int i = 0; i < 3; i++) {
-        if (ql_tensor_read(&tensors[i], objects[i], names[i]) == 0) continue;
+        if (ql_tensor_read_cpu(&tensors[i], objects[i], names[i]) == 0) continue;
         while (i-- > 0) ql_tensor_release(&tensors[i]);
         return -1;
     }

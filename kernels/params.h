@@ -44,6 +44,7 @@ typedef struct ql_linear_params {
     const uint8_t *nested;     /* 4 bit: the codes of absmax, or NULL */
     const float *nested_table;
     int64_t group_size; /* also 4 bit's blocksize */
+    int64_t groups; /* GPTQ */
     int64_t nested_blocksize;
     int64_t row_stride, col_stride, block_n, block_k, scale_stride; /* FP8 */
     float offset;                                                   /* 4 bit: of nested absmax */

@@ -8,7 +8,8 @@
 
 /* (q - z) * s. */
 static __device__ __forceinline__ float gptq_at(const ql_linear_params *p, int64_t row, int64_t col) {
-    int64_t group = p->index ? (int64_t)p->index[col] : col / p->group_size;
+    /* The index was checked when the layer was made; whatever it was changed to since, nothing outside is read. */
+    int64_t group = p->index ? max((int64_t)0, min((int64_t)p->index[col], p->groups - 1)) : col / p->group_size;
     uint32_t mask = (1u << p->bits) - 1u;
     uint32_t code = load_code((const int32_t *)p->codes + row, p->n, p->bits, col);
     const int32_t *zeros = (const int32_t *)p->zeros + group * ((p->n * p->bits + 31) / 32);

@@ -123,7 +123,10 @@ static PyObject *ql_call_dlpack(PyObject *object) {
     return capsule;
 }
 
+/* A deleter may run Python code, which must not see the exception that an error path is about to raise. */
 static void ql_managed_delete(void *managed, bool versioned) {
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
     if (versioned) {
         DLManagedTensorVersioned *tensor = managed;
         if (tensor->deleter) tensor->deleter(tensor);
@@ -131,6 +134,7 @@ static void ql_managed_delete(void *managed, bool versioned) {
         DLManagedTensor *tensor = managed;
         if (tensor->deleter) tensor->deleter(tensor);
     }
+    PyErr_Restore(type, value, traceback);
 }
 
 static int ql_read_capsule(ql_tensor *tensor, PyObject *object, const char *name) {
@@ -209,6 +213,14 @@ void ql_tensor_release(ql_tensor *tensor) {
     if (managed) ql_managed_delete(managed, tensor->versioned);
 }
 
+int ql_tensor_read_cpu(ql_tensor *tensor, PyObject *object, const char *name) {
+    if (ql_tensor_read(tensor, object, name) < 0) return -1;
+    if (tensor->device_type == QL_DEVICE_CPU) return 0;
+    PyErr_Format(PyExc_NotImplementedError, "%s is on cuda:%d; this is done on the CPU only", name, tensor->device_id);
+    ql_tensor_release(tensor);
+    return -1;
+}
+
 int64_t ql_tensor_numel(const ql_tensor *tensor) {
     int64_t numel = 1;
     for (int i = 0; i < tensor->ndim; i++) numel *= tensor->shape[i];
@@ -217,8 +229,8 @@ int64_t ql_tensor_numel(const ql_tensor *tensor) {
 
 bool ql_tensor_is_contiguous(const ql_tensor *tensor) {
     int64_t expected = 1;
+    if (ql_tensor_numel(tensor) == 0) return true;
     for (int i = tensor->ndim - 1; i >= 0; i--) {
-        if (tensor->shape[i] == 0) return true;
         if (tensor->shape[i] != 1 && tensor->stride[i] != expected) return false;
         expected *= tensor->shape[i];
     }
@@ -282,12 +294,6 @@ int ql_check_contiguous(const ql_tensor *tensor, const char *name) {
     ql_write_shape(shape, sizeof shape, tensor->ndim, tensor->shape);
     ql_write_shape(stride, sizeof stride, tensor->ndim, tensor->stride);
     PyErr_Format(PyExc_ValueError, "%s must be contiguous, got shape %s with strides %s", name, shape, stride);
-    return -1;
-}
-
-int ql_check_cpu(const ql_tensor *tensor, const char *name) {
-    if (tensor->device_type == QL_DEVICE_CPU) return 0;
-    PyErr_Format(PyExc_NotImplementedError, "%s is on cuda:%d; this is done on the CPU only", name, tensor->device_id);
     return -1;
 }
 

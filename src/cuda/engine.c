@@ -23,6 +23,7 @@ static ql_linear_params params_of(const ql_weight *weight) {
         p.scales_type = (int32_t)weight->gptq.scales_dtype;
         p.index = weight->gptq.g_idx;
         p.group_size = weight->gptq.group_size;
+        p.groups = weight->gptq.groups;
         p.bits = weight->gptq.bits;
         p.zero_offset = weight->gptq.zero_offset;
         break;

@@ -17,7 +17,7 @@ static ql_dtype scale_dtype(const ql_tensor *tensor) { return tensor->dtype == Q
 
 static int check_scale(const ql_tensor *tensor, const char *name) {
     static const ql_dtype taken[] = {QL_F32, QL_BF16, QL_F16, QL_E8M0, QL_U8};
-    return ql_check_dtype(tensor, name, 5, taken) < 0 || ql_check_cpu(tensor, name) < 0
+    return ql_check_dtype(tensor, name, 5, taken) < 0
                ? -1
                : ql_check_aligned(tensor, name);
 }
@@ -25,7 +25,7 @@ static int check_scale(const ql_tensor *tensor, const char *name) {
 static int check_bytes(const ql_tensor *tensor, const char *name) {
     static const ql_dtype taken[] = {QL_E4M3, QL_U8};
     static const int64_t any[2] = {-1, -1};
-    return ql_check_dtype(tensor, name, 2, taken) < 0 || ql_check_cpu(tensor, name) < 0
+    return ql_check_dtype(tensor, name, 2, taken) < 0
                ? -1
                : ql_check_shape(tensor, name, 2, any);
 }
@@ -37,8 +37,7 @@ static int check_not_empty(const ql_tensor *tensor, const char *name) {
     return -1;
 }
 
-/* The value of a scale of one element, whatever its rank. */
-static int one_scale(float *value, const ql_tensor *tensor, const char *name) {
+static int check_one_scale(const ql_tensor *tensor, const char *name) {
     if (check_scale(tensor, name) < 0) return -1;
     if (ql_tensor_numel(tensor) != 1) {
         char got[256];
@@ -46,7 +45,6 @@ static int one_scale(float *value, const ql_tensor *tensor, const char *name) {
                      ql_tensor_describe(tensor, got, sizeof got));
         return -1;
     }
-    *value = ql_f32_load(tensor->data, scale_dtype(tensor), 0);
     return 0;
 }
 
@@ -163,15 +161,25 @@ static const float *converted_scales(fp8_extra *extra, const float *now, const q
     return is_same ? now : copy;
 }
 
+/* The value of a scale of one element, whatever its rank; nothing where it is absent. */
+static int bind_one_scale(float *value, const ql_layer *layer, int index, const char *name) {
+    const ql_tensor *tensor = ql_layer_tensor(layer, index);
+    if (!tensor) return 0;
+    void *copy;
+    const void *contents = check_one_scale(tensor, name) < 0 ? NULL : ql_layer_contents(layer, index, &copy);
+    if (!contents) return -1;
+    *value = ql_f32_load(contents, scale_dtype(tensor), 0);
+    free(copy);
+    return 0;
+}
+
 /* The values that the weight has of its activations' scales. */
 static int bind_activation(ql_fp8 *weight, const ql_layer *layer) {
     const fp8_extra *extra = layer->extra;
-    const ql_tensor *input_scale = ql_layer_tensor(layer, HELD_INPUT_SCALE);
-    const ql_tensor *bound = ql_layer_tensor(layer, HELD_INPUT_SCALE_UB);
     weight->activation = extra->activation;
     weight->input_upper_bound = extra->upper_bound;
-    if (input_scale && one_scale(&weight->input_scale, input_scale, "input_scale") < 0) return -1;
-    return bound ? one_scale(&weight->input_upper_bound, bound, "input_scale_ub") : 0;
+    if (bind_one_scale(&weight->input_scale, layer, HELD_INPUT_SCALE, "input_scale") < 0) return -1;
+    return bind_one_scale(&weight->input_upper_bound, layer, HELD_INPUT_SCALE_UB, "input_scale_ub");
 }
 
 static int fp8_bind(ql_layer *layer) {
@@ -195,6 +203,11 @@ static int fp8_bind(ql_layer *layer) {
     fp8->scale = scales.data;
     fp8->scale_stride = scales.row_stride;
     if (!is_direct(&scales)) {
+        if (tensor->device_type != QL_DEVICE_CPU) {
+            PyErr_Format(PyExc_NotImplementedError, "weight_scale on a GPU must be float32 with contiguous rows, got %s",
+                         ql_dtype_name(scale_dtype(tensor)));
+            return -1;
+        }
         fp8->scale = converted_scales(extra, layer->weight.fp8.scale, &scales);
         fp8->scale_stride = scales.cols;
         if (!fp8->scale) return -1;
@@ -386,8 +399,9 @@ static PyObject *quantize_matrix(PyObject *object, quantize_task *task, float gi
 
 static int read_one_scale(float *value, PyObject *object, const char *name) {
     ql_tensor tensor;
-    if (ql_tensor_read(&tensor, object, name) < 0) return -1;
-    int result = one_scale(value, &tensor, name);
+    if (ql_tensor_read_cpu(&tensor, object, name) < 0) return -1;
+    int result = check_one_scale(&tensor, name);
+    if (result == 0) *value = ql_f32_load(tensor.data, scale_dtype(&tensor), 0);
     ql_tensor_release(&tensor);
     return result;
 }
@@ -429,9 +443,9 @@ static PyObject *fp8_quantize(PyObject *module, PyObject *const *args, Py_ssize_
     if (ql_arg_choice(&mode, values[MODE], "mode", mode_choices) < 0 ||
         check_mode((quantize_mode)mode, values[SCALE], values[SCALE_UB]) < 0 ||
         (mode == MODE_STATIC && read_one_scale(&scale, values[SCALE], "scale") < 0) ||
-        read_bound(&task.upper_bound, values[SCALE_UB], "scale_ub") < 0 || ql_tensor_read(&x, values[X], "x") < 0)
+        read_bound(&task.upper_bound, values[SCALE_UB], "scale_ub") < 0 || ql_tensor_read_cpu(&x, values[X], "x") < 0)
         return NULL;
-    if (ql_check_float(&x, "x", true) == 0 && ql_check_cpu(&x, "x") == 0 && ql_check_aligned(&x, "x") == 0 &&
+    if (ql_check_float(&x, "x", true) == 0 && ql_check_aligned(&x, "x") == 0 &&
         ql_check_shape(&x, "x", 2, any) == 0) {
         task.mode = (quantize_mode)mode;
         task.x = ql_matrix_of(&x);
@@ -526,7 +540,7 @@ static int check_matmul(matmul_task *task, ql_matrix *scale_b, ql_matrix *bias, 
         return -1;
     if (has_bias) {
         const ql_tensor *tensor = &tensors[BIAS];
-        if (ql_check_float(tensor, "bias", true) < 0 || ql_check_cpu(tensor, "bias") < 0 ||
+        if (ql_check_float(tensor, "bias", true) < 0 ||
             ql_check_aligned(tensor, "bias") < 0 || ql_check_shape(tensor, "bias", 1, &n) < 0)
             return -1;
         *bias = (ql_matrix){tensor->data, tensor->dtype, n, 1, tensor->stride[0], 0};
@@ -577,7 +591,7 @@ static PyObject *fp8_matmul(PyObject *module, PyObject *const *args, Py_ssize_t 
     if (ql_arg_dtype(&dtype, values[DTYPE], "dtype") < 0) return NULL;
     bool has_bias = !ql_arg_is_none(values[BIAS]);
     int count = has_bias ? BIAS + 1 : BIAS, read = 0;
-    while (read < count && ql_tensor_read(&tensors[read], values[read], names[read]) == 0) read++;
+    while (read < count && ql_tensor_read_cpu(&tensors[read], values[read], names[read]) == 0) read++;
     if (read == count && check_matmul(&task, &scale_b, &bias_vector, tensors, has_bias) == 0) {
         const float *bias = NULL;
         float *scale_copy = NULL, *bias_copy = NULL;

@@ -40,11 +40,11 @@ static inline int ql_tensors_read(ql_tensor *tensors, PyObject *const *objects, 
                                   int ndim) {
     static const int64_t any[QL_MAX_DIMS] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
     for (int i = 0; i < count; i++) {
-        if (ql_tensor_read(&tensors[i], objects[i], names[i]) < 0) {
+        if (ql_tensor_read_cpu(&tensors[i], objects[i], names[i]) < 0) {
             ql_tensors_release(tensors, i);
             return -1;
         }
-        if (ql_check_cpu(&tensors[i], names[i]) < 0 || ql_check_aligned(&tensors[i], names[i]) < 0 ||
+        if (ql_check_aligned(&tensors[i], names[i]) < 0 ||
             ql_check_shape(&tensors[i], names[i], ndim, any) < 0) {
             ql_tensors_release(tensors, i + 1);
             return -1;

@@ -43,7 +43,8 @@ int ql_layer_hold(ql_layer *layer, PyObject *object, const char *name) {
 static const ql_tensor *ql_layer_device(const ql_layer *layer) { return &layer->held[0].tensor; }
 
 static int ql_layer_check_devices(const ql_layer *layer) {
-    for (int i = 1; i < layer->held_count; i++) {
+    /* A first tensor that is missing is bind's to complain of. */
+    for (int i = 1; layer->held[0].object && i < layer->held_count; i++) {
         const ql_tensor *tensor = ql_layer_tensor(layer, i);
         if (tensor &&
             ql_check_same_device(tensor, layer->held[i].name, ql_layer_device(layer), layer->held[0].name) < 0)

@@ -43,6 +43,10 @@ def check_weight(weight: Any) -> None:
         raise ValueError(f"weight must be 2-D [out_features, in_features], got {tuple(weight.shape)}")
 
 
+def _is_float8(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.is_floating_point() and tensor.itemsize == 1
+
+
 class QuantizedLinear(torch.nn.Module):
     """A linear layer on a checkpoint's own tensors.
 
@@ -147,9 +151,19 @@ class QuantizedLinear(torch.nn.Module):
     def __getstate__(self) -> dict:
         state = dict(self.__dict__)
         del state["_engine"], state["_held"]
+        # pickle cannot write a float8 tensor in every torch: its bytes go instead.
+        eight_bit = {name: tensor for name, tensor in self._buffers.items() if _is_float8(tensor)}
+        if eight_bit:
+            state["_buffers"] = self._buffers | {
+                name: (tensor.view(torch.uint8), tensor.dtype) for name, tensor in eight_bit.items()
+            }
         return state
 
     def __setstate__(self, state: dict) -> None:
+        buffers = state["_buffers"]
+        for name, value in buffers.items():
+            if isinstance(value, tuple):
+                buffers[name] = value[0].view(value[1])
         super().__setstate__(state)
         self._forget()
 

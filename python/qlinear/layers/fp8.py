@@ -16,16 +16,6 @@ _ACTIVATIONS = ("none", "static", "tensor", "token", "group")
 _CHUNK = 1 << 20
 
 
-def is_block_scale(weight_scale: Tensor, out_features: int, in_features: int, block_size: tuple[int, int]) -> bool:
-    """Whether weight_scale has one element a block of block_size, not one for the tensor or a channel."""
-    if weight_scale.dim() != 2 or weight_scale.numel() == 1:
-        return False
-    if tuple(weight_scale.shape) in ((out_features, 1), (1, out_features)):
-        return False
-    grid = (-(-out_features // block_size[0]), -(-in_features // block_size[1]))
-    return tuple(weight_scale.shape) == grid
-
-
 def _scalar(value: Tensor | float | None) -> Tensor | None:
     return torch.tensor(float(value)) if isinstance(value, (int, float)) else frozen(value)
 
@@ -142,11 +132,12 @@ class Fp8Linear(QuantizedLinear):
             return self.activation
         if self._buffers["input_scale"] is not None:
             return "static"
-        return "group" if self._buffers["weight_scale"].dim() == 2 and self.is_blockwise() else "token"
+        return "group" if self.is_blockwise() else "token"
 
     def is_blockwise(self) -> bool:
         """Whether weight_scale has one element a block, not one for the tensor or a channel."""
-        return is_block_scale(self.weight_scale, self.out_features, self.in_features, (self.block_n, self.block_k))
+        scale, n = self._buffers["weight_scale"], self.out_features
+        return scale.dim() == 2 and scale.numel() != 1 and tuple(scale.shape) not in ((n, 1), (1, n))
 
     def _arguments(self) -> tuple:
         buffers = self._buffers

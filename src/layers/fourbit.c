@@ -13,9 +13,7 @@ static const ql_dtype taken_f32[] = {QL_F32}, taken_u8[] = {QL_U8};
 
 /* A contiguous tensor of one dtype and `count` elements in any shape. */
 static int check_flat(const ql_tensor *tensor, const char *name, const ql_dtype *dtype, int64_t count) {
-    if (ql_check_dtype(tensor, name, 1, dtype) < 0 ||
-        ql_check_contiguous(tensor, name) < 0)
-        return -1;
+    if (ql_check_dtype(tensor, name, 1, dtype) < 0 || ql_check_contiguous(tensor, name) < 0) return -1;
     if (ql_tensor_numel(tensor) == count) return 0;
     char got[256];
     PyErr_Format(PyExc_ValueError, "%s must have %lld elements, got %s", name, (long long)count,

@@ -17,17 +17,13 @@ static ql_dtype scale_dtype(const ql_tensor *tensor) { return tensor->dtype == Q
 
 static int check_scale(const ql_tensor *tensor, const char *name) {
     static const ql_dtype taken[] = {QL_F32, QL_BF16, QL_F16, QL_E8M0, QL_U8};
-    return ql_check_dtype(tensor, name, 5, taken) < 0
-               ? -1
-               : ql_check_aligned(tensor, name);
+    return ql_check_dtype(tensor, name, 5, taken) < 0 ? -1 : ql_check_aligned(tensor, name);
 }
 
 static int check_bytes(const ql_tensor *tensor, const char *name) {
     static const ql_dtype taken[] = {QL_E4M3, QL_U8};
     static const int64_t any[2] = {-1, -1};
-    return ql_check_dtype(tensor, name, 2, taken) < 0
-               ? -1
-               : ql_check_shape(tensor, name, 2, any);
+    return ql_check_dtype(tensor, name, 2, taken) < 0 ? -1 : ql_check_shape(tensor, name, 2, any);
 }
 
 static int check_not_empty(const ql_tensor *tensor, const char *name) {
@@ -105,7 +101,7 @@ static const char *const activation_choices[] = {"none", "static", "tensor", "to
 
 typedef struct fp8_extra {
     ql_fp8_activation activation;
-    bool prefer_blocks; /* scales that could be a channel's or a block's are a block's */
+    bool prefer_blocks; /* scales whose shape could be a channel's or a block's are a block's */
     float upper_bound;  /* where it came as a number; infinity where none */
     int64_t block_n, block_k;
     /* weight_scale in fp32, where the tensor itself will not do. Two, so that a bind never writes what the weight bound
@@ -119,8 +115,9 @@ static void fp8_clear(ql_layer *layer) {
     for (int i = 0; i < 2; i++) free(extra->copy[i]);
 }
 
-/* The scales as a matrix, and what one of them is for. Shapes that could be both [1, N] and a grid of blocks are a
- * channel's, unless the caller spoke of blocks; a grid may be larger than needed, the rest is padding. */
+/* The scales as a matrix, and what one of them is for. A shape that is both [1, N] and the grid of blocks is a channel's,
+ * unless the activations come in groups or the blocks are not the usual ones; a grid may be larger than needed, the rest
+ * is padding. */
 static int view_weight_scale(ql_matrix *scales, ql_fp8 *weight, const ql_tensor *tensor, int64_t n, int64_t k,
                              const fp8_extra *extra) {
     int64_t down = ql_group_count(n, extra->block_n), across = ql_group_count(k, extra->block_k);
@@ -204,7 +201,8 @@ static int fp8_bind(ql_layer *layer) {
     fp8->scale_stride = scales.row_stride;
     if (!is_direct(&scales)) {
         if (tensor->device_type != QL_DEVICE_CPU) {
-            PyErr_Format(PyExc_NotImplementedError, "weight_scale on a GPU must be float32 with contiguous rows, got %s",
+            PyErr_Format(PyExc_NotImplementedError,
+                         "weight_scale on a GPU must be float32 with contiguous rows, got %s",
                          ql_dtype_name(scale_dtype(tensor)));
             return -1;
         }
@@ -212,8 +210,12 @@ static int fp8_bind(ql_layer *layer) {
         fp8->scale_stride = scales.cols;
         if (!fp8->scale) return -1;
     }
-    /* Other threads may be reading the weight: what is the same is not written. */
+    /* This runs at each call, and other threads may be reading the weight: what is the same is not written. */
     if (memcmp(&layer->weight, &weight, sizeof weight) != 0) layer->weight = weight;
+    /* On a GPU reading a value back would wait for the stream at each call, and no graph could capture it. */
+    layer->copies_values =
+        tensor->device_type == QL_DEVICE_CPU && (!is_direct(&scales) || ql_layer_tensor(layer, HELD_INPUT_SCALE) ||
+                                                 ql_layer_tensor(layer, HELD_INPUT_SCALE_UB));
     const char *scope = fp8->block_k < weight.k || (fp8->block_n > 1 && fp8->block_n < weight.n) ? "block"
                         : fp8->block_n == 1                                                      ? "channel"
                                                                                                  : "tensor";
@@ -280,7 +282,7 @@ static PyObject *fp8_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
         bound = NULL;
     }
     extra.activation = (ql_fp8_activation)activation;
-    extra.prefer_blocks = values[BLOCK_SIZE] || extra.activation == QL_FP8_GROUP;
+    extra.prefer_blocks = extra.activation == QL_FP8_GROUP || extra.block_n != 128 || extra.block_k != 128;
 
     ql_layer *layer = ql_layer_alloc(type, fp8_bind, sizeof extra);
     if (!layer) return NULL;
@@ -445,8 +447,7 @@ static PyObject *fp8_quantize(PyObject *module, PyObject *const *args, Py_ssize_
         (mode == MODE_STATIC && read_one_scale(&scale, values[SCALE], "scale") < 0) ||
         read_bound(&task.upper_bound, values[SCALE_UB], "scale_ub") < 0 || ql_tensor_read_cpu(&x, values[X], "x") < 0)
         return NULL;
-    if (ql_check_float(&x, "x", true) == 0 && ql_check_aligned(&x, "x") == 0 &&
-        ql_check_shape(&x, "x", 2, any) == 0) {
+    if (ql_check_float(&x, "x", true) == 0 && ql_check_aligned(&x, "x") == 0 && ql_check_shape(&x, "x", 2, any) == 0) {
         task.mode = (quantize_mode)mode;
         task.x = ql_matrix_of(&x);
         result = quantize_matrix(values[X], &task, scale);
@@ -540,8 +541,8 @@ static int check_matmul(matmul_task *task, ql_matrix *scale_b, ql_matrix *bias, 
         return -1;
     if (has_bias) {
         const ql_tensor *tensor = &tensors[BIAS];
-        if (ql_check_float(tensor, "bias", true) < 0 ||
-            ql_check_aligned(tensor, "bias") < 0 || ql_check_shape(tensor, "bias", 1, &n) < 0)
+        if (ql_check_float(tensor, "bias", true) < 0 || ql_check_aligned(tensor, "bias") < 0 ||
+            ql_check_shape(tensor, "bias", 1, &n) < 0)
             return -1;
         *bias = (ql_matrix){tensor->data, tensor->dtype, n, 1, tensor->stride[0], 0};
     }

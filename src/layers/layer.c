@@ -123,7 +123,7 @@ static int ql_layer_refresh(ql_layer *layer) {
             changed |= 1u << i;
         }
     }
-    if (!changed) return result;
+    if (!changed && (result < 0 || !layer->copies_values)) return result;
     ql_weight weight = layer->weight;
     if (result == 0) result = ql_layer_check_devices(layer);
     if (result == 0) result = layer->bind(layer);

@@ -27,6 +27,7 @@ struct ql_layer {
     char summary[96]; /* of the repr, after the sizes: "bits=4, group_size=128", or empty */
     void *extra;                  /* the type's own configuration, malloc'ed, freed by ql_layer's dealloc */
     ql_weight weight;
+    bool copies_values;           /* weight has values read out of tensors: bound anew at each call, to see them change */
     int bias;                     /* index into held, or -1 */
     int held_count;
     ql_held held[QL_MAX_HELD];

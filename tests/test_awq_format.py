@@ -160,6 +160,7 @@ def test_quantize_decision_points():
         "all positive: the zero stays 0, codes saturate": ([30, 45, 30, 30, 40, 31], 1, 0, [15] * 6),
         "all negative: the zero stays 15, codes saturate": ([-30, -45, -30, -40, -31, -30], 1, 15, [0] * 6),
         "of zeros: the least range is 1e-5": ([0] * 6, 1e-5 / 15, 0, [0] * 6),
+        "a range below the least": ([5e-6, 0, 0, 0, 0, 0], 1e-5 / 15, 0, [8, 0, 0, 0, 0, 0]),
     }
     for name, (values, scale, zero, wanted) in rows.items():
         qweight, qzeros, scales = _qlinear.awq_quantize(np.array([values], np.float32), group_size=-1)

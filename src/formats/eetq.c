@@ -35,9 +35,7 @@ static void quantize_run(int8_t *codes, const ql_matrix *source, int64_t row, in
 }
 
 /* The byte of code q is q + 128: its sign bit flipped. */
-static inline uint8_t byte_of(int8_t code) {
-    return (uint8_t)((uint8_t)code ^ 0x80u);
-}
+static inline uint8_t byte_of(int8_t code) { return (uint8_t)((uint8_t)code ^ 0x80u); }
 
 static inline int8_t code_from(uint8_t byte) {
     int value = byte ^ 0x80u;

@@ -3,9 +3,7 @@
 enum { RUN = 256 }; /* values that are read as fp32 at a time: no row needs a buffer of its own length */
 
 /* Magnitudes are compared as bits (ql_magnitude_bits): outliers are those in [limit, infinity]; NaN is above. */
-static int32_t outlier_limit(float threshold) {
-    return threshold > 0.0f ? ql_magnitude_bits(threshold) : INT32_MAX;
-}
+static int32_t outlier_limit(float threshold) { return threshold > 0.0f ? ql_magnitude_bits(threshold) : INT32_MAX; }
 
 static inline bool is_outlier(int32_t magnitude, int32_t limit) {
     return magnitude >= limit && magnitude <= 0x7f800000;

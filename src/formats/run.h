@@ -35,8 +35,6 @@ static inline void ql_matrix_run(float *out, const ql_matrix *matrix, int64_t ro
 
 /* The bits of |value|. They order as the magnitudes do, with every NaN above infinity: an integer maximum over them is
  * an absolute maximum that NaN survives. */
-static inline int32_t ql_magnitude_bits(float value) {
-    return (int32_t)(ql_bits_from_f32(value) & 0x7fffffffu);
-}
+static inline int32_t ql_magnitude_bits(float value) { return (int32_t)(ql_bits_from_f32(value) & 0x7fffffffu); }
 
 #endif

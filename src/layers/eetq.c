@@ -81,7 +81,8 @@ static void quantize_channels(void *context, int64_t begin, int64_t end) {
 static int read_weight(ql_tensor *weight, PyObject *object, bool tiled) {
     static const int64_t any[] = {-1, -1};
     if (ql_tensor_read_cpu(weight, object, "weight") < 0) return -1;
-    if (ql_check_float(weight, "weight", true) == 0 && ql_check_shape(weight, "weight", 2, any) == 0 && ql_check_aligned(weight, "weight") == 0 &&
+    if (ql_check_float(weight, "weight", true) == 0 && ql_check_shape(weight, "weight", 2, any) == 0 &&
+        ql_check_aligned(weight, "weight") == 0 &&
         (!tiled || check_tiles("weight", weight->shape[1], weight->shape[0]) == 0))
         return 0;
     ql_tensor_release(weight);
@@ -179,7 +180,8 @@ static PyObject *retile(PyObject *object, const ql_tensor *from, const char *nam
     static const ql_dtype taken[] = {QL_I8};
     static const int64_t any[] = {-1, -1};
     ql_output output;
-    if (ql_check_dtype(from, name, 1, taken) < 0 || ql_check_shape(from, name, 2, any) < 0 || check_tiles(name, from->shape[0], from->shape[1]) < 0 ||
+    if (ql_check_dtype(from, name, 1, taken) < 0 || ql_check_shape(from, name, 2, any) < 0 ||
+        check_tiles(name, from->shape[0], from->shape[1]) < 0 ||
         ql_output_begin(&output, object, QL_I8, 2, from->shape) < 0)
         return NULL;
     retile_work work = {.from = from, .to = output.view.data};
@@ -208,7 +210,8 @@ static PyObject *eetq_unpack(PyObject *module, PyObject *const *args, Py_ssize_t
     PyObject *object;
     ql_tensor weight;
     (void)module;
-    if (ql_args_fast(&object, &signature, args, nargs, kwnames) < 0 || ql_tensor_read_cpu(&weight, object, "weight") < 0)
+    if (ql_args_fast(&object, &signature, args, nargs, kwnames) < 0 ||
+        ql_tensor_read_cpu(&weight, object, "weight") < 0)
         return NULL;
     /* Strides mean nothing between tiles, so only the bytes as they lie can be a weight. */
     PyObject *result =

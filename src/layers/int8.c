@@ -170,8 +170,7 @@ static PyObject *int8_quantize(PyObject *module, PyObject *const *args, Py_ssize
         ql_tensor_read_cpu(&x, values[0], "x") < 0)
         return NULL;
     PyObject *result = NULL;
-    if (ql_check_float(&x, "x", false) == 0 && ql_check_shape(&x, "x", 2, any) == 0 &&
-        ql_check_aligned(&x, "x") == 0)
+    if (ql_check_float(&x, "x", false) == 0 && ql_check_shape(&x, "x", 2, any) == 0 && ql_check_aligned(&x, "x") == 0)
         result = quantize(values[0], &x, threshold);
     ql_tensor_release(&x);
     return result;

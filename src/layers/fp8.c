@@ -4,93 +4,11 @@
 #include "../cpu/engine.h"
 #include "../cpu/threads.h"
 #include "grouped.h"
+#include "scales.h"
 
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
-
-/* ------------------------------------------------------------------------------------------------------------------
- * Scales and bytes, as the type and the functions take them */
-
-/* uint8 is e8m0 by its bytes: not every framework can hold the type itself. */
-static ql_dtype scale_dtype(const ql_tensor *tensor) { return tensor->dtype == QL_U8 ? QL_E8M0 : tensor->dtype; }
-
-static int check_scale(const ql_tensor *tensor, const char *name) {
-    static const ql_dtype taken[] = {QL_F32, QL_BF16, QL_F16, QL_E8M0, QL_U8};
-    return ql_check_dtype(tensor, name, 5, taken) < 0 ? -1 : ql_check_aligned(tensor, name);
-}
-
-static int check_bytes(const ql_tensor *tensor, const char *name) {
-    static const ql_dtype taken[] = {QL_E4M3, QL_U8};
-    static const int64_t any[2] = {-1, -1};
-    return ql_check_dtype(tensor, name, 2, taken) < 0 ? -1 : ql_check_shape(tensor, name, 2, any);
-}
-
-static int check_not_empty(const ql_tensor *tensor, const char *name) {
-    if (tensor->shape[0] >= 1 && tensor->shape[1] >= 1) return 0;
-    PyErr_Format(PyExc_ValueError, "%s must have at least one row and one column, got [%lld, %lld]", name,
-                 (long long)tensor->shape[0], (long long)tensor->shape[1]);
-    return -1;
-}
-
-static int check_one_scale(const ql_tensor *tensor, const char *name) {
-    if (check_scale(tensor, name) < 0) return -1;
-    if (ql_tensor_numel(tensor) != 1) {
-        char got[256];
-        PyErr_Format(PyExc_ValueError, "%s must have one element, got %s", name,
-                     ql_tensor_describe(tensor, got, sizeof got));
-        return -1;
-    }
-    return 0;
-}
-
-static bool is_number(PyObject *object) {
-    return PyFloat_Check(object) || (PyLong_Check(object) && !PyBool_Check(object));
-}
-
-/* An upper bound given as a number. One that comes in a tensor is read without this check, as a layer may be made before
- * its tensors are filled; NaN bounds nothing then. */
-static int number_bound(float *bound, PyObject *object, const char *name) {
-    double value = 0.0;
-    if (ql_arg_float(&value, object, name) < 0) return -1;
-    *bound = (float)value;
-    if (value > 0.0) return 0;
-    PyErr_Format(PyExc_ValueError, "%s must be above 0, got %R", name, object);
-    return -1;
-}
-
-/* One scale, or `count` of them as [count], [count, 1] or [1, count]: a matrix of one column. */
-static bool view_vector(ql_matrix *scales, const ql_tensor *tensor, int64_t count) {
-    *scales = (ql_matrix){.data = tensor->data, .dtype = scale_dtype(tensor), .rows = 1, .cols = 1};
-    if (ql_tensor_numel(tensor) == 1) return true;
-    scales->rows = count;
-    bool is_row = tensor->ndim == 2 && tensor->shape[0] == 1;
-    bool is_column = tensor->ndim == 1 || (tensor->ndim == 2 && tensor->shape[1] == 1);
-    if (!is_row && !is_column) return false;
-    scales->row_stride = tensor->stride[is_row ? 1 : 0];
-    return tensor->shape[is_row ? 1 : 0] == count;
-}
-
-/* Whether the product can read the scales where they are. */
-static bool is_direct(const ql_matrix *scales) {
-    return scales->dtype == QL_F32 && (scales->cols == 1 || scales->col_stride == 1);
-}
-
-static void convert_scales(float *out, const ql_matrix *scales) {
-    for (int64_t row = 0; row < scales->rows; row++)
-        for (int64_t col = 0; col < scales->cols; col++)
-            out[row * scales->cols + col] = ql_matrix_f32(scales, row, col);
-}
-
-/* rows * cols floats, or NULL with MemoryError, also where their bytes do not fit int64. */
-static float *alloc_floats(float *before, int64_t rows, int64_t cols) {
-    int64_t bytes;
-    float *floats = NULL;
-    if (!__builtin_mul_overflow(rows, cols, &bytes) && !__builtin_mul_overflow(bytes, (int64_t)sizeof(float), &bytes))
-        floats = realloc(before, (size_t)bytes);
-    if (!floats) PyErr_NoMemory();
-    return floats;
-}
 
 /* ------------------------------------------------------------------------------------------------------------------
  * The type */
@@ -343,14 +261,10 @@ static void run_quantize_tokens(void *context, int64_t begin, int64_t end) {
     ql_fp8_quantize_rows(task->codes, &task->x, task->scales, 1, false, begin, end);
 }
 
-static void run_quantize_groups(void *context, int64_t begin, int64_t end) {
-    const quantize_task *task = context;
-    ql_fp8_quantize_blocks(task->codes, task->scales, &task->x, 1, begin, end);
-}
-
 static void run_quantize_blocks(void *context, int64_t begin, int64_t end) {
     const quantize_task *task = context;
-    ql_fp8_quantize_blocks(task->codes, task->scales, &task->x, QL_FP8_GROUP_SIZE, begin, end);
+    int64_t block_rows = task->mode == MODE_GROUP ? 1 : QL_FP8_GROUP_SIZE;
+    ql_fp8_quantize_blocks(task->codes, task->scales, &task->x, block_rows, begin, end);
 }
 
 static void run_quantize(quantize_task *task) {
@@ -364,7 +278,7 @@ static void run_quantize(quantize_task *task) {
         break;
     case MODE_STATIC: ql_cpu_parallel(rows, grain, run_quantize_one, task); break;
     case MODE_TOKEN: ql_cpu_parallel(rows, grain, run_quantize_tokens, task); break;
-    case MODE_GROUP: ql_cpu_parallel(rows, grain, run_quantize_groups, task); break;
+    case MODE_GROUP: ql_cpu_parallel(rows, grain, run_quantize_blocks, task); break;
     case MODE_BLOCK: ql_cpu_parallel(ql_group_count(rows, QL_FP8_GROUP_SIZE), 1, run_quantize_blocks, task); break;
     }
 }

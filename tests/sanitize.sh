@@ -3,14 +3,15 @@
 # behaviour of the host's C end the run with a report. Arguments go to pytest; without any, all tests that are not slow.
 #
 #   sh tests/sanitize.sh                          from the repository's root, in an environment that has the test extra
-#   sh tests/sanitize.sh tests/test_tensor.py -x
+#   sh tests/sanitize.sh tests/test_tensors.py -x
+#   UBSAN_OPTIONS=halt_on_error=0 sh tests/sanitize.sh     goes on after undefined behaviour, to see all of it
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
 build=$root/build/sanitize
 python=$(command -v python)
 
-# NumPy's and Python's headers are those of this environment. RelWithDebInfo optimizes less, for readable reports.
-cmake -S "$root" -B "$build" -DPython_EXECUTABLE="$python" -DCMAKE_BUILD_TYPE=RelWithDebInfo -DQLINEAR_SANITIZE=ON \
+# NumPy's and Python's headers are those of this environment.
+cmake -S "$root" -B "$build" -DPython_EXECUTABLE="$python" -DQLINEAR_SANITIZE=ON \
     -DQLINEAR_WERROR=ON -DQLINEAR_CUDA=off >/dev/null
 cmake --build "$build" --parallel "${QLINEAR_JOBS:-2}"
 
@@ -27,5 +28,5 @@ cd "$root"
 LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" \
     PYTHONPATH="$build/site${PYTHONPATH:+:$PYTHONPATH}" PYTHONMALLOC=malloc \
     ASAN_OPTIONS=detect_leaks=0:strict_string_checks=1:detect_stack_use_after_return=1:allocator_may_return_null=1 \
-    UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-    "$python" -m pytest -p no:cacheprovider "$@"
+    UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1:${UBSAN_OPTIONS:-} \
+    "$python" -m pytest -p no:cacheprovider --capture=sys "$@"

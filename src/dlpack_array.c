@@ -31,9 +31,18 @@ static void ql_storage_drop(ql_storage *storage) {
 
 void ql_dlpack_dtype(ql_dtype dtype, uint8_t *code, uint8_t *bits) {
     static const uint8_t codes[QL_DTYPE_COUNT] = {
-        [QL_F32] = kDLFloat, [QL_F16] = kDLFloat,           [QL_BF16] = kDLBfloat,        [QL_F64] = kDLFloat,
-        [QL_I8] = kDLInt,    [QL_U8] = kDLUInt,             [QL_I16] = kDLInt,            [QL_I32] = kDLInt,
-        [QL_I64] = kDLInt,   [QL_BOOL] = kDLBool,           [QL_E4M3] = kDLFloat8_e4m3fn, [QL_E5M2] = kDLFloat8_e5m2,
+        [QL_F32] = kDLFloat,
+        [QL_F16] = kDLFloat,
+        [QL_BF16] = kDLBfloat,
+        [QL_F64] = kDLFloat,
+        [QL_I8] = kDLInt,
+        [QL_U8] = kDLUInt,
+        [QL_I16] = kDLInt,
+        [QL_I32] = kDLInt,
+        [QL_I64] = kDLInt,
+        [QL_BOOL] = kDLBool,
+        [QL_E4M3] = kDLFloat8_e4m3fn,
+        [QL_E5M2] = kDLFloat8_e5m2,
         [QL_E8M0] = kDLFloat8_e8m0fnu,
     };
     *code = codes[dtype];
@@ -168,8 +177,7 @@ PyObject *ql_dlpack_array_new(ql_tensor *view, ql_dtype dtype, int ndim, const i
 }
 
 static PyMethodDef ql_dlpack_array_methods[] = {
-    {"__dlpack__", QL_METHOD(ql_dlpack_array_dlpack), METH_VARARGS | METH_KEYWORDS,
-     "The array as a DLPack capsule."},
+    {"__dlpack__", QL_METHOD(ql_dlpack_array_dlpack), METH_VARARGS | METH_KEYWORDS, "The array as a DLPack capsule."},
     {"__dlpack_device__", ql_dlpack_array_device, METH_NOARGS, "(1, 0): the host."},
     {NULL, NULL, 0, NULL},
 };

@@ -37,10 +37,8 @@ static PyObject *ql_cuda_kernels(const ql_cuda_description *cuda) {
 static PyObject *ql_cuda_info(PyObject *module, PyObject *unused) {
     (void)module, (void)unused;
     ql_cuda_description cuda;
-    Py_BEGIN_ALLOW_THREADS
-    ql_cuda_describe(&cuda);
-    Py_END_ALLOW_THREADS
-    PyObject *text = PyUnicode_FromString(cuda.architectures);
+    Py_BEGIN_ALLOW_THREADS ql_cuda_describe(&cuda);
+    Py_END_ALLOW_THREADS PyObject *text = PyUnicode_FromString(cuda.architectures);
     PyObject *architectures = text ? PyUnicode_Split(text, NULL, -1) : NULL;
     Py_XDECREF(text);
     PyObject *devices = architectures ? ql_cuda_devices(&cuda) : NULL;
@@ -93,11 +91,8 @@ static PyModuleDef_Slot ql_module_slots[] = {
 };
 
 static PyModuleDef ql_module = {
-    PyModuleDef_HEAD_INIT,
-    .m_name = "_qlinear",
-    .m_doc = "Quantized linear layers on DLPack tensors.",
-    .m_methods = ql_module_methods,
-    .m_slots = ql_module_slots,
+    PyModuleDef_HEAD_INIT,          .m_name = "_qlinear",       .m_doc = "Quantized linear layers on DLPack tensors.",
+    .m_methods = ql_module_methods, .m_slots = ql_module_slots,
 };
 
 PyMODINIT_FUNC PyInit__qlinear(void);

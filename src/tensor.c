@@ -70,8 +70,8 @@ static int ql_tensor_from_dltensor(ql_tensor *tensor, const DLTensor *from, cons
     case kDLCUDA:
     case kDLCUDAManaged: tensor->device_type = QL_DEVICE_CUDA; break;
     default:
-        PyErr_Format(PyExc_NotImplementedError, "%s is on a device of DLPack type %d; CPU (1) and CUDA (2) are taken", name,
-                     (int)from->device.device_type);
+        PyErr_Format(PyExc_NotImplementedError, "%s is on a device of DLPack type %d; CPU (1) and CUDA (2) are taken",
+                     name, (int)from->device.device_type);
         return -1;
     }
     tensor->device_id = tensor->device_type == QL_DEVICE_CPU ? 0 : from->device.device_id;
@@ -81,7 +81,8 @@ static int ql_tensor_from_dltensor(ql_tensor *tensor, const DLTensor *from, cons
         return -1;
     }
     if (from->ndim < 0 || from->ndim > QL_MAX_DIMS) {
-        PyErr_Format(PyExc_ValueError, "%s has %d dimensions, at most %d are taken", name, (int)from->ndim, QL_MAX_DIMS);
+        PyErr_Format(PyExc_ValueError, "%s has %d dimensions, at most %d are taken", name, (int)from->ndim,
+                     QL_MAX_DIMS);
         return -1;
     }
     tensor->ndim = from->ndim;
@@ -200,8 +201,8 @@ int ql_tensor_read(ql_tensor *tensor, PyObject *object, const char *name) {
     }
     int has = PyObject_HasAttrString(object, "__dlpack__");
     if (!has) {
-        PyErr_Format(PyExc_TypeError, "%s must be a tensor (torch, NumPy, JAX, CuPy or any with __dlpack__), got %R", name,
-                     (PyObject *)Py_TYPE(object));
+        PyErr_Format(PyExc_TypeError, "%s must be a tensor (torch, NumPy, JAX, CuPy or any with __dlpack__), got %R",
+                     name, (PyObject *)Py_TYPE(object));
         return -1;
     }
     return ql_read_capsule(tensor, object, name);
@@ -401,9 +402,8 @@ static PyObject *ql_from_dlpack_of(PyObject *like) {
     if (!space) {
         PyErr_Clear();
         PyObject *module = PyObject_GetAttrString((PyObject *)Py_TYPE(like), "__module__");
-        Py_ssize_t dot = module && PyUnicode_Check(module)
-                             ? PyUnicode_FindChar(module, '.', 0, PyUnicode_GetLength(module), 1)
-                             : -1;
+        Py_ssize_t dot =
+            module && PyUnicode_Check(module) ? PyUnicode_FindChar(module, '.', 0, PyUnicode_GetLength(module), 1) : -1;
         PyObject *top = !module ? NULL : dot > 0 ? PyUnicode_Substring(module, 0, dot) : Py_NewRef(module);
         Py_XDECREF(module);
         space = top ? PyDict_GetItemWithError(PyImport_GetModuleDict(), top) : NULL;

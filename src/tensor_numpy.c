@@ -67,7 +67,8 @@ int ql_numpy_read(ql_tensor *tensor, PyObject *object, const char *name) {
     PyArrayObject *array = (PyArrayObject *)object;
     if (ql_numpy_dtype(&tensor->dtype, array) < 0) {
         if (!PyErr_Occurred())
-            PyErr_Format(PyExc_TypeError, "%s: NumPy dtype %R is of no use here", name, (PyObject *)PyArray_DESCR(array));
+            PyErr_Format(PyExc_TypeError, "%s: NumPy dtype %R is of no use here", name,
+                         (PyObject *)PyArray_DESCR(array));
         return -1;
     }
     if (!PyArray_ISNOTSWAPPED(array)) {
@@ -86,8 +87,9 @@ int ql_numpy_read(ql_tensor *tensor, PyObject *object, const char *name) {
         tensor->shape[i] = PyArray_DIM(array, i);
         int64_t bytes = PyArray_STRIDE(array, i);
         if (bytes % size && tensor->shape[i] > 1 && !empty) {
-            PyErr_Format(PyExc_ValueError, "%s: stride of %lld bytes in dimension %d is no multiple of its %lld byte elements",
-                         name, (long long)bytes, i, (long long)size);
+            PyErr_Format(PyExc_ValueError,
+                         "%s: stride of %lld bytes in dimension %d is no multiple of its %lld byte elements", name,
+                         (long long)bytes, i, (long long)size);
             return -1;
         }
         tensor->stride[i] = bytes / size;
@@ -113,8 +115,9 @@ static PyArray_Descr *ql_numpy_ml_dtype(const char *name) {
 
 static PyArray_Descr *ql_numpy_descr(ql_dtype *dtype) {
     static const int number[QL_DTYPE_COUNT] = {
-        [QL_F32] = NPY_FLOAT32, [QL_F16] = NPY_FLOAT16, [QL_F64] = NPY_FLOAT64, [QL_I8] = NPY_INT8,   [QL_U8] = NPY_UINT8,
-        [QL_I16] = NPY_INT16,   [QL_I32] = NPY_INT32,   [QL_I64] = NPY_INT64,   [QL_BOOL] = NPY_BOOL,
+        [QL_F32] = NPY_FLOAT32, [QL_F16] = NPY_FLOAT16, [QL_F64] = NPY_FLOAT64,
+        [QL_I8] = NPY_INT8,     [QL_U8] = NPY_UINT8,    [QL_I16] = NPY_INT16,
+        [QL_I32] = NPY_INT32,   [QL_I64] = NPY_INT64,   [QL_BOOL] = NPY_BOOL,
     };
     if (*dtype != QL_BF16 && *dtype != QL_E4M3 && *dtype != QL_E5M2 && *dtype != QL_E8M0)
         return PyArray_DescrFromType(number[*dtype]);

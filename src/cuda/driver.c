@@ -109,10 +109,10 @@ static const ql_cuda_driver *initialize(char message[QL_CUDA_MESSAGE]) {
     }
     if (driver.version < ql_cuda_image_driver()) {
         int needed = ql_cuda_image_driver();
-        snprintf(message, QL_CUDA_MESSAGE,
-                 "the NVIDIA driver is too old: it knows CUDA %d.%d, the kernels here need %d.%d (release %s or newer).",
-                 driver.version / 1000, driver.version % 1000 / 10, needed / 1000, needed % 1000 / 10,
-                 release_of(needed));
+        snprintf(
+            message, QL_CUDA_MESSAGE,
+            "the NVIDIA driver is too old: it knows CUDA %d.%d, the kernels here need %d.%d (release %s or newer).",
+            driver.version / 1000, driver.version % 1000 / 10, needed / 1000, needed % 1000 / 10, release_of(needed));
         return NULL;
     }
     atomic_store_explicit(&init_called, true, memory_order_relaxed);

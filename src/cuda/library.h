@@ -30,8 +30,8 @@ typedef struct ql_cuda_description {
     bool built;                /* kernels are embedded */
     const char *architectures; /* what they were compiled for, separated by spaces: "sm_80 ... compute_80", or "" */
     int64_t fatbin_bytes;      /* of all images */
-    const char *driver; /* the driver's file, or NULL */
-    int driver_version; /* as ql_cuda_driver's, 0 where there is none */
+    const char *driver;        /* the driver's file, or NULL */
+    int driver_version;        /* as ql_cuda_driver's, 0 where there is none */
     int device_count;
     ql_cuda_device devices[QL_CUDA_MAX_DEVICES];
     bool kernels[QL_KERNEL_COUNT]; /* which the driver found in the images */

@@ -34,9 +34,18 @@ static inline size_t ql_dtype_size(ql_dtype dtype) {
 /* The name that torch and NumPy give it, for messages and keyword arguments. */
 static inline const char *ql_dtype_name(ql_dtype dtype) {
     static const char *const name[QL_DTYPE_COUNT] = {
-        [QL_F32] = "float32",        [QL_F16] = "float16",    [QL_BF16] = "bfloat16",       [QL_F64] = "float64",
-        [QL_I8] = "int8",            [QL_U8] = "uint8",       [QL_I16] = "int16",           [QL_I32] = "int32",
-        [QL_I64] = "int64",          [QL_BOOL] = "bool",      [QL_E4M3] = "float8_e4m3fn",  [QL_E5M2] = "float8_e5m2",
+        [QL_F32] = "float32",
+        [QL_F16] = "float16",
+        [QL_BF16] = "bfloat16",
+        [QL_F64] = "float64",
+        [QL_I8] = "int8",
+        [QL_U8] = "uint8",
+        [QL_I16] = "int16",
+        [QL_I32] = "int32",
+        [QL_I64] = "int64",
+        [QL_BOOL] = "bool",
+        [QL_E4M3] = "float8_e4m3fn",
+        [QL_E5M2] = "float8_e5m2",
         [QL_E8M0] = "float8_e8m0fnu",
     };
     return name[dtype];

@@ -37,8 +37,8 @@ static float awq_at(const ql_awq *awq, int64_t n, int64_t row, int64_t col) {
 }
 
 static float eetq_at(const ql_eetq *eetq, int64_t k, int64_t row, int64_t col) {
-    int64_t offset = (row >> 1) * 2 * k + (col >> 6) * 128 + (row & 1) * 64 + (col & 48) +
-                     (((col & 7) << 1) | ((col >> 3) & 1));
+    int64_t offset =
+        (row >> 1) * 2 * k + (col >> 6) * 128 + (row & 1) * 64 + (col & 48) + (((col & 7) << 1) | ((col >> 3) & 1));
     return (float)((int)eetq->weight[offset] - 128) * ql_f32_load(eetq->scales, eetq->scales_dtype, row);
 }
 

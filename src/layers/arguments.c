@@ -2,7 +2,6 @@
  * say what came and what is taken. */
 #include "layer.h"
 
-
 static int ql_args_find(const ql_signature *signature, PyObject *keyword) {
     for (int i = 0; i < signature->count; i++)
         if (PyUnicode_CompareWithASCIIString(keyword, signature->names[i]) == 0) return i;

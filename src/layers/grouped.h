@@ -44,8 +44,7 @@ static inline int ql_tensors_read(ql_tensor *tensors, PyObject *const *objects, 
             ql_tensors_release(tensors, i);
             return -1;
         }
-        if (ql_check_aligned(&tensors[i], names[i]) < 0 ||
-            ql_check_shape(&tensors[i], names[i], ndim, any) < 0) {
+        if (ql_check_aligned(&tensors[i], names[i]) < 0 || ql_check_shape(&tensors[i], names[i], ndim, any) < 0) {
             ql_tensors_release(tensors, i + 1);
             return -1;
         }

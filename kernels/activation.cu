@@ -1,4 +1,5 @@
-/* What the 8-bit layers do to their activations before the product: row maxima, outlier columns, FP8 rounding. */
+/* What is done to activations before a product: strided ones laid out as rows; for the 8-bit layers row maxima, outlier
+ * columns and FP8 rounding. */
 #include "params.h"
 #include "value.cuh"
 
@@ -20,8 +21,7 @@ static __device__ uint32_t block_max(uint32_t value) {
 }
 
 /* outliers[col] = 1 where any row has |x| >= threshold there; one thread a column. */
-extern "C" __global__ void __launch_bounds__(THREADS)
-    ql_find_outliers(const __grid_constant__ ql_activation_params p) {
+extern "C" __global__ void __launch_bounds__(THREADS) ql_find_outliers(const __grid_constant__ ql_activation_params p) {
     int64_t col = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     if (col >= p.k) return;
     bool found = false;
@@ -30,8 +30,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 }
 
 /* row_absmax[m] = max |x[m][col]|, over |x| < threshold where one is given; one block a row. */
-extern "C" __global__ void __launch_bounds__(THREADS)
-    ql_row_absmax(const __grid_constant__ ql_activation_params p) {
+extern "C" __global__ void __launch_bounds__(THREADS) ql_row_absmax(const __grid_constant__ ql_activation_params p) {
     for (int64_t m = blockIdx.x; m < p.m; m += gridDim.x) {
         uint32_t most = 0;
         for (int64_t col = threadIdx.x; col < p.k; col += THREADS) {
@@ -71,9 +70,26 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             int64_t col = base + threadIdx.x;
             bool inside = threadIdx.x < QL_ACTIVATION_GROUP && col < p.k;
             float value = inside ? load_value(p.x, p.x_type, m * p.x_stride + col) : 0.0f;
-            if (p.mode == QL_ACTIVATION_GROUP128) scale = plain_scale(__uint_as_float(block_max(magnitude_bits(value))));
+            if (p.mode == QL_ACTIVATION_GROUP128)
+                scale = plain_scale(__uint_as_float(block_max(magnitude_bits(value))));
             float scaled = reciprocal ? __fmul_rn(value, __fdiv_rn(1.0f, scale)) : __fdiv_rn(value, scale);
             if (inside) p.out[m * p.k + col] = __fmul_rn(value_from_e4m3(e4m3_from_value(scaled)), scale);
         }
+    }
+}
+
+/* out = from without gaps, a thread an element. */
+extern "C" __global__ void __launch_bounds__(THREADS) ql_copy(const __grid_constant__ ql_copy_params p) {
+    int64_t step = (int64_t)gridDim.x * THREADS;
+    for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < p.count; i += step) {
+        int64_t rest = i, offset = 0;
+        for (int d = p.ndim - 1; d >= 0; d--) {
+            offset += rest % p.shape[d] * p.stride[d];
+            rest /= p.shape[d];
+        }
+        if (p.type == QL_VALUE_F32)
+            ((uint32_t *)p.out)[i] = ((const uint32_t *)p.from)[offset];
+        else
+            ((uint16_t *)p.out)[i] = ((const uint16_t *)p.from)[offset];
     }
 }

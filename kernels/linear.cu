@@ -15,9 +15,9 @@ typedef float (*weight_at)(const ql_linear_params *p, int64_t row, int64_t col);
 /* The tile of W that meets outputs [first, first + OUTPUTS) and inner indices [depth, depth + DEPTH). For a product W is
  * read as [out_features, in_features], for the gradient to the input as its transpose. Neighbouring threads take what is
  * close in memory: outputs where the checkpoint packs along N, the inner dimension where it is row-major. */
-static __device__ __forceinline__ void load_weight(float tile[DEPTH][OUTPUTS + 1], const ql_linear_params *p, weight_at at,
-                                                   bool transposed, bool along_n, int64_t first, int64_t depth,
-                                                   int64_t outputs, int64_t inner) {
+static __device__ __forceinline__ void load_weight(float tile[DEPTH][OUTPUTS + 1], const ql_linear_params *p,
+                                                   weight_at at, bool transposed, bool along_n, int64_t first,
+                                                   int64_t depth, int64_t outputs, int64_t inner) {
     for (int i = (int)threadIdx.x; i < OUTPUTS * DEPTH; i += THREADS) {
         bool output_fast = along_n != transposed;
         int o = output_fast ? i % OUTPUTS : i / DEPTH;
@@ -115,7 +115,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) ql_linear_int8(const __gri
             /* As formats/int8.c: a tiny absmax is lifted so that its reciprocal is finite. */
             float lift = absmax < 0x1p-100f ? 0x1p100f : 1.0f;
             bool plain = absmax > 0.0f && absmax < INFINITY && !outlier;
-            float code = plain ? rintf(__fmul_rn(__fmul_rn(value, lift), __fdiv_rn(127.0f, __fmul_rn(absmax, lift)))) : 0.0f;
+            float code =
+                plain ? rintf(__fmul_rn(__fmul_rn(value, lift), __fdiv_rn(127.0f, __fmul_rn(absmax, lift)))) : 0.0f;
             codes[i % DEPTH][i / DEPTH] = (int8_t)code;
             outliers[i % DEPTH][i / DEPTH] = outlier ? value : 0.0f;
         }

@@ -44,7 +44,7 @@ typedef struct ql_linear_params {
     const uint8_t *nested;     /* 4 bit: the codes of absmax, or NULL */
     const float *nested_table;
     int64_t group_size; /* also 4 bit's blocksize */
-    int64_t groups; /* GPTQ */
+    int64_t groups;     /* GPTQ */
     int64_t nested_blocksize;
     int64_t row_stride, col_stride, block_n, block_k, scale_stride; /* FP8 */
     float offset;                                                   /* 4 bit: of nested absmax */
@@ -53,7 +53,13 @@ typedef struct ql_linear_params {
     const uint8_t *outliers;                                        /* INT8: [k], 1 in outlier columns, or NULL */
 } ql_linear_params;
 
-enum { QL_ACTIVATION_STATIC, QL_ACTIVATION_TENSOR, QL_ACTIVATION_TOKEN, QL_ACTIVATION_GROUP128, QL_ACTIVATION_GROUP = 128 };
+enum {
+    QL_ACTIVATION_STATIC,
+    QL_ACTIVATION_TENSOR,
+    QL_ACTIVATION_TOKEN,
+    QL_ACTIVATION_GROUP128,
+    QL_ACTIVATION_GROUP = 128
+};
 
 /* The activations of an 8-bit layer: [m, k], rows x_stride apart, x_type. */
 typedef struct ql_activation_params {
@@ -65,5 +71,15 @@ typedef struct ql_activation_params {
     int32_t x_type, mode;
     float threshold, input_scale, upper_bound, least_scale;
 } ql_activation_params;
+
+enum { QL_COPY_DIMS = 16 };
+
+/* A strided tensor of `count` elements, to be laid out without gaps. */
+typedef struct ql_copy_params {
+    void *out;
+    const void *from;
+    int64_t shape[QL_COPY_DIMS], stride[QL_COPY_DIMS], count;
+    int32_t ndim, type;
+} ql_copy_params;
 
 #endif

@@ -41,11 +41,12 @@
     X(ql_dequantize_fourbit, fourbit_at)                                                                               \
     X(ql_dequantize_fp8, fp8_at)
 
-/* X(name, what): the activations of the 8-bit layers, and their int8 product. */
+/* X(name, what): what is done to activations, and the product of int8 ones. */
 #define QL_ACTIVATION_KERNELS(X)                                                                                       \
     X(ql_find_outliers, activation)                                                                                    \
     X(ql_row_absmax, activation)                                                                                       \
     X(ql_fp8_activation, activation)                                                                                   \
+    X(ql_copy, activation)                                                                                             \
     X(ql_linear_int8, product)
 
 /* X(name, ...): all of them, in the order of the host's table. */

@@ -35,8 +35,8 @@ static __device__ __forceinline__ float awq_at(const ql_linear_params *p, int64_
 
 /* q * s. */
 static __device__ __forceinline__ float eetq_at(const ql_linear_params *p, int64_t row, int64_t col) {
-    int64_t offset = (row >> 1) * 2 * p->k + (col >> 6) * 128 + (row & 1) * 64 + (col & 48) +
-                     (((col & 7) << 1) | ((col >> 3) & 1));
+    int64_t offset =
+        (row >> 1) * 2 * p->k + (col >> 6) * 128 + (row & 1) * 64 + (col & 48) + (((col & 7) << 1) | ((col >> 3) & 1));
     int code = (int)((const uint8_t *)p->codes)[offset] - 128;
     return (float)code * load_value(p->scales, p->scales_type, row);
 }
@@ -52,10 +52,11 @@ static __device__ __forceinline__ float fourbit_at(const ql_linear_params *p, in
     int64_t index = row * p->k + col, block = index / p->group_size;
     uint32_t byte = ((const uint8_t *)p->codes)[index >> 1];
     float value = p->table[index & 1 ? byte & 15u : byte >> 4];
-    float absmax = p->nested ? __fadd_rn(p->nested_table[p->nested[block]] *
-                                             ((const float *)p->scales)[block / p->nested_blocksize],
-                                         p->offset)
-                             : ((const float *)p->scales)[block];
+    float absmax =
+        p->nested
+            ? __fadd_rn(p->nested_table[p->nested[block]] * ((const float *)p->scales)[block / p->nested_blocksize],
+                        p->offset)
+            : ((const float *)p->scales)[block];
     return value * absmax;
 }
 

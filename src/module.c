@@ -37,8 +37,10 @@ static PyObject *ql_cuda_kernels(const ql_cuda_description *cuda) {
 static PyObject *ql_cuda_info(PyObject *module, PyObject *unused) {
     (void)module, (void)unused;
     ql_cuda_description cuda;
-    Py_BEGIN_ALLOW_THREADS ql_cuda_describe(&cuda);
-    Py_END_ALLOW_THREADS PyObject *text = PyUnicode_FromString(cuda.architectures);
+    Py_BEGIN_ALLOW_THREADS
+    ql_cuda_describe(&cuda);
+    Py_END_ALLOW_THREADS
+    PyObject *text = PyUnicode_FromString(cuda.architectures);
     PyObject *architectures = text ? PyUnicode_Split(text, NULL, -1) : NULL;
     Py_XDECREF(text);
     PyObject *devices = architectures ? ql_cuda_devices(&cuda) : NULL;

@@ -584,3 +584,18 @@ def test_results_come_in_the_callers_framework():
     packed = _qlinear.gptq_pack(weight, scales, zeros, bits=4, group_size=32)
     assert all(isinstance(tensor, torch.Tensor) for tensor in (scales, zeros, *packed))
     assert [tensor.dtype for tensor in packed] == [torch.int32, torch.int32, torch.float16]
+
+
+def test_a_part_of_an_act_order_layer_keeps_all_groups():
+    """Split along K for several devices, each part's g_idx counts in the groups of the whole."""
+    torch.manual_seed(5)
+    weight = torch.randn(32, 128)
+    g_idx = (torch.randperm(128) // 32).to(torch.int32)
+    scales, zeros = _qlinear.gptq_find_params(weight, bits=4, group_size=32)
+    qweight, qzeros, scales = _qlinear.gptq_pack(weight, scales, zeros, g_idx, bits=4, group_size=32)
+    whole = _qlinear.QuantLinear(qweight, qzeros, scales, g_idx, bits=4, group_size=32).dequantize()
+    for first in (0, 64):
+        part = _qlinear.QuantLinear(
+            qweight[first // 8 : first // 8 + 8], qzeros, scales, g_idx[first : first + 64], bits=4, group_size=32
+        )
+        assert torch.equal(part.dequantize(), whole[:, first : first + 64])

@@ -4,8 +4,8 @@
 
 /* The first kernel of each format in kernels/variants.h: few tokens; many and the gradient follow it. */
 static const ql_cuda_kernel first_kernel[] = {
-    [QL_FORMAT_GPTQ] = QL_KERNEL_ql_linear_gptq_few, [QL_FORMAT_AWQ] = QL_KERNEL_ql_linear_awq_few,
-    [QL_FORMAT_EETQ] = QL_KERNEL_ql_linear_eetq_few, [QL_FORMAT_INT8] = QL_KERNEL_ql_linear_int8_few,
+    [QL_FORMAT_GPTQ] = QL_KERNEL_ql_linear_gptq_few,       [QL_FORMAT_AWQ] = QL_KERNEL_ql_linear_awq_few,
+    [QL_FORMAT_EETQ] = QL_KERNEL_ql_linear_eetq_few,       [QL_FORMAT_INT8] = QL_KERNEL_ql_linear_int8_few,
     [QL_FORMAT_FOURBIT] = QL_KERNEL_ql_linear_fourbit_few, [QL_FORMAT_FP8] = QL_KERNEL_ql_linear_fp8_few,
 };
 enum { FEW, MANY, GRAD };
@@ -87,7 +87,8 @@ enum { MOST_GRID_M = 65535 };
 static int launch_products(const ql_cuda_guard *guard, void *stream, ql_cuda_kernel kernel, ql_linear_params p,
                            int64_t outputs, int64_t tokens, char message[QL_CUDA_MESSAGE]) {
     int64_t m = p.m, most = MOST_GRID_M * tokens;
-    int64_t x_bytes = p.x_stride * (p.x_type == QL_VALUE_F32 ? 4 : 2), out_bytes = outputs * (p.out_type == QL_VALUE_F32 ? 4 : 2);
+    int64_t x_bytes = p.x_stride * (p.x_type == QL_VALUE_F32 ? 4 : 2),
+            out_bytes = outputs * (p.out_type == QL_VALUE_F32 ? 4 : 2);
     for (int64_t done = 0; done < m; done += most) {
         p.m = m - done < most ? m - done : most;
         if (ql_cuda_launch(guard, kernel, stream, blocks(outputs, QL_LINEAR_OUTPUTS), blocks(p.m, tokens),
@@ -111,8 +112,14 @@ static int64_t row_blocks(int64_t m) { return m < 4096 ? m : 4096; }
 static int launch_int8(const ql_cuda_guard *guard, void *stream, ql_linear_params *p, const ql_weight *weight,
                        void *scratch, char message[QL_CUDA_MESSAGE]) {
     float threshold = weight->int8.threshold;
-    ql_activation_params a = {.x = p->x, .row_absmax = scratch, .outliers = (uint8_t *)((float *)scratch + p->m), .m = p->m,
-                              .k = p->k, .x_stride = p->x_stride, .x_type = p->x_type, .threshold = threshold};
+    ql_activation_params a = {.x = p->x,
+                              .row_absmax = scratch,
+                              .outliers = (uint8_t *)((float *)scratch + p->m),
+                              .m = p->m,
+                              .k = p->k,
+                              .x_stride = p->x_stride,
+                              .x_type = p->x_type,
+                              .threshold = threshold};
     p->row_absmax = a.row_absmax;
     if (threshold > 0.0f) {
         p->outliers = a.outliers;
@@ -145,8 +152,8 @@ static int launch_fp8(const ql_cuda_guard *guard, void *stream, ql_linear_params
                               .upper_bound = weight->fp8.input_upper_bound,
                               .least_scale = 1.0f / (448.0f * 512.0f)};
     bool needs_absmax = a.mode == QL_ACTIVATION_TENSOR || a.mode == QL_ACTIVATION_TOKEN;
-    if (needs_absmax && ql_cuda_launch(guard, QL_KERNEL_ql_row_absmax, stream, row_blocks(p->m), 1, QL_LINEAR_THREADS,
-                                       &a, message) < 0)
+    if (needs_absmax &&
+        ql_cuda_launch(guard, QL_KERNEL_ql_row_absmax, stream, row_blocks(p->m), 1, QL_LINEAR_THREADS, &a, message) < 0)
         return -1;
     if (ql_cuda_launch(guard, QL_KERNEL_ql_fp8_activation, stream, row_blocks(p->m), 1, QL_LINEAR_THREADS, &a,
                        message) < 0)
@@ -186,8 +193,8 @@ int ql_cuda_linear(const ql_cuda_place *place, void *out, const void *x, int64_t
     return result;
 }
 
-int ql_cuda_linear_grad(const ql_cuda_place *place, void *out, const void *g, int64_t g_stride, ql_dtype dtype, int64_t m,
-                        const ql_weight *weight, char message[QL_CUDA_MESSAGE]) {
+int ql_cuda_linear_grad(const ql_cuda_place *place, void *out, const void *g, int64_t g_stride, ql_dtype dtype,
+                        int64_t m, const ql_weight *weight, char message[QL_CUDA_MESSAGE]) {
     ql_linear_params p = params_of(weight);
     p.out = out;
     p.x = g;
@@ -198,6 +205,23 @@ int ql_cuda_linear_grad(const ql_cuda_place *place, void *out, const void *g, in
     if (ql_cuda_enter(&guard, place->device, message) < 0) return -1;
     int result = launch_products(&guard, place->stream, (ql_cuda_kernel)(first_kernel[weight->format] + GRAD), p, p.k,
                                  QL_LINEAR_MANY, message);
+    ql_cuda_leave(&guard);
+    return result;
+}
+
+int ql_cuda_copy(const ql_cuda_place *place, void *out, const void *from, ql_dtype dtype, int ndim,
+                 const int64_t *shape, const int64_t *stride, char message[QL_CUDA_MESSAGE]) {
+    ql_copy_params p = {.out = out, .from = from, .type = (int32_t)dtype, .ndim = ndim, .count = 1};
+    for (int i = 0; i < ndim; i++) {
+        p.shape[i] = shape[i];
+        p.stride[i] = stride[i];
+        p.count *= shape[i];
+    }
+    ql_cuda_guard guard;
+    if (ql_cuda_enter(&guard, place->device, message) < 0) return -1;
+    int64_t grid = blocks(p.count, QL_LINEAR_THREADS);
+    int result = ql_cuda_launch(&guard, QL_KERNEL_ql_copy, place->stream, grid < 65536 ? grid : 65536, 1,
+                                QL_LINEAR_THREADS, &p, message);
     ql_cuda_leave(&guard);
     return result;
 }

@@ -23,8 +23,12 @@ int ql_cuda_linear(const ql_cuda_place *place, void *out, const void *x, int64_t
                    const ql_weight *weight, const ql_cuda_bias *bias, void *scratch, char message[QL_CUDA_MESSAGE]);
 
 /* out[m][k] = g @ W. */
-int ql_cuda_linear_grad(const ql_cuda_place *place, void *out, const void *g, int64_t g_stride, ql_dtype dtype, int64_t m,
-                        const ql_weight *weight, char message[QL_CUDA_MESSAGE]);
+int ql_cuda_linear_grad(const ql_cuda_place *place, void *out, const void *g, int64_t g_stride, ql_dtype dtype,
+                        int64_t m, const ql_weight *weight, char message[QL_CUDA_MESSAGE]);
+
+/* out = a contiguous copy of a strided tensor of fp32, fp16 or bf16, at most QL_COPY_DIMS dimensions. */
+int ql_cuda_copy(const ql_cuda_place *place, void *out, const void *from, ql_dtype dtype, int ndim,
+                 const int64_t *shape, const int64_t *stride, char message[QL_CUDA_MESSAGE]);
 
 /* out[n][k] = W. */
 int ql_cuda_dequantize(const ql_cuda_place *place, void *out, ql_dtype dtype, const ql_weight *weight,

@@ -149,7 +149,8 @@ ql_g_idx ql_gptq_resolve_g_idx(int32_t *resolved, int64_t *position, const void 
         trivial = trivial && group == col / group_size;
         resolved[col] = (int32_t)group;
     }
-    return trivial || all_zero ? QL_G_IDX_TRIVIAL : QL_G_IDX_GENERAL;
+    bool is_left_out = all_zero && groups == ql_group_count(k, group_size);
+    return trivial || is_left_out ? QL_G_IDX_TRIVIAL : QL_G_IDX_GENERAL;
 }
 
 bool ql_gptq_zeros_are_middle(const int32_t *qzeros, int64_t groups, int64_t n, int bits) {

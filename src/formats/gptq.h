@@ -53,8 +53,8 @@ typedef enum ql_g_idx {
 } ql_g_idx;
 
 /* Reads g_idx, int32 or int64 [k] with the stride, into resolved [k]: negative entries count from the end, as the packers
- * that wrote them index; all zero with several groups is what old writers left without act-order, so trivial. Where an
- * entry is out of range, *position tells the first. */
+ * that wrote them index; all zero, where k columns have several groups and the layer has just these, is what old writers
+ * left without act-order, so trivial. Where an entry is out of range, *position tells the first. */
 ql_g_idx ql_gptq_resolve_g_idx(int32_t *resolved, int64_t *position, const void *g_idx, ql_dtype dtype, int64_t stride,
                                int64_t k, int64_t groups, int64_t group_size);
 

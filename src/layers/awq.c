@@ -106,7 +106,8 @@ static void ql_unpack_body(void *context, int64_t begin, int64_t end) {
 }
 
 static void ql_awq_run(int64_t count, int64_t grain, void (*body)(void *, int64_t, int64_t), ql_awq_job *job) {
-    Py_BEGIN_ALLOW_THREADS ql_cpu_parallel(count, grain, body, job);
+    Py_BEGIN_ALLOW_THREADS
+    ql_cpu_parallel(count, grain, body, job);
     Py_END_ALLOW_THREADS
 }
 

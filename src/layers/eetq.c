@@ -127,9 +127,13 @@ static PyObject *quantize(PyObject *object, bool tiled) {
             .scales = scales.view.data,
             .scales_dtype = scales.view.dtype,
         };
-        Py_BEGIN_ALLOW_THREADS if (tiled) ql_cpu_parallel(work.source.rows / 2, PAIRS_A_RANGE, quantize_pairs, &work);
-        else ql_cpu_parallel(work.source.rows, ROWS_A_RANGE, quantize_channels, &work);
-        Py_END_ALLOW_THREADS result = finish_quantized(&codes, &scales);
+        Py_BEGIN_ALLOW_THREADS
+        if (tiled)
+            ql_cpu_parallel(work.source.rows / 2, PAIRS_A_RANGE, quantize_pairs, &work);
+        else
+            ql_cpu_parallel(work.source.rows, ROWS_A_RANGE, quantize_channels, &work);
+        Py_END_ALLOW_THREADS
+        result = finish_quantized(&codes, &scales);
     }
     ql_tensor_release(&weight);
     return result;
@@ -181,8 +185,10 @@ static PyObject *retile(PyObject *object, const ql_tensor *from, const char *nam
         ql_output_begin(&output, object, QL_I8, 2, from->shape) < 0)
         return NULL;
     retile_work work = {.from = from, .to = output.view.data};
-    Py_BEGIN_ALLOW_THREADS ql_cpu_parallel(from->shape[1] / 2, PAIRS_A_RANGE, pairs, &work);
-    Py_END_ALLOW_THREADS return ql_output_finish(&output);
+    Py_BEGIN_ALLOW_THREADS
+    ql_cpu_parallel(from->shape[1] / 2, PAIRS_A_RANGE, pairs, &work);
+    Py_END_ALLOW_THREADS
+    return ql_output_finish(&output);
 }
 
 static PyObject *eetq_pack(PyObject *module, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames) {

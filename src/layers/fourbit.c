@@ -269,7 +269,8 @@ static void run_dequantize_8bit(void *context, int64_t begin, int64_t end) {
 
 static void run_blocks(blocks_task *task, void (*body)(void *, int64_t, int64_t)) {
     int64_t blocks = ql_group_count(task->count, task->blocksize);
-    Py_BEGIN_ALLOW_THREADS ql_cpu_parallel(blocks, block_grain(task->blocksize), body, task);
+    Py_BEGIN_ALLOW_THREADS
+    ql_cpu_parallel(blocks, block_grain(task->blocksize), body, task);
     Py_END_ALLOW_THREADS
 }
 

@@ -308,8 +308,10 @@ static PyObject *quantize_matrix(PyObject *object, quantize_task *task, float gi
         for (int i = 0; i < 2; i++) ql_output_abandon(&outputs[i]);
         return NULL;
     }
-    Py_BEGIN_ALLOW_THREADS run_quantize(task);
-    Py_END_ALLOW_THREADS free(task->absmax);
+    Py_BEGIN_ALLOW_THREADS
+    run_quantize(task);
+    Py_END_ALLOW_THREADS
+    free(task->absmax);
     return ql_outputs_finish(outputs, 2);
 }
 
@@ -482,8 +484,10 @@ static PyObject *matmul_checked(PyObject *object, matmul_task *task, ql_dtype dt
     if (task->x && dtype != QL_F32) task->y = alloc_floats(NULL, panel, task->weight.n);
     int result = task->x && (task->y || dtype == QL_F32) ? 0 : -1;
     if (result == 0) {
-        Py_BEGIN_ALLOW_THREADS result = run_matmul(task, bias);
-        Py_END_ALLOW_THREADS if (result < 0) PyErr_NoMemory();
+        Py_BEGIN_ALLOW_THREADS
+        result = run_matmul(task, bias);
+        Py_END_ALLOW_THREADS
+        if (result < 0) PyErr_NoMemory();
     }
     free(task->x);
     free(task->y);

@@ -188,7 +188,9 @@ static int ql_gptq_bind(ql_layer *layer) {
         return -1;
     int64_t n = qweight->shape[1];
     int64_t group_size = ql_group_columns(config->group_size, k);
-    int64_t groups = ql_group_count(k, group_size);
+    /* A part of an act-order layer, split along K for several GPUs, keeps all groups: its g_idx counts in the whole. */
+    bool is_part = g_idx && scales->ndim == 2 && scales->shape[0] >= 1;
+    int64_t groups = is_part ? scales->shape[0] : ql_group_count(k, group_size);
     const int64_t zeros_shape[] = {groups, ql_code_words(n, config->bits)}, scales_shape[] = {groups, n};
     if (ql_check_shape(qzeros, "qzeros", 2, zeros_shape) < 0 || ql_check_shape(scales, "scales", 2, scales_shape) < 0)
         return -1;
@@ -317,7 +319,8 @@ static void ql_unplanar_body(void *context, int64_t begin, int64_t end) {
 }
 
 static void ql_gptq_run(int64_t count, int64_t grain, void (*body)(void *, int64_t, int64_t), ql_gptq_job *job) {
-    Py_BEGIN_ALLOW_THREADS ql_cpu_parallel(count, grain, body, job);
+    Py_BEGIN_ALLOW_THREADS
+    ql_cpu_parallel(count, grain, body, job);
     Py_END_ALLOW_THREADS
 }
 

@@ -104,18 +104,22 @@ static void zero_columns(void *context, int64_t begin, int64_t end) {
 static PyObject *take_outliers(quantize_work *work, PyObject *like) {
     work->outlier = malloc(work->source.cols ? (size_t)work->source.cols * sizeof *work->outlier : 1);
     if (!work->outlier) return PyErr_NoMemory();
-    Py_BEGIN_ALLOW_THREADS ql_cpu_parallel(work->source.cols, COLUMNS_A_RANGE, find_outliers, work);
+    Py_BEGIN_ALLOW_THREADS
+    ql_cpu_parallel(work->source.cols, COLUMNS_A_RANGE, find_outliers, work);
     for (int64_t col = 0; col < work->source.cols; col++) work->column_count += work->outlier[col];
-    Py_END_ALLOW_THREADS ql_output output;
+    Py_END_ALLOW_THREADS
+    ql_output output;
     PyObject *result = NULL;
     if (ql_output_begin(&output, like, QL_I64, 1, &work->column_count) == 0) {
         int64_t *columns = output.view.data;
-        Py_BEGIN_ALLOW_THREADS for (int64_t col = 0, found = 0; col < work->source.cols; col++) if (work->outlier[col])
-            columns[found++] = col;
+        Py_BEGIN_ALLOW_THREADS
+        for (int64_t col = 0, found = 0; col < work->source.cols; col++)
+            if (work->outlier[col]) columns[found++] = col;
         work->columns = columns;
         if (work->source.rows > 1 && work->column_count)
             ql_cpu_parallel(work->source.rows, ROWS_A_RANGE, zero_columns, work);
-        Py_END_ALLOW_THREADS result = ql_output_finish(&output);
+        Py_END_ALLOW_THREADS
+        result = ql_output_finish(&output);
     }
     free(work->outlier);
     return result;
@@ -139,8 +143,10 @@ static PyObject *quantize(PyObject *object, const ql_tensor *x, float threshold)
         .codes = codes.view.data,
         .absmax = absmax.view.data,
     };
-    Py_BEGIN_ALLOW_THREADS ql_cpu_parallel(work.source.rows, ROWS_A_RANGE, quantize_rows, &work);
-    Py_END_ALLOW_THREADS PyObject *columns = threshold > 0.0f ? take_outliers(&work, object) : Py_NewRef(Py_None);
+    Py_BEGIN_ALLOW_THREADS
+    ql_cpu_parallel(work.source.rows, ROWS_A_RANGE, quantize_rows, &work);
+    Py_END_ALLOW_THREADS
+    PyObject *columns = threshold > 0.0f ? take_outliers(&work, object) : Py_NewRef(Py_None);
     PyObject *first = columns ? ql_output_finish(&codes) : NULL;
     PyObject *second = first ? ql_output_finish(&absmax) : NULL;
     PyObject *result = second ? PyTuple_Pack(3, first, second, columns) : NULL;

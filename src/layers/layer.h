@@ -22,13 +22,13 @@ typedef struct ql_layer ql_layer;
 struct ql_layer {
     PyObject_HEAD
     PyObject *weakrefs;
-    int (*bind)(ql_layer *layer); /* fills weight from held; -1 with an exception, nothing changed then */
+    int (*bind)(ql_layer *layer);   /* fills weight from held; -1 with an exception, nothing changed then */
     void (*clear)(ql_layer *layer); /* frees `extra`; may be NULL */
-    char summary[96]; /* of the repr, after the sizes: "bits=4, group_size=128", or empty */
-    void *extra;                  /* the type's own configuration, malloc'ed, freed by ql_layer's dealloc */
+    char summary[96];               /* of the repr, after the sizes: "bits=4, group_size=128", or empty */
+    void *extra;                    /* the type's own configuration, malloc'ed, freed by ql_layer's dealloc */
     ql_weight weight;
-    bool copies_values;           /* weight has values read out of tensors: bound anew at each call, to see them change */
-    int bias;                     /* index into held, or -1 */
+    bool copies_values; /* weight has values read out of tensors: bound anew at each call, to see them change */
+    int bias;           /* index into held, or -1 */
     int held_count;
     ql_held held[QL_MAX_HELD];
 };
@@ -43,6 +43,13 @@ int ql_layer_hold(ql_layer *layer, PyObject *object, const char *name);
 
 /* Holds the bias, binds, and checks that all tensors share a device and that the bias is a float [n]. 0, or -1. */
 int ql_layer_ready(ql_layer *layer, PyObject *bias);
+
+/* A tensor's storage can be replaced under the object that is held (`weight.data = ...`, resize_), so what was borrowed is
+ * read again before each call; a change binds anew, and one that does not fit leaves the layer as it was. 0, or -1. */
+int ql_layer_refresh(ql_layer *layer);
+
+/* Where the layer's tensors are: with the first one. */
+static inline const ql_tensor *ql_layer_device(const ql_layer *layer) { return &layer->held[0].tensor; }
 
 /* The contents of a contiguous tensor that is held, where the host can read them: its own memory, or a copy from the GPU
  * in *copy, for the caller to free. For the few values that bind must see. NULL with an exception. */

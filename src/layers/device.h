@@ -1,0 +1,14 @@
+/* Layers whose tensors are on a GPU: the place of a call there, what the CUDA side says as an exception. */
+#ifndef QL_LAYERS_DEVICE_H
+#define QL_LAYERS_DEVICE_H
+
+#include "../cuda/launch.h"
+#include "layer.h"
+
+/* The device of `tensor`, read from `object`, and the stream that its framework works on now. 0, or -1. */
+int ql_place_of(ql_cuda_place *place, PyObject *object, const ql_tensor *tensor, const char *name);
+
+/* RuntimeError with the sentence that a function of cuda/ left; -1. */
+int ql_cuda_failed(const char *message);
+
+#endif

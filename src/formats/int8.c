@@ -48,7 +48,7 @@ void ql_int8_quantize_row(int8_t *codes, float *absmax, const float *x, int64_t 
     if (row_factor_of(&row, *absmax))
         run_codes(codes, x, k, limit, row);
     else
-        memset(codes, 0, (size_t)k);
+        for (int64_t i = 0; i < k; i++) codes[i] = 0; /* codes may be NULL where k is 0 */
 }
 
 static void quantize_strided_row(int8_t *codes, float *absmax, const ql_matrix *source, float threshold,
@@ -64,7 +64,7 @@ static void quantize_strided_row(int8_t *codes, float *absmax, const ql_matrix *
     row_factor row;
     *absmax = ql_f32_from_bits((uint32_t)most);
     if (!row_factor_of(&row, *absmax)) {
-        memset(codes, 0, (size_t)k);
+        for (int64_t i = 0; i < k; i++) codes[i] = 0; /* codes may be NULL where k is 0 */
         return;
     }
     for (int64_t col = 0; col < k; col += RUN) {

@@ -250,3 +250,32 @@ def test_quantize_error_is_within_half_a_step():
         error = (layer.dequantize(torch.float32) - weight).abs()
         # The scale is rounded to fp16 after the zero was chosen, so codes at the ends may be off by a little more.
         assert (error <= steps * (0.5 + 2**bits * 2.0**-11 + 1e-3)).all()
+
+
+@pytest.mark.parametrize("group_size", [32, 40, -1])
+def test_searched_scales_leave_less_error(group_size):
+    weight = torch.randn(48, 96, generator=torch.Generator().manual_seed(2))
+    weight[5] = 0
+    for bits in (2, 3, 4, 8):
+        options = {"bits": bits, "group_size": group_size}
+        plain = qlinear.QuantLinear.quantize(weight, None, **options).dequantize()
+        searched = qlinear.QuantLinear.quantize(weight, None, search_scales=True, **options)
+        error, least = (plain - weight).square().sum(), (searched.dequantize() - weight).square().sum()
+        assert least < error if bits < 8 else least <= error * 1.0001
+        assert not searched.dequantize()[5].any()
+        check(searched)
+    awq = qlinear.AWQLinear.quantize(weight, None, group_size=group_size, search_scales=True)
+    gptq = qlinear.QuantLinear.quantize(weight, None, bits=4, group_size=group_size, search_scales=True)
+    assert torch.equal(awq.dequantize(), gptq.dequantize())
+    with pytest.raises(ValueError, match="sym"):
+        qlinear.QuantLinear.quantize(weight, None, sym=True, search_scales=True)
+
+
+def test_searched_scales_of_what_is_no_number():
+    weight = torch.randn(4, 64)
+    weight[1, 3] = torch.nan
+    weight[2, 40] = torch.inf
+    dense = qlinear.QuantLinear.quantize(weight, None, group_size=32, search_scales=True).dequantize()
+    assert not torch.isfinite(dense[1, :32]).any()
+    assert not torch.isfinite(dense[2, 32:]).any()
+    assert torch.isfinite(dense[[0, 3]]).all()

@@ -38,11 +38,14 @@ class Report:
         return "\n".join(lines + [f"  {name}: {reason}" for name, reason in self.skipped])
 
 
-def _makers(bits: int, group_size: int, threshold: float, blocksize: int) -> dict[str, Callable]:
+def _makers(
+    bits: int, group_size: int, search_scales: bool, threshold: float, blocksize: int
+) -> dict[str, Callable[[Tensor, Tensor | None], QuantizedLinear]]:
+    affine = {"group_size": group_size, "search_scales": search_scales}
     return {
         "eetq": EETQLinear,
-        "gptq": lambda w, b: QuantLinear.quantize(w, b, bits=bits, group_size=group_size),
-        "awq": lambda w, b: AWQLinear.quantize(w, b, group_size=group_size),
+        "gptq": lambda w, b: QuantLinear.quantize(w, b, bits=bits, **affine),
+        "awq": lambda w, b: AWQLinear.quantize(w, b, **affine),
         "bitsandbytes": lambda w, b: Linear8bitLt(w, b, has_fp16_weights=False, threshold=threshold),
         "bitsandbytes-nf4": lambda w, b: Linear4bit(w, b, "nf4", blocksize=blocksize),
         "bitsandbytes-fp4": lambda w, b: Linear4bit(w, b, "fp4", blocksize=blocksize),
@@ -50,7 +53,7 @@ def _makers(bits: int, group_size: int, threshold: float, blocksize: int) -> dic
     }
 
 
-FORMATS = tuple(_makers(4, 128, 6.0, 64))
+FORMATS = tuple(_makers(4, 128, False, 6.0, 64))
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -156,6 +159,7 @@ def replace_linear(
     filter: Callable[[str, nn.Module], bool] | None = None,
     bits: int = 4,
     group_size: int = 128,
+    search_scales: bool = False,
     threshold: float = 6.0,
     blocksize: int = 64,
     progress: bool | None = None,
@@ -163,8 +167,9 @@ def replace_linear(
     """Swaps model's nn.Linear layers (and transformers' Conv1D) in place for `quantize`, one of FORMATS.
 
     skip: names of modules, or parts of dotted names, that stay; filter(name, module) False keeps one too. bits
-    (2, 3, 4 or 8) and group_size are gptq's and awq's, threshold is LLM.int8()'s, blocksize that of nf4 and
-    fp4. progress: True or False shows a bar or none; None when it takes long.
+    (2, 3, 4 or 8), group_size and search_scales are gptq's and awq's (the search takes ten times as long and helps most
+    below 8 bits), threshold is LLM.int8()'s, blocksize that of nf4 and fp4. progress: True or False shows a bar or
+    none; None when it takes long.
 
     Each layer's float weight is freed before the next is quantized. A layer that the format cannot hold stays, and the
     report says why. Wrong options are refused before anything is changed. On any other error (memory, an interrupt) the
@@ -175,7 +180,7 @@ def replace_linear(
     if isinstance(skip, str):
         raise TypeError("skip must be a collection of names, not a string")
     skip = tuple(skip)
-    make = _makers(bits, group_size, threshold, blocksize)[quantize]
+    make = _makers(bits, group_size, search_scales, threshold, blocksize)[quantize]
     # Options that no weight goes with fail here, not as one reason to skip for each layer.
     make(torch.zeros(128, 128), None)
     names, shared = _owners(model)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .. import _qlinear
+from .. import _qlinear, search
 from ._module import QuantizedLinear, check_bias, check_weight, frozen
 
 
@@ -36,6 +36,18 @@ def to_gemm(qweight: Tensor, qzeros: Tensor | None, scales: Tensor, group_size: 
         f"qweight {tuple(qweight.shape)}, qzeros {tuple(qzeros.shape)} and scales {tuple(scales.shape)} are none of "
         "AWQ's storages: GEMM takes [K, N / 8], [G, N / 8] and [G, N]"
     )
+
+
+def _search(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(qweight, qzeros, scales) with searched scales, by way of GPTQ's packer, whose integers are the same."""
+    n, k = weight.shape
+    if n % 8:
+        raise ValueError(f"out_features must be a multiple of 8, got {n}")
+    scales, zeros = search.find_params(weight, bits=4, group_size=group_size)
+    options = {"bits": 4, "group_size": group_size, "zero_format": "gptq_v2"}
+    qweight, _, stored = _qlinear.gptq_pack(weight, scales, zeros, **options)
+    codes = _qlinear.gptq_unpack_codes(qweight, bits=4, count=k)
+    return _qlinear.awq_pack(codes), _qlinear.awq_pack(zeros.t().to(torch.uint8).contiguous()), stored
 
 
 class AWQLinear(QuantizedLinear):
@@ -78,10 +90,15 @@ class AWQLinear(QuantizedLinear):
         self._check()
 
     @classmethod
-    def quantize(cls, weight: Tensor, bias: Tensor | None, *, group_size: int = 128) -> AWQLinear:
-        """Rounds a float weight [N, K] to the nearest codes, with AWQ's scales and zeros."""
+    def quantize(
+        cls, weight: Tensor, bias: Tensor | None, *, group_size: int = 128, search_scales: bool = False
+    ) -> AWQLinear:
+        """Rounds a float weight [N, K] to the nearest codes. The scales and zeros are AWQ's; search_scales: of the
+        group's range, clipped or not, that leaves the least squared error."""
         check_weight(weight)
-        self = cls(4, group_size, *_qlinear.awq_quantize(weight.detach(), group_size=group_size), bias)
+        weight = weight.detach()
+        quantize = _search if search_scales else _qlinear.awq_quantize
+        self = cls(4, group_size, *quantize(weight, group_size=group_size), bias)
         self.weight_dtype = weight.dtype
         return self
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .. import _qlinear, functional, ops
+from .. import _qlinear, functional, ops, search
 from ._module import QuantizedLinear, check_bias, check_weight, frozen
 
 _BITS = (2, 3, 4, 8)
@@ -124,13 +124,25 @@ class QuantLinear(QuantizedLinear):
 
     @classmethod
     def quantize(
-        cls, weight: Tensor, bias: Tensor | None, *, bits: int = 4, group_size: int = 128, sym: bool = False
+        cls,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        bits: int = 4,
+        group_size: int = 128,
+        sym: bool = False,
+        search_scales: bool = False,
     ) -> QuantLinear:
-        """Rounds a float weight [N, K] to the nearest codes, with GPTQ's scales and zeros and no calibration."""
+        """Rounds a float weight [N, K] to the nearest codes, with no calibration. The scales and zeros are those of a
+        group's range; search_scales: of the range, clipped or not, that leaves the least squared error."""
         _check_bits(bits)
         check_weight(weight)
         weight = weight.detach()
         scales, zeros = _qlinear.gptq_find_params(weight, bits=bits, group_size=group_size, sym=sym)
+        if search_scales:
+            if sym:
+                raise ValueError("search_scales finds zeros too: it excludes sym")
+            scales, zeros = search.find_params(weight, bits=bits, group_size=group_size)
         packed = _qlinear.gptq_pack(weight, scales, zeros, bits=bits, group_size=group_size)
         size = weight.shape[1] if group_size == -1 else group_size
         g_idx = torch.arange(weight.shape[1], dtype=torch.int32, device=weight.device) // size

@@ -147,6 +147,17 @@ INLINE vf fourbit_scale(const float *absmax, int64_t left, int64_t inside, int l
     return (vf)vi_permute(vi_load_some(absmax, left), block);
 }
 
+/* As fourbit_scale where the load begins a block and has `count` of them, all there. */
+INLINE vf fourbit_even_scale(const float *absmax, int64_t count, int log2_blocksize) {
+#if defined(QL_AVX512)
+    return fourbit_scale(absmax, count, 0, log2_blocksize);
+#else
+    if (count == 1) return vf_set(*absmax);
+    vi second = vi_shift(8 * vi_lane(), log2_blocksize) != 0; /* fewer than 16 lanes meet two blocks at most */
+    return (vf)(((vi)vf_set(absmax[0]) & ~second) | ((vi)vf_set(absmax[1]) & second));
+#endif
+}
+
 /* Whether a block can start inside a word, so that no vector decode applies. */
 INLINE bool fourbit_is_ragged(const ql_weight *weight) { return weight->k % 8 != 0; }
 
@@ -173,7 +184,10 @@ INLINE void k_block_row(float *out, const ql_weight *weight, const k_decoder *de
         /* EETQ's columns come 64 at a time. */
         if (format == QL_FORMAT_EETQ && load) from = k_row(weight, row, col + 4 * LANES, format);
         int64_t bytes = format == QL_FORMAT_FOURBIT ? cols / 2 : cols - load * 4 * LANES;
-        vi words = k_load(format == QL_FORMAT_EETQ ? from : from + load * 4 * LANES, bytes);
+        from += format == QL_FORMAT_EETQ ? 0 : load * 4 * LANES;
+        vi words = k_load(from, bytes);
+        /* Rows lie too far apart for the processor to foresee the next block's lines. */
+        __builtin_prefetch((const void *)((uintptr_t)from + (format == QL_FORMAT_EETQ ? 2u : 1u) * 4 * LANES * (uintptr_t)loads));
         k_words open = k_open(decoder, words, format);
         UNROLL
         for (int j = 0; j < vectors; j++) {
@@ -196,12 +210,12 @@ INLINE bool fp8_scale_is_even(const ql_weight *weight) {
     return weight->fp8.block_k >= weight->k || weight->fp8.block_k % BLOCK == 0;
 }
 
-/* out[rows][BLOCK] = W[row + i][col + order[j]], for col a multiple of BLOCK and `cols` columns there; what lies beyond
+/* out[rows][BLOCK], rows PANEL_STRIDE apart, = W[row + i][col + order[j]], for col a multiple of BLOCK and `cols` columns there; what lies beyond
  * them is finite or not, but nobody's. */
 static void k_block(float *out, const ql_weight *weight, const k_decoder *decoder, const int16_t *order, int64_t row,
                     int64_t rows, int64_t col, int64_t cols) {
     const vf second = vf_set(1.0f / 127.0f);
-    for (int64_t i = 0; i < rows; i++, out += BLOCK) {
+    for (int64_t i = 0; i < rows; i++, out += PANEL_STRIDE) {
         switch (weight->format) {
         case QL_FORMAT_EETQ: {
             vf scale = vf_set(ql_f32_load(weight->eetq.scales, weight->eetq.scales_dtype, row + i));
@@ -360,7 +374,7 @@ INLINE const float *group_cache_get(group_cache *cache, const ql_weight *weight,
     return values;
 }
 
-/* out[cols][BLOCK] = W[row + i][col + j] for j in [0, cols); `col` begins a unit. */
+/* out[cols][BLOCK], rows PANEL_STRIDE apart, = W[row + i][col + j] for j in [0, cols); `col` begins a unit. */
 INLINE void gptq_block(float *out, const ql_weight *weight, const n_decoder *decoder, const int16_t *order,
                        group_cache *cache, int64_t row, int64_t col, int64_t cols, const int bits) {
     const ql_gptq *gptq = &weight->gptq;
@@ -390,7 +404,7 @@ INLINE void gptq_block(float *out, const ql_weight *weight, const n_decoder *dec
             UNROLL
             for (int v = 0; v < 8; v++) {
                 vf code = n_code(decoder, packed[v], c, bits) - vf_load(values + v * LANES);
-                vf_store(out + column * BLOCK + v * LANES, code * vf_load(values + BLOCK + v * LANES));
+                vf_store(out + column * PANEL_STRIDE + v * LANES, code * vf_load(values + BLOCK + v * LANES));
             }
         }
     }
@@ -400,7 +414,7 @@ static void awq_block(float *out, const ql_weight *weight, const n_decoder *deco
                       group_cache *cache, int64_t row, int64_t col, int64_t cols) {
     const ql_awq *awq = &weight->awq;
     const int64_t words = (weight->n + 7) / 8;
-    for (int64_t column = 0; column < cols; column++, out += BLOCK) {
+    for (int64_t column = 0; column < cols; column++, out += PANEL_STRIDE) {
         const float *values =
             group_cache_get(cache, weight, decoder, order, (col + column) / awq->group_size, row);
         vi packed = vi_load_some(awq->qweight + (col + column) * words + row / 8, words - row / 8);
@@ -438,7 +452,7 @@ static __attribute__((noinline)) void gptq_block_8(float *out, const ql_weight *
     gptq_block(out, weight, decoder, order, cache, row, col, cols, 8);
 }
 
-/* out[cols][BLOCK] = W[row + order[i]][col + j], for `row` and `col` multiples of BLOCK. */
+/* out[cols][BLOCK], rows PANEL_STRIDE apart, = W[row + order[i]][col + j], for `row` and `col` multiples of BLOCK. */
 static void n_block(float *out, const ql_weight *weight, const n_decoder *decoder, const int16_t *order,
                     group_cache *cache, int64_t row, int64_t col, int64_t cols) {
     if (weight->format == QL_FORMAT_AWQ) {

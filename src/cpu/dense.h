@@ -17,8 +17,8 @@ enum { ROWS_AT_ONCE = 256 }; /* rows of x whose sums a thread keeps */
 /* ---- scratch: as many buffers as threads, each taken by one running range at a time ---- */
 
 typedef struct scratch {
-    float *panel;  /* [BLOCK][BLOCK] */
-    float *turned; /* [BLOCK][BLOCK] */
+    float *panel;  /* [BLOCK][PANEL_STRIDE] */
+    float *turned; /* [BLOCK][PANEL_STRIDE] */
     float *sums;   /* [ROWS_AT_ONCE][BLOCK] */
     group_cache cache;
 } scratch;
@@ -32,7 +32,7 @@ typedef struct scratch_pool {
 
 static int scratch_pool_make(scratch_pool *pool, const ql_weight *weight, int64_t ranges, int64_t m) {
     pool->count = (int)min_of(ql_cpu_thread_count(), ranges < 1 ? 1 : ranges);
-    int64_t slots = group_slots(weight), block = (int64_t)BLOCK * BLOCK, rows = min_of(m, ROWS_AT_ONCE);
+    int64_t slots = group_slots(weight), block = (int64_t)BLOCK * PANEL_STRIDE, rows = min_of(m, ROWS_AT_ONCE);
     int64_t floats = 2 * block + rows * BLOCK + slots * 2 * BLOCK;
     int64_t each = floats * 4 + (slots * 8 + 63) / 64 * 64;
     int64_t heads = (pool->count * (int64_t)(sizeof(scratch) + sizeof(atomic_bool)) + 63) / 64 * 64;
@@ -67,17 +67,17 @@ static void scratch_give(scratch_pool *pool, int index) { atomic_store(&pool->ta
 
 /* ---- turning ---- */
 
-/* to[order ? order[i] : i][row of from] = from[row][i] for `rows` rows, a multiple of LANES (the last may be nobody's). */
+/* to[order ? order[i] : i][row of from] = from[row][i], rows of both PANEL_STRIDE apart, for `rows` rows, a multiple of LANES (the last may be nobody's). */
 static void turn_block(float *to, const float *from, int64_t rows, const int16_t *order) {
     for (int64_t row = 0; row < rows; row += LANES) {
         for (int first = 0; first < BLOCK; first += LANES) {
             vf tile[LANES];
             UNROLL
-            for (int i = 0; i < LANES; i++) tile[i] = vf_load(from + (row + i) * BLOCK + first);
+            for (int i = 0; i < LANES; i++) tile[i] = vf_load(from + (row + i) * PANEL_STRIDE + first);
             vf_transpose(tile);
             UNROLL
             for (int i = 0; i < LANES; i++)
-                vf_store(to + (order ? order[first + i] : first + i) * BLOCK + row, tile[i]);
+                vf_store(to + (order ? order[first + i] : first + i) * PANEL_STRIDE + row, tile[i]);
         }
     }
 }
@@ -91,7 +91,7 @@ INLINE void dense_tile(float *sums, const float *x, int64_t x_stride, const floa
         UNROLL
         for (int v = 0; v < TILE_VECTORS; v++) sum[r][v] = vf_load(sums + r * BLOCK + v * LANES);
     }
-    for (int64_t i = 0; i < depth; i++, panel += BLOCK) {
+    for (int64_t i = 0; i < depth; i++, panel += PANEL_STRIDE) {
         vf weight[TILE_VECTORS];
         UNROLL
         for (int v = 0; v < TILE_VECTORS; v++) weight[v] = vf_load(panel + v * LANES);
@@ -253,12 +253,12 @@ static void dequantize_range(void *context, int64_t begin, int64_t end) {
                 k_block(own->panel, weight, &work->decode.k, work->decode.order, row, there, col, cols);
                 for (int64_t i = 0; i < there; i++)
                     for (int j = 0; j < BLOCK; j++)
-                        own->turned[i * BLOCK + work->decode.order[j]] = own->panel[i * BLOCK + j];
+                        own->turned[i * PANEL_STRIDE + work->decode.order[j]] = own->panel[i * PANEL_STRIDE + j];
             }
             for (int64_t i = 0; i < there; i++)
                 for (int64_t j = 0; j < cols; j += LANES)
                     vf_store_as(work->out, work->dtype, (row + i) * weight->k + col + j,
-                                vf_load(own->turned + i * BLOCK + j), cols - j);
+                                vf_load(own->turned + i * PANEL_STRIDE + j), cols - j);
         }
     }
     scratch_give(&work->pool, index);
@@ -272,17 +272,35 @@ static int dense_run(dense_work *work, loop_body *body, int64_t items, int64_t m
     return 0;
 }
 
-static int linear(const ql_product *product) {
-    const ql_weight *weight = product->weight;
-    if (product->m <= MAX_FUSED_ROWS && weight->k > 0) {
-        if (has_n_lanes(weight) && n_fused_fits(weight)) {
-            n_fused_linear(product);
-            return 0;
-        }
-        if (!has_n_lanes(weight) && k_fused_fits(weight)) return k_fused_linear(product);
+/* Up to here, passes over the weight with MAX_FUSED_ROWS rows of x each are quicker than making panels. */
+enum { MAX_PASS_ROWS_K = 16, MAX_PASS_ROWS_N = 12 };
+
+static bool fused_fits(const ql_weight *weight, int64_t m) {
+    if (weight->k == 0) return false;
+    if (has_n_lanes(weight)) return m <= MAX_PASS_ROWS_N && n_fused_fits(weight);
+    return m <= MAX_PASS_ROWS_K && k_fused_fits(weight);
+}
+
+static int fused_linear(const ql_product *product) {
+    const size_t out_row = (size_t)product->weight->n * ql_dtype_size(product->dtype);
+    for (int64_t m = 0; m < product->m; m += MAX_FUSED_ROWS) {
+        ql_product pass = *product;
+        pass.m = min_of(product->m - m, MAX_FUSED_ROWS);
+        pass.out = (char *)product->out + (size_t)m * out_row;
+        pass.x = product->x + m * product->x_stride;
+        if (product->row_scale) pass.row_scale = product->row_scale + m;
+        if (has_n_lanes(product->weight))
+            n_fused_linear(&pass);
+        else if (k_fused_linear(&pass))
+            return -1;
     }
-    dense_work work = {.product = product, .weight = weight};
-    return dense_run(&work, linear_range, (weight->n + BLOCK - 1) / BLOCK, product->m);
+    return 0;
+}
+
+static int linear(const ql_product *product) {
+    if (fused_fits(product->weight, product->m)) return fused_linear(product);
+    dense_work work = {.product = product, .weight = product->weight};
+    return dense_run(&work, linear_range, (product->weight->n + BLOCK - 1) / BLOCK, product->m);
 }
 
 static int grad(const ql_product *product) {

@@ -36,6 +36,7 @@ INLINE void n_gptq_chunk(float *sums, const int32_t *from, int64_t n, int64_t ro
         UNROLL
         for (int v = 0; v < vectors; v++) {
             vi packed[3];
+            forget_memory();
             UNROLL
             for (int w = 0; w < words; w++) {
                 packed[w] = vi_load_some(from + w * n + v * LANES, rows - v * LANES);
@@ -230,88 +231,138 @@ typedef struct k_fused {
     int64_t steps;
 } k_fused;
 
-/* The sums of `row_count` rows from `row` on, with each of m_count rows of x. A step's products are summed by themselves
- * and then scaled where the scale belongs to less than the row; that is also the better order of a long sum. */
-INLINE void k_fused_rows(const k_fused *work, int64_t row, float *sums, const ql_format format, const int row_count,
-                         const int m_count) {
-    const ql_weight *weight = work->product->weight;
-    const int64_t k = weight->k, x_stride = work->steps * BLOCK;
+/* What one row of W is read with. */
+typedef struct k_stream {
+    const uint8_t *bytes;
+    uintptr_t ahead;     /* where the row `row_count` rows on begins, to prefetch */
+    const float *scales; /* FOURBIT: absmax from the row's first block on; FP8: the row of scales */
+    int64_t inside;      /* FOURBIT: elements of the first block before the row */
+    int64_t blocks;      /* FOURBIT: in the row */
+} k_stream;
+
+/* How a row's blocks lie to its steps, the same for all rows. */
+typedef struct k_scales {
+    bool even;             /* the row begins a block: whole steps meet their blocks at the same words */
+    int log2_blocksize;    /* of FOURBIT */
+    int64_t blocks_a_step; /* of FOURBIT, at least 1 */
+    int64_t steps_a_scale; /* of FP8 */
+} k_scales;
+
+INLINE k_scales k_scales_of(const ql_weight *weight, const ql_format format) {
+    k_scales scales = {.even = true, .steps_a_scale = 1};
+    if (format == QL_FORMAT_FOURBIT) {
+        scales.even = weight->k % weight->fourbit.blocksize == 0;
+        scales.log2_blocksize = __builtin_ctzll((uint64_t)weight->fourbit.blocksize);
+        scales.blocks_a_step = BLOCK >> scales.log2_blocksize ? BLOCK >> scales.log2_blocksize : 1;
+    } else if (format == QL_FORMAT_FP8) {
+        scales.steps_a_scale = weight->fp8.block_k / BLOCK;
+    }
+    return scales;
+}
+
+/* A step's products are summed by themselves and then scaled, where the scale belongs to less than the row; that is also
+ * the better order of a long sum. `whole`: all of the step's BLOCK columns are there. `even`: as in k_scales. */
+INLINE void k_fused_step(const k_decoder *decoder, vf sum[4][MAX_FUSED_ROWS], const k_stream *streams,
+                         const k_scales *scales, int64_t step, const float *x, int64_t x_stride, int64_t k,
+                         const bool whole, const bool even, const bool scaled, const ql_format format,
+                         const int row_count, const int m_count) {
     const int loads = words_loads(format), vectors = 8 / loads;
-    const int log2_blocksize = format == QL_FORMAT_FOURBIT ? __builtin_ctzll((uint64_t)weight->fourbit.blocksize) : 0;
-    const bool stepped = format == QL_FORMAT_FP8 && weight->fp8.block_k < k;
+    vf part[4][MAX_FUSED_ROWS];
+    x += step * BLOCK;
+    UNROLL
+    for (int load = 0; load < loads; load++) {
+        k_words words[4];
+        int64_t col = step * BLOCK + load * 4 * LANES, offset = col;
+        if (format == QL_FORMAT_FOURBIT) offset = col / 2;
+        if (format == QL_FORMAT_EETQ) offset = (col >> 6) * 128 + (col & 63); /* a row has 64 of each 128 bytes */
+        int64_t bytes = whole ? 4 * LANES : format == QL_FORMAT_FOURBIT ? (k - col) / 2 : k - col;
+        UNROLL
+        for (int r = 0; r < row_count; r++) {
+            words[r] = k_open(decoder, k_load(streams[r].bytes + offset, bytes), format);
+            __builtin_prefetch((const void *)(streams[r].ahead + (uintptr_t)offset));
+        }
+        UNROLL
+        for (int j = 0; j < vectors; j++) {
+            vf value[4];
+            UNROLL
+            for (int r = 0; r < row_count; r++) value[r] = k_value(decoder, &words[r], j, format);
+            UNROLL
+            for (int m = 0; m < m_count; m++) {
+                vf activation = vf_load(x + m * x_stride + (load * vectors + j) * LANES);
+                UNROLL
+                for (int r = 0; r < row_count; r++)
+                    part[r][m] = load + j == 0 ? value[r] * activation : vf_fma(value[r], activation, part[r][m]);
+            }
+            forget_memory();
+        }
+    }
+    int64_t scale_index = !scaled || format == QL_FORMAT_FOURBIT ? 0 : (uint32_t)step / (uint32_t)scales->steps_a_scale;
+    UNROLL
+    for (int r = 0; r < row_count; r++) {
+        vf scale = vf_set(1.0f);
+        if (scaled && format == QL_FORMAT_FP8) scale = vf_set(streams[r].scales[scale_index]);
+        if (scaled && format == QL_FORMAT_FOURBIT) {
+            int64_t at = streams[r].inside + step * BLOCK, block = at >> scales->log2_blocksize;
+            const float *from = streams[r].scales + block;
+            scale = even && whole ? fourbit_even_scale(from, scales->blocks_a_step, scales->log2_blocksize)
+                                  : fourbit_scale(from, streams[r].blocks - block,
+                                                  at & ((1 << scales->log2_blocksize) - 1), scales->log2_blocksize);
+        }
+        UNROLL
+        for (int m = 0; m < m_count; m++)
+            sum[r][m] = scaled ? vf_fma(part[r][m], scale, sum[r][m]) : sum[r][m] + part[r][m];
+    }
+}
+
+/* The sums of `row_count` rows from `row` on, with each of m_count rows of x. */
+INLINE void k_fused_rows(const k_fused *work, int64_t row, float *sums, const bool scaled, const ql_format format,
+                         const int row_count, const int m_count) {
+    const ql_weight *weight = work->product->weight;
+    const int64_t k = weight->k, x_stride = work->steps * BLOCK, whole = k / BLOCK;
+    /* Copies, so that they stay in registers whatever memory does. */
+    const k_decoder decoder = work->decoder;
+    const k_scales scales = k_scales_of(weight, format);
     vf sum[4][MAX_FUSED_ROWS];
-    const uint8_t *from[4];
-    const float *scale_from[4] = {0};
-    int64_t inside[4] = {0}, left[4] = {0};
+    k_stream streams[4];
     float expanded[4][MAX_FUSED_BLOCKS];
     UNROLL
     for (int r = 0; r < row_count; r++) {
-        from[r] = k_row(weight, row + r, 0, format);
+        k_stream *stream = &streams[r];
+        *stream = (k_stream){.bytes = k_row(weight, row + r, 0, format)};
+        stream->ahead = (uintptr_t)stream->bytes;
+        stream->ahead += (uintptr_t)row_count * (uintptr_t)(format == QL_FORMAT_FOURBIT ? k / 2 : k);
         if (format == QL_FORMAT_FOURBIT) {
             const ql_fourbit *fourbit = &weight->fourbit;
-            int64_t flat = (row + r) * k, first = flat >> log2_blocksize;
-            left[r] = ((flat + k - 1) >> log2_blocksize) - first + 1;
-            inside[r] = flat & (fourbit->blocksize - 1);
-            scale_from[r] = fourbit->absmax + first;
+            int64_t flat = (row + r) * k, first = flat >> scales.log2_blocksize;
+            stream->blocks = ((flat + k - 1) >> scales.log2_blocksize) - first + 1;
+            stream->inside = flat & (fourbit->blocksize - 1);
+            stream->scales = fourbit->absmax + first;
             if (fourbit->nested) {
-                fourbit_absmax(expanded[r], fourbit, first, left[r]);
-                scale_from[r] = expanded[r];
+                fourbit_absmax(expanded[r], fourbit, first, stream->blocks);
+                stream->scales = expanded[r];
             }
         } else if (format == QL_FORMAT_FP8) {
-            scale_from[r] = weight->fp8.scale + (row + r) / weight->fp8.block_n * weight->fp8.scale_stride;
+            stream->scales = weight->fp8.scale + (row + r) / weight->fp8.block_n * weight->fp8.scale_stride;
         }
         UNROLL
         for (int m = 0; m < m_count; m++) sum[r][m] = vf_set(0);
     }
-    for (int64_t step = 0; step < work->steps; step++) {
-        const float *x = work->x + step * BLOCK;
-        vf part[4][MAX_FUSED_ROWS];
-        UNROLL
-        for (int load = 0; load < loads; load++) {
-            k_words words[4];
-            int64_t col = step * BLOCK + load * 4 * LANES;
-            int64_t bytes = format == QL_FORMAT_FOURBIT ? (k - col) / 2 : k - col;
-            UNROLL
-            for (int r = 0; r < row_count; r++) {
-                /* A row of EETQ has 64 of each 128 bytes. */
-                int64_t offset = format == QL_FORMAT_FOURBIT ? col / 2 : format == QL_FORMAT_EETQ ? (col >> 6) * 128 + (col & 63) : col;
-                words[r] = k_open(&work->decoder, k_load(from[r] + offset, bytes), format);
-            }
-            UNROLL
-            for (int j = 0; j < vectors; j++) {
-                vf value[4];
-                UNROLL
-                for (int r = 0; r < row_count; r++) value[r] = k_value(&work->decoder, &words[r], j, format);
-                UNROLL
-                for (int m = 0; m < m_count; m++) {
-                    vf activation = vf_load(x + m * x_stride + (load * vectors + j) * LANES);
-                    UNROLL
-                    for (int r = 0; r < row_count; r++)
-                        part[r][m] = load + j == 0 ? value[r] * activation : vf_fma(value[r], activation, part[r][m]);
-                }
-            }
-        }
-        UNROLL
-        for (int r = 0; r < row_count; r++) {
-            vf scale = vf_set(1.0f);
-            if (format == QL_FORMAT_FOURBIT) {
-                int64_t at = inside[r] + step * BLOCK, block = at >> log2_blocksize;
-                scale = fourbit_scale(scale_from[r] + block, left[r] - block, at & (weight->fourbit.blocksize - 1),
-                                      log2_blocksize);
-            } else if (stepped) {
-                scale = vf_set(scale_from[r][step * BLOCK / weight->fp8.block_k]);
-            }
-            UNROLL
-            for (int m = 0; m < m_count; m++)
-                sum[r][m] = format == QL_FORMAT_FOURBIT || format == QL_FORMAT_FP8 ? vf_fma(part[r][m], scale, sum[r][m])
-                                                                                  : sum[r][m] + part[r][m];
-        }
-    }
+    if (scales.even || format != QL_FORMAT_FOURBIT)
+        for (int64_t step = 0; step < whole; step++)
+            k_fused_step(&decoder, sum, streams, &scales, step, work->x, x_stride, k, true, true, scaled, format,
+                         row_count, m_count);
+    else
+        for (int64_t step = 0; step < whole; step++)
+            k_fused_step(&decoder, sum, streams, &scales, step, work->x, x_stride, k, true, false, scaled, format,
+                         row_count, m_count);
+    if (whole < work->steps)
+        k_fused_step(&decoder, sum, streams, &scales, whole, work->x, x_stride, k, false, false, scaled, format,
+                     row_count, m_count);
     UNROLL
     for (int r = 0; r < row_count; r++) {
         float scale = 1.0f;
         if (format == QL_FORMAT_EETQ) scale = ql_f32_load(weight->eetq.scales, weight->eetq.scales_dtype, row + r);
-        if (format == QL_FORMAT_FP8 && !stepped) scale = scale_from[r][0];
+        if (format == QL_FORMAT_FP8 && !scaled) scale = streams[r].scales[0];
         UNROLL
         for (int m = 0; m < m_count; m++) sums[m * LANES + r] = vf_sum(sum[r][m]) * scale;
     }
@@ -326,31 +377,33 @@ INLINE int k_rows(int m_count) {
 }
 
 /* Items are runs of LANES rows. */
-INLINE void k_fused_range(const k_fused *work, int64_t begin, int64_t end, const ql_format format, const int m_count) {
+INLINE void k_fused_range(const k_fused *work, int64_t begin, int64_t end, const bool scaled, const ql_format format,
+                          const int m_count) {
     const int64_t n = work->product->weight->n;
     const int rows = k_rows(m_count);
     for (int64_t row = begin * LANES; row < min_of(end * LANES, n); row += LANES) {
         float sums[MAX_FUSED_ROWS * LANES] = {0};
         int64_t count = min_of(LANES, n - row), r = 0;
-        for (; r + rows <= count; r += rows) k_fused_rows(work, row + r, sums + r, format, rows, m_count);
-        for (; r < count; r++) k_fused_rows(work, row + r, sums + r, format, 1, m_count);
+        for (; r + rows <= count; r += rows) k_fused_rows(work, row + r, sums + r, scaled, format, rows, m_count);
+        for (; r < count; r++) k_fused_rows(work, row + r, sums + r, scaled, format, 1, m_count);
         for (int m = 0; m < m_count; m++) store_outputs(work->product, m, row, vf_load(sums + m * LANES), count);
     }
 }
 
-#define K_FUSED_BODY(name, format, m_count)                                                                            \
+#define K_FUSED_BODY(name, scaled, format, m_count)                                                                    \
     static void name(void *context, int64_t begin, int64_t end) {                                                      \
-        k_fused_range(context, begin, end, format, m_count);                                                           \
+        k_fused_range(context, begin, end, scaled, format, m_count);                                                   \
     }
-#define K_FUSED_BODIES(name, format)                                                                                   \
-    K_FUSED_BODY(name##_1, format, 1)                                                                                  \
-    K_FUSED_BODY(name##_2, format, 2)                                                                                  \
-    K_FUSED_BODY(name##_3, format, 3)                                                                                  \
-    K_FUSED_BODY(name##_4, format, 4)
+#define K_FUSED_BODIES(name, scaled, format)                                                                           \
+    K_FUSED_BODY(name##_1, scaled, format, 1)                                                                          \
+    K_FUSED_BODY(name##_2, scaled, format, 2)                                                                          \
+    K_FUSED_BODY(name##_3, scaled, format, 3)                                                                          \
+    K_FUSED_BODY(name##_4, scaled, format, 4)
 
-K_FUSED_BODIES(eetq_fused, QL_FORMAT_EETQ)
-K_FUSED_BODIES(fourbit_fused, QL_FORMAT_FOURBIT)
-K_FUSED_BODIES(fp8_fused, QL_FORMAT_FP8)
+K_FUSED_BODIES(eetq_fused, false, QL_FORMAT_EETQ)
+K_FUSED_BODIES(fourbit_fused, true, QL_FORMAT_FOURBIT)
+K_FUSED_BODIES(fp8_fused, false, QL_FORMAT_FP8)
+K_FUSED_BODIES(fp8_blocks_fused, true, QL_FORMAT_FP8)
 
 static bool k_fused_fits(const ql_weight *weight) {
     if (weight->format == QL_FORMAT_FP8) return weight->fp8.col_stride == 1 && fp8_scale_is_even(weight);
@@ -364,6 +417,7 @@ static int k_fused_linear(const ql_product *product) {
     static loop_body *const eetq_bodies[MAX_FUSED_ROWS] = BODIES(eetq_fused);
     static loop_body *const fourbit_bodies[MAX_FUSED_ROWS] = BODIES(fourbit_fused);
     static loop_body *const fp8_bodies[MAX_FUSED_ROWS] = BODIES(fp8_fused);
+    static loop_body *const fp8_blocks_bodies[MAX_FUSED_ROWS] = BODIES(fp8_blocks_fused);
     const ql_weight *weight = product->weight;
     k_fused work = {.product = product, .steps = (weight->k + BLOCK - 1) / BLOCK};
     k_decoder_init(&work.decoder, weight);
@@ -384,6 +438,7 @@ static int k_fused_linear(const ql_product *product) {
     work.x = x;
     loop_body *body = (weight->format == QL_FORMAT_EETQ      ? eetq_bodies
                        : weight->format == QL_FORMAT_FOURBIT ? fourbit_bodies
+                       : weight->fp8.block_k < weight->k     ? fp8_blocks_bodies
                                                              : fp8_bodies)[product->m - 1];
     int64_t items = (weight->n + LANES - 1) / LANES, grain = items / (8 * ql_cpu_thread_count());
     ql_cpu_parallel(items, grain < 1 ? 1 : grain, body, &work);

@@ -22,6 +22,13 @@
 #endif
 /* Weights are decoded in blocks of BLOCK x BLOCK. */
 #define BLOCK (8 * LANES)
+/* Rows of a decoded block do not lie a power of two apart: turning writes down the columns, and all of a column's lines
+ * would fall into a few sets of the first cache. */
+#define PANEL_STRIDE (BLOCK + LANES)
+
+/* Keeps the compiler from holding loaded values beyond this point: activations are read again by each product as its
+ * memory operand, which is free, where kept ones would push the sums out of the registers. */
+#define forget_memory() __asm__ volatile("" ::: "memory")
 
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));

@@ -4,6 +4,8 @@ import copy
 import gc
 import io
 import pickle
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -442,6 +444,11 @@ def test_threads_at_once(case):
     for thread in threads:
         thread.join()
     assert not failures
+
+
+def test_the_extension_is_imported_without_torch():
+    code = "import sys; from qlinear import _qlinear; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_import_is_lazy_and_complete():

@@ -23,6 +23,12 @@ DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat1
 # Before torch 2.10 the C side cannot see that a tensor's storage was replaced: there its address is part of who it is.
 _READS_STORAGE_ANEW = hasattr(Tensor, "__dlpack_c_exchange_api__")
 
+# Bound once: is_plain runs before each product.
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+_is_autocast_enabled = torch.is_autocast_enabled
+_is_tracing = torch._C._is_tracing
+
 # Both are private to torch and cheap; a torch without one of them has no such mode, or only slower tools notice.
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 _functorch_level = getattr(getattr(torch._C, "_functorch", None), "maybe_current_level", lambda: None)
@@ -197,17 +203,17 @@ class _Linear(torch.autograd.Function):
 def is_plain(x: Any) -> bool:
     """Whether x may go to the C type as it is: a strided tensor with data, and nobody who wants to see the call."""
     kind = type(x)
-    if (kind is not Tensor and kind is not Parameter) or torch.compiler.is_compiling():
+    if (kind is not Tensor and kind is not Parameter) or _is_compiling():
         return False
-    device = x.device.type
+    device = "cpu" if x.is_cpu else "cuda" if x.is_cuda else None
     return not (
-        (x.requires_grad and torch.is_grad_enabled())
-        or (device != "cpu" and device != "cuda")
-        or torch.is_autocast_enabled(device)
+        device is None
+        or (x.requires_grad and _is_grad_enabled())
+        or _is_autocast_enabled(device)
         or _dispatch_modes()
         or _functorch_level() is not None
         or forward_ad._current_level >= 0
-        or torch._C._is_tracing()
+        or _is_tracing()
     )
 
 

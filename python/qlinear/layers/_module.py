@@ -73,21 +73,25 @@ class QuantizedLinear(torch.nn.Module):
     # The call
 
     def _arguments(self) -> tuple:
-        """The operator's arguments after x, as ops.FORMATS has them; the same objects as long as nothing changed."""
+        """The operator's arguments after x, as ops.FORMATS has them."""
         raise NotImplementedError
 
     def _forget(self) -> None:
-        self.__dict__["_engine"] = None
-        self.__dict__["_held"] = ()
+        self.__dict__["_made"] = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        self._forget()
 
     def engine(self) -> Any:
         """The C layer of the tensors that the module has now."""
-        arguments = self._arguments()
-        if self._engine is None or not all(map(is_, arguments, self._held)):
-            engine = ops.engine(self.operator, arguments)
-            self.__dict__["_held"] = arguments
-            self.__dict__["_engine"] = engine
-        return self._engine
+        made = self._made
+        tensors = (*self._parameters.values(), *self._buffers.values())
+        # Buffers may be replaced past __setattr__: functional_call and loading do.
+        if made is None or not all(map(is_, tensors, made[1])):
+            # One tuple, so that a thread never sees the layer of one weight beside the tensors of another.
+            made = self.__dict__["_made"] = (ops.engine(self.operator, self._arguments()), tensors)
+        return made[0]
 
     def _check(self) -> None:
         """Makes the C layer now, so that wrong tensors are refused at construction; those without data wait."""
@@ -150,7 +154,7 @@ class QuantizedLinear(torch.nn.Module):
 
     def __getstate__(self) -> dict:
         state = dict(self.__dict__)
-        del state["_engine"], state["_held"]
+        del state["_made"]
         # pickle cannot write a float8 tensor in every torch: its bytes go instead.
         eight_bit = {name: tensor for name, tensor in self._buffers.items() if _is_float8(tensor)}
         if eight_bit:

@@ -1,4 +1,4 @@
-"""The CUDA engine against float64 on dequantized weights, the CPU's bits, and the ways in which a call can reach a GPU."""
+"""The CUDA engine against float64 on dequantized weights, the CPU's bits, and the ways a call can reach a GPU."""
 
 import copy
 import threading

@@ -30,8 +30,9 @@ SCALES = {
     "[N, 1] bf16": lambda: random(N, 1).bfloat16(),
     "blocks": lambda: random(2, 2),
     "blocks bf16": lambda: random(2, 2).bfloat16(),
-    "blocks e8m0": lambda: torch.tensor([[1.0, 0.5], [0.25, 2.0]]).mul(2.0**-8).to(torch.float8_e8m0fnu),
 }
+if hasattr(torch, "float8_e8m0fnu"):
+    SCALES["blocks e8m0"] = lambda: torch.tensor([[2.0**-8, 2.0**-9], [2.0**-10, 2.0**-7]]).to(torch.float8_e8m0fnu)
 
 
 def dequantized(weight, scale):

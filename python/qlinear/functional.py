@@ -365,7 +365,7 @@ def scaled_fp8_quant(
     mode = "static" if scale is not None else "token" if use_per_token_if_dynamic else "tensor"
     if scale_ub is not None and mode != "token":
         raise ValueError("scale_ub bounds the scales of tokens: it needs use_per_token_if_dynamic and no scale")
-    codes, scale = _qlinear.fp8_quantize(input.detach(), scale, mode=mode, scale_ub=scale_ub)
+    codes, scale = ops.fp8_quantize(input, scale, mode=mode, scale_ub=scale_ub)
     if num_token_padding is not None and num_token_padding > codes.shape[0]:
         if output is not None:
             raise ValueError("num_token_padding and output exclude each other")
@@ -384,4 +384,5 @@ def scaled_mm(
     bias: Tensor | None = None,
 ) -> Tensor:
     """a e4m3 [M, K] @ b e4m3 [K, N], any strides, scale_a of 1 or M, scale_b of 1 or N -> [M, N] in out_dtype."""
-    return _qlinear.fp8_matmul(a, b, scale_a, scale_b, bias, dtype=_dtype_name(out_dtype, "out_dtype"))
+    name = _dtype_name(out_dtype, "out_dtype")
+    return _qlinear.fp8_matmul(ops.exportable(a), ops.exportable(b), scale_a, scale_b, bias, dtype=name)

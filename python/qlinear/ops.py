@@ -20,8 +20,9 @@ from . import _qlinear
 
 DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
-# Before torch 2.10 the C side cannot see that a tensor's storage was replaced: there its address is part of who it is.
-_READS_STORAGE_ANEW = hasattr(Tensor, "__dlpack_c_exchange_api__")
+# From torch 2.10 on. Without it the C side reads a tensor once, by a capsule: it cannot see a replaced storage, so the
+# address is part of who a tensor is, and torch exports neither tensors that want a gradient nor 8-bit floats.
+_HAS_EXCHANGE_API = hasattr(Tensor, "__dlpack_c_exchange_api__")
 
 # Bound once: is_plain runs before each product.
 _is_compiling = torch.compiler.is_compiling
@@ -78,10 +79,30 @@ def _make_fourbit(
     )
 
 
+def exportable(tensor: Tensor) -> Tensor:
+    """The tensor as C can read it: without the exchange API a torch refuses to export 8-bit floats."""
+    if _HAS_EXCHANGE_API or tensor.itemsize != 1 or not tensor.is_floating_point():
+        return tensor
+    # e4m3 is known by its bytes; the other 8-bit float, e8m0, is a scale, and fp32 holds it exactly.
+    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor.float()
+
+
+def fp8_quantize(x: Tensor, scale: Tensor | None, *, mode: str, scale_ub: Tensor | None) -> tuple[Tensor, Tensor]:
+    """_qlinear.fp8_quantize with codes in float8_e4m3fn under every torch."""
+    x = x.detach()
+    if _HAS_EXCHANGE_API:
+        return _qlinear.fp8_quantize(x, scale, mode=mode, scale_ub=scale_ub)
+    # As NumPy arrays: there a torch refuses to import 8-bit floats, too.
+    given = (None if t is None else t.detach().float().numpy() for t in (x, scale, scale_ub))
+    array, scale, scale_ub = given
+    codes, scale = _qlinear.fp8_quantize(array, scale, mode=mode, scale_ub=scale_ub)
+    return torch.from_numpy(codes.view("uint8")).view(torch.float8_e4m3fn), torch.from_numpy(scale)
+
+
 def _make_fp8(weight, weight_scale, bias, input_scale, input_scale_ub, activation, block_n, block_k):
     return _qlinear.Fp8Linear(
-        weight,
-        weight_scale,
+        exportable(weight),
+        exportable(weight_scale),
         bias,
         activation=activation,
         input_scale=input_scale,
@@ -135,7 +156,7 @@ _live: weakref.WeakValueDictionary[tuple, Any] = weakref.WeakValueDictionary()
 def _identity(argument: Any) -> Any:
     if not isinstance(argument, Tensor):
         return argument
-    return id(argument) if _READS_STORAGE_ANEW else (id(argument), argument.data_ptr())
+    return id(argument) if _HAS_EXCHANGE_API else (id(argument), argument.data_ptr())
 
 
 def engine(name: str, arguments: tuple) -> Any:
@@ -149,7 +170,7 @@ def engine(name: str, arguments: tuple) -> Any:
 
 def _define(name: str, made: Format) -> tuple[Any, Any]:
     def product(x: Tensor, *arguments: Any) -> Tensor:
-        return engine(name, arguments)(x)
+        return engine(name, arguments)(x.detach())
 
     def product_fake(x: Tensor, *arguments: Any) -> Tensor:
         in_features, out_features = made.features(*arguments)
@@ -157,7 +178,7 @@ def _define(name: str, made: Format) -> tuple[Any, Any]:
         return x.new_empty((*x.shape[:-1], out_features))
 
     def gradient(grad_output: Tensor, *arguments: Any) -> Tensor:
-        return engine(name, arguments).grad_input(grad_output)
+        return engine(name, arguments).grad_input(grad_output.detach())
 
     def gradient_fake(grad_output: Tensor, *arguments: Any) -> Tensor:
         return grad_output.new_empty((*grad_output.shape[:-1], made.features(*arguments)[0]))
@@ -208,7 +229,7 @@ def is_plain(x: Any) -> bool:
     device = "cpu" if x.is_cpu else "cuda" if x.is_cuda else None
     return not (
         device is None
-        or (x.requires_grad and _is_grad_enabled())
+        or (x.requires_grad and (_is_grad_enabled() or not _HAS_EXCHANGE_API))
         or _is_autocast_enabled(device)
         or _dispatch_modes()
         or _functorch_level() is not None

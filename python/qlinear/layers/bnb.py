@@ -93,7 +93,7 @@ class _Int8Training(torch.autograd.Function):
     def forward(ctx, x, weight, bias, threshold):
         CB, SCB = quantize_int8_weight(weight)
         ctx.save_for_backward(x, CB, SCB)
-        return ops.engine("int8", (CB, SCB, bias, threshold))(x)
+        return ops.engine("int8", (CB, SCB, bias, threshold))(x.detach())
 
     @staticmethod
     def backward(ctx, grad_output):

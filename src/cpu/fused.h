@@ -414,10 +414,8 @@ static bool k_fused_fits(const ql_weight *weight) {
 }
 
 static int k_fused_linear(const ql_product *product) {
-    static loop_body *const eetq_bodies[MAX_FUSED_ROWS] = BODIES(eetq_fused);
-    static loop_body *const fourbit_bodies[MAX_FUSED_ROWS] = BODIES(fourbit_fused);
-    static loop_body *const fp8_bodies[MAX_FUSED_ROWS] = BODIES(fp8_fused);
-    static loop_body *const fp8_blocks_bodies[MAX_FUSED_ROWS] = BODIES(fp8_blocks_fused);
+    static loop_body *const bodies[4][MAX_FUSED_ROWS] = {BODIES(eetq_fused), BODIES(fourbit_fused), BODIES(fp8_fused),
+                                                         BODIES(fp8_blocks_fused)};
     const ql_weight *weight = product->weight;
     k_fused work = {.product = product, .steps = (weight->k + BLOCK - 1) / BLOCK};
     k_decoder_init(&work.decoder, weight);
@@ -436,12 +434,10 @@ static int k_fused_linear(const ql_product *product) {
         }
     }
     work.x = x;
-    loop_body *body = (weight->format == QL_FORMAT_EETQ      ? eetq_bodies
-                       : weight->format == QL_FORMAT_FOURBIT ? fourbit_bodies
-                       : weight->fp8.block_k < weight->k     ? fp8_blocks_bodies
-                                                             : fp8_bodies)[product->m - 1];
+    int kind = weight->format == QL_FORMAT_EETQ ? 0 : weight->format == QL_FORMAT_FOURBIT ? 1 : 2;
+    if (kind == 2 && weight->fp8.block_k < weight->k) kind = 3;
     int64_t items = (weight->n + LANES - 1) / LANES, grain = items / (8 * ql_cpu_thread_count());
-    ql_cpu_parallel(items, grain < 1 ? 1 : grain, body, &work);
+    ql_cpu_parallel(items, grain < 1 ? 1 : grain, bodies[kind][product->m - 1], &work);
     free(x);
     return 0;
 }

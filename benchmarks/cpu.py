@@ -1,0 +1,285 @@
+"""Times of one product on the CPU, weights cold.
+
+Every subject (a layer of qlinear, or a peer) is called on a ring of copies of its weight that is larger than any cache,
+so that each call reads its weight from memory as a model's layers do. A time is the median of the calls; a ratio is the
+fastest F.linear of fp32, bf16 and fp16 at that shape and M in the same run, over that time. Data are random."""
+
+import datetime
+import json
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import qlinear._qlinear as _qlinear
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+GROUP = 128
+
+
+def _int32(*shape: int) -> torch.Tensor:
+    return torch.randint(-(2**31), 2**31, shape, dtype=torch.int32)
+
+
+def _bytes(*shape: int) -> torch.Tensor:
+    return torch.randint(-128, 128, shape, dtype=torch.int8)
+
+
+def _scales(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    return (torch.rand(shape) * 0.01 + 0.001).to(dtype)
+
+
+# Each maker takes K and N and gives the packed tensor, of which the ring has copies, and a function that makes a product
+# of one copy. The small tensors (scales, zeros) are one and the same around the ring, but for NF4's and FP4's absmax.
+
+
+def gptq(bits: int, act_order: bool = False):
+    def make(k: int, n: int):
+        zeros, scales = _int32(k // GROUP, n * bits // 32), _scales(k // GROUP, n)
+        order = (torch.randperm(k) // GROUP).to(torch.int32) if act_order else None
+
+        def layer(packed: torch.Tensor) -> Product:
+            return _qlinear.QuantLinear(packed, zeros, scales, order, bits=bits, group_size=GROUP, zero_format="gptq")
+
+        return _int32(k * bits // 32, n), layer
+
+    return make
+
+
+def awq(k: int, n: int):
+    zeros, scales = _int32(k // GROUP, n // 8), _scales(k // GROUP, n)
+    return _int32(k, n // 8), lambda packed: _qlinear.AWQLinear(packed, zeros, scales, group_size=GROUP)
+
+
+def fourbit(quant_type: str, nested: bool = False):
+    def make(k: int, n: int):
+        code = torch.tensor(_qlinear.fourbit_code(quant_type))
+        blocks = n * k // 64
+        absmax, options = _scales(blocks, dtype=torch.float32), {}
+        if nested:
+            absmax = torch.randint(0, 256, (blocks,), dtype=torch.uint8)
+            options = {
+                "nested_absmax": _scales((blocks + 255) // 256, dtype=torch.float32),
+                "nested_code": torch.tensor(_qlinear.dynamic_map()),
+                "nested_offset": 0.05,
+            }
+
+        def layer(packed: torch.Tensor) -> Product:
+            own = absmax.clone()
+            return _qlinear.Linear4bit(packed, own, code, shape=(n, k), blocksize=64, **options)
+
+        return torch.randint(0, 256, (n * k // 2, 1), dtype=torch.uint8), layer
+
+    return make
+
+
+def eetq(k: int, n: int):
+    scales = _scales(n)
+    return _bytes(k, n), lambda packed: _qlinear.EETQLinear(packed, scales)
+
+
+def int8(k: int, n: int):
+    absmax = _scales(n, dtype=torch.float32)
+    return _bytes(n, k), lambda packed: _qlinear.Linear8bitLt(packed, absmax, threshold=6.0)
+
+
+def fp8(activation: str, blocks: bool = False):
+    def make(k: int, n: int):
+        packed = torch.randn(n, k).to(torch.float8_e4m3fn)
+        scales = _scales(n // 128, k // 128, dtype=torch.float32) if blocks else _scales(n, 1, dtype=torch.float32)
+        return packed, lambda own: _qlinear.Fp8Linear(own, scales, activation=activation)
+
+    return make
+
+
+def bitsandbytes_nf4(k: int, n: int):
+    import bitsandbytes as bnb
+
+    packed, state = bnb.functional.quantize_4bit(torch.randn(n, k), blocksize=64, quant_type="nf4")
+    return packed, lambda own: lambda x: bnb.matmul_4bit(x, own.t(), quant_state=state)
+
+
+def torch_int4(k: int, n: int):
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(torch.randint(0, 16, (n, k), dtype=torch.int32), 2)
+    scales = torch.rand(k // GROUP, n, 2)
+    by_dtype = {dtype: scales.to(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+    return packed, lambda own: lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, own, GROUP, by_dtype[x.dtype])
+
+
+def torch_int8(k: int, n: int):
+    scales = torch.rand(n)
+    by_dtype = {dtype: scales.to(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+    return _bytes(n, k), lambda own: lambda x: torch.ops.aten._weight_int8pack_mm(x, own, by_dtype[x.dtype])
+
+
+SUBJECTS = {
+    "gptq-4": gptq(4),
+    "awq": awq,
+    "nf4": fourbit("nf4"),
+    "fp4": fourbit("fp4"),
+    "nf4-double": fourbit("nf4", nested=True),
+    "gptq-4-act-order": gptq(4, act_order=True),
+    "gptq-3": gptq(3),
+    "gptq-2": gptq(2),
+    "eetq": eetq,
+    "gptq-8": gptq(8),
+    "int8": int8,
+    "fp8-token": fp8("token"),
+    "fp8-blocks": fp8("group", blocks=True),
+    "bitsandbytes-nf4": bitsandbytes_nf4,
+    "torch-int4": torch_int4,
+    "torch-int8": torch_int8,
+}
+
+
+def _ring(packed: torch.Tensor, layer: Callable[[torch.Tensor], Product], gib: float) -> list[Product]:
+    copies = max(1, -(-int(gib * 2**30) // packed.nbytes))
+    return [layer(packed)] + [layer(packed.clone()) for _ in range(copies - 1)]
+
+
+def _time(ring: list[Product], x: torch.Tensor) -> dict[str, float]:
+    """Milliseconds of a call: the median and the least, of as many as two seconds hold, at least 7 and at most 60."""
+    for product in ring[:2]:
+        product(x)
+    times: list[float] = []
+    began = time.perf_counter()
+    while len(times) < 7 or (len(times) < 60 and time.perf_counter() - began < 2.0):
+        product = ring[(len(times) + 2) % len(ring)]
+        start = time.perf_counter()
+        product(x)
+        times.append((time.perf_counter() - start) * 1e3)
+    return {"ms": statistics.median(times), "least_ms": min(times)}
+
+
+def _dense_ring(k: int, n: int, dtype: torch.dtype, gib: float) -> list[Product]:
+    weight = torch.randn(n, k).to(dtype)
+    copies = max(1, -(-int(gib * 2**30) // weight.nbytes))
+    weights = [weight] + [weight.clone() for _ in range(copies - 1)]
+    return [lambda x, weight=weight: torch.nn.functional.linear(x, weight) for weight in weights]
+
+
+def _measure(k: int, n: int, names: list[str], ms: list[int], dtypes: list[str], gib: float, progress: Progress) -> list[dict]:
+    rows: list[dict] = []
+    xs = {(m, name): torch.randn(m, k).to(getattr(torch, name)) for m in ms for name in ("float32", "bfloat16", "float16")}
+    for dtype in ("float32", "bfloat16", "float16"):
+        task = progress.add_task(f"{k}x{n} F.linear {dtype}", total=len(ms))
+        ring = _dense_ring(k, n, getattr(torch, dtype), gib)
+        for m in ms:
+            rows.append({"k": k, "n": n, "m": m, "format": "F.linear", "dtype": dtype} | _time(ring, xs[m, dtype]))
+            progress.advance(task)
+        del ring
+    fastest = {m: min(row["ms"] for row in rows if row["m"] == m) for m in ms}
+    for name in names:
+        task = progress.add_task(f"{k}x{n} {name}", total=len(ms) * len(dtypes))
+        try:
+            ring = _ring(*SUBJECTS[name](k, n), gib)
+        except (ImportError, RuntimeError, NotImplementedError) as error:
+            progress.console.print(f"{name} is not here: {error}")
+            continue
+        for m in ms:
+            for dtype in dtypes:
+                progress.advance(task)
+                try:
+                    measured = _time(ring, xs[m, dtype])
+                except (RuntimeError, ValueError, NotImplementedError) as error:
+                    progress.console.print(f"{name} takes no {dtype} at M={m}: {str(error).splitlines()[0]}")
+                    continue
+                rows.append({"k": k, "n": n, "m": m, "format": name, "dtype": dtype} | measured)
+        del ring
+    for row in rows:
+        row["ratio"] = fastest[row["m"]] / row["ms"]
+    return rows
+
+
+def _processor() -> dict[str, str]:
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    field = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
+    return {
+        "processor": field.get("model name", platform.processor() or platform.machine()),
+        "family": field.get("cpu family", ""),
+        "model": field.get("model", ""),
+    }
+
+
+def _about(command: str) -> dict:
+    info = _qlinear.cpu_info()
+    return _processor() | {
+        "threads": info["threads"],
+        "isa": info["isa"],
+        "thread_runtime": info["thread_runtime"],
+        "qlinear": _qlinear.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+        "command": command,
+    }
+
+
+def _tables(rows: list[dict], ms: list[int]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Title, header and cells, a table a shape."""
+    tables = []
+    for k, n in dict.fromkeys((row["k"], row["n"]) for row in rows):
+        of_shape = [row for row in rows if (row["k"], row["n"]) == (k, n)]
+        header = ["format", "x"] + [f"M={m}: ms (ratio)" for m in ms]
+        cells = []
+        for name, dtype in dict.fromkeys((row["format"], row["dtype"]) for row in of_shape):
+            by_m = {row["m"]: row for row in of_shape if (row["format"], row["dtype"]) == (name, dtype)}
+            cells.append([name, dtype] + [f"{by_m[m]['ms']:.2f} ({by_m[m]['ratio']:.2f})" if m in by_m else "-" for m in ms])
+        tables.append((f"K={k}, N={n}", header, cells))
+    return tables
+
+
+def _markdown(about: dict, tables: list[tuple[str, list[str], list[list[str]]]]) -> str:
+    lines = [f"# Products on {about['processor']} ({about['threads']} threads, {about['isa']})", ""]
+    lines += [f"- {key}: {value}" for key, value in about.items()]
+    lines += ["", "Median milliseconds; in brackets, how many times as fast as the fastest F.linear at that M.", ""]
+    for title, header, cells in tables:
+        lines += [f"## {title}", "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+        lines += ["| " + " | ".join(row) + " |" for row in cells] + [""]
+    return "\n".join(lines)
+
+
+def run(
+    shapes: list[tuple[int, int]],
+    formats: list[str] | None,
+    ms: list[int],
+    dtypes: list[str],
+    gib: float,
+    json_file: Path | None,
+    save: bool,
+) -> None:
+    names = formats or list(SUBJECTS)
+    if unknown := set(names) - set(SUBJECTS):
+        raise SystemExit(f"no format {', '.join(sorted(unknown))}; there are {', '.join(SUBJECTS)}")
+    console = Console()
+    rows: list[dict] = []
+    with torch.inference_mode(), Progress(console=console, transient=True) as progress:
+        for k, n in shapes:
+            rows += _measure(k, n, names, ms, dtypes, gib, progress)
+    command = "python -m benchmarks cpu"
+    if formats:
+        command += f" --formats {' '.join(formats)}"
+    about, tables = _about(command), _tables(rows, ms)
+    for title, header, cells in tables:
+        table = Table(title=f"{title}, {about['threads']} threads, {about['isa']}")
+        for column in header:
+            table.add_column(column, justify="left" if column in ("format", "x") else "right")
+        for row in cells:
+            table.add_row(*row)
+        console.print(table)
+    document = json.dumps({"about": about, "rows": rows}, indent=1) + "\n"
+    if json_file:
+        json_file.write_text(document)
+    if save:
+        slug = re.sub(r"[^a-z0-9]+", "-", f"{about['processor']}-family{about['family']}-model{about['model']}".lower())
+        results = Path(__file__).parent / "results"
+        results.mkdir(exist_ok=True)
+        (results / f"cpu-{slug}.json").write_text(document)
+        (results / f"cpu-{slug}.md").write_text(_markdown(about, tables))

@@ -1,31 +1,33 @@
 /* The base kernels: products with a weight as the checkpoint holds it, in fp32 on the plain cores, for every format, any
  * shape and any GPU. They define what is right; kernels for one architecture are there to be faster.
  *
- * A block makes 64 outputs of 4 * TOKENS tokens. It walks the inner dimension 32 at a time: the weight is decoded into
- * shared memory once, the activations beside it, and each thread sums TOKENS tokens of one output in registers, in the
+ * A block makes 64 outputs of 4 * tokens tokens. It walks the inner dimension 32 at a time: the weight is decoded into
+ * shared memory once, the activations beside it, and each thread sums `tokens` tokens of one output in registers, in the
  * order of the inner dimension, so that the same call gives the same bits. */
 #include "params.h"
 #include "variants.h"
 #include "weight.cuh"
 
-enum { OUTPUTS = QL_LINEAR_OUTPUTS, DEPTH = 32, THREADS = QL_LINEAR_THREADS, LANES = THREADS / OUTPUTS };
-
-typedef float (*weight_at)(const ql_linear_params *p, int64_t row, int64_t col);
+enum {
+    OUTPUTS = QL_LINEAR_OUTPUTS,
+    DEPTH = 32,
+    THREADS = QL_LINEAR_THREADS,
+    LANES = THREADS / OUTPUTS,
+    MOST_TOKENS = QL_LINEAR_MANY / LANES
+};
 
 /* The tile of W that meets outputs [first, first + OUTPUTS) and inner indices [depth, depth + DEPTH). For a product W is
  * read as [out_features, in_features], for the gradient to the input as its transpose. Neighbouring threads take what is
  * close in memory: outputs where the checkpoint packs along N, the inner dimension where it is row-major. */
 static __device__ __forceinline__ void load_weight(float tile[DEPTH][OUTPUTS + 1], const ql_linear_params *p,
-                                                   weight_at at, bool transposed, bool along_n, int64_t first,
-                                                   int64_t depth, int64_t outputs, int64_t inner) {
+                                                   bool transposed, int64_t first, int64_t depth, int64_t outputs,
+                                                   int64_t inner) {
+    bool output_fast = packs_along_n(p) != transposed;
     for (int i = (int)threadIdx.x; i < OUTPUTS * DEPTH; i += THREADS) {
-        bool output_fast = along_n != transposed;
         int o = output_fast ? i % OUTPUTS : i / DEPTH;
         int d = output_fast ? i / OUTPUTS : i % DEPTH;
-        bool inside = first + o < outputs && depth + d < inner;
-        float value = 0.0f;
-        if (inside) value = transposed ? at(p, depth + d, first + o) : at(p, first + o, depth + d);
-        tile[d][o] = value;
+        int64_t row = transposed ? depth + d : first + o, col = transposed ? first + o : depth + d;
+        tile[d][o] = first + o < outputs && depth + d < inner ? weight_at(p, row, col) : 0.0f;
     }
 }
 
@@ -33,56 +35,49 @@ static __device__ __forceinline__ float load_bias(const ql_linear_params *p, int
     return p->bias ? load_value(p->bias, p->bias_type, output * p->bias_stride) : 0.0f;
 }
 
-/* out[m][o] = sum_d x[m][d] * W[o][d] (+ bias[o]). */
-#define QL_DEFINE_PRODUCT(TOKENS)                                                                                      \
-    static __device__ __forceinline__ void product_##TOKENS(const ql_linear_params *p, weight_at at, bool transposed,  \
-                                                            bool along_n) {                                            \
-        __shared__ float w[DEPTH][OUTPUTS + 1];                                                                        \
-        __shared__ float x[DEPTH][LANES * TOKENS];                                                                     \
-        int64_t outputs = transposed ? p->k : p->n, inner = transposed ? p->n : p->k;                                  \
-        int64_t first = (int64_t)blockIdx.x * OUTPUTS;                                                                 \
-        int64_t token = (int64_t)blockIdx.y * (LANES * TOKENS);                                                        \
-        int o = (int)threadIdx.x % OUTPUTS, lane = (int)threadIdx.x / OUTPUTS;                                         \
-        float sum[TOKENS];                                                                                             \
-        for (int t = 0; t < TOKENS; t++) sum[t] = 0.0f;                                                                \
-        for (int64_t depth = 0; depth < inner; depth += DEPTH) {                                                       \
-            load_weight(w, p, at, transposed, along_n, first, depth, outputs, inner);                                  \
-            for (int i = (int)threadIdx.x; i < DEPTH * LANES * TOKENS; i += THREADS) {                                 \
-                int64_t m = token + i / DEPTH, d = depth + i % DEPTH;                                                  \
-                x[i % DEPTH][i / DEPTH] =                                                                              \
-                    m < p->m && d < inner ? load_value(p->x, p->x_type, m * p->x_stride + d) : 0.0f;                   \
-            }                                                                                                          \
-            __syncthreads();                                                                                           \
-            int count = (int)min(inner - depth, (int64_t)DEPTH);                                                       \
-            for (int d = 0; d < count; d++)                                                                            \
-                _Pragma("unroll") for (int t = 0; t < TOKENS; t++) sum[t] += x[d][lane * TOKENS + t] * w[d][o];        \
-            __syncthreads();                                                                                           \
-        }                                                                                                              \
-        if (first + o >= outputs) return;                                                                              \
-        float bias = transposed ? 0.0f : load_bias(p, first + o);                                                      \
-        _Pragma("unroll") for (int t = 0; t < TOKENS; t++) {                                                           \
-            int64_t m = token + lane * TOKENS + t;                                                                     \
-            if (m < p->m) store_value(p->out, p->out_type, m * outputs + first + o, sum[t] + bias);                    \
-        }                                                                                                              \
+/* out[m][o] = sum_d x[m][d] * W[o][d] (+ bias[o]). transposed and tokens are constants of each kernel. */
+static __device__ __forceinline__ void product(const ql_linear_params *p, bool transposed, int tokens) {
+    __shared__ float w[DEPTH][OUTPUTS + 1];
+    __shared__ float x[DEPTH][LANES * MOST_TOKENS];
+    int64_t outputs = transposed ? p->k : p->n, inner = transposed ? p->n : p->k;
+    int64_t first = (int64_t)blockIdx.x * OUTPUTS, token = (int64_t)blockIdx.y * (LANES * tokens);
+    int o = (int)threadIdx.x % OUTPUTS, lane = (int)threadIdx.x / OUTPUTS;
+    float sum[MOST_TOKENS] = {0};
+    for (int64_t depth = 0; depth < inner; depth += DEPTH) {
+        load_weight(w, p, transposed, first, depth, outputs, inner);
+        for (int i = (int)threadIdx.x; i < DEPTH * LANES * tokens; i += THREADS) {
+            int64_t m = token + i / DEPTH, d = depth + i % DEPTH;
+            bool inside = m < p->m && d < inner;
+            x[i % DEPTH][i / DEPTH] = inside ? load_value(p->x, p->x_type, m * p->x_stride + d) : 0.0f;
+        }
+        __syncthreads();
+        int count = (int)min(inner - depth, (int64_t)DEPTH);
+        for (int d = 0; d < count; d++)
+#pragma unroll
+            for (int t = 0; t < tokens; t++) sum[t] += x[d][lane * tokens + t] * w[d][o];
+        __syncthreads();
     }
-QL_DEFINE_PRODUCT(2)
-QL_DEFINE_PRODUCT(16)
+    if (first + o >= outputs) return;
+    float bias = transposed ? 0.0f : load_bias(p, first + o);
+#pragma unroll
+    for (int t = 0; t < tokens; t++) {
+        int64_t m = token + lane * tokens + t;
+        if (m < p->m) store_value(p->out, p->out_type, m * outputs + first + o, sum[t] + bias);
+    }
+}
 
-#define QL_DEFINE_LINEAR(name, at, along_n, transposed, TOKENS)                                                        \
+#define QL_DEFINE_LINEAR(name, transposed, tokens)                                                                     \
     extern "C" __global__ void __launch_bounds__(THREADS) name(const __grid_constant__ ql_linear_params params) {      \
-        product_##TOKENS(&params, at, transposed, along_n);                                                            \
+        product(&params, transposed, tokens);                                                                          \
     }
 QL_LINEAR_VARIANTS(QL_DEFINE_LINEAR)
 
 /* out[row][col] = W, a thread an element. */
-#define QL_DEFINE_DEQUANTIZE(name, at)                                                                                 \
-    extern "C" __global__ void __launch_bounds__(THREADS) name(const __grid_constant__ ql_linear_params params) {      \
-        const ql_linear_params *p = &params;                                                                           \
-        int64_t step = (int64_t)gridDim.x * THREADS;                                                                   \
-        for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < p->n * p->k; i += step)                      \
-            store_value(p->out, p->out_type, i, at(p, i / p->k, i % p->k));                                            \
-    }
-QL_DEQUANTIZE_VARIANTS(QL_DEFINE_DEQUANTIZE)
+extern "C" __global__ void __launch_bounds__(THREADS) ql_dequantize(const __grid_constant__ ql_linear_params p) {
+    int64_t step = (int64_t)gridDim.x * THREADS;
+    for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < p.n * p.k; i += step)
+        store_value(p.out, p.out_type, i, weight_at(&p, i / p.k, i % p.k));
+}
 
 /* LLM.int8(): the codes of the activations are made as they are loaded, from the row's absmax and the outlier columns
  * that the activation kernels found. int8 products are summed in 64 bits, outliers in fp32 from the original values. */

@@ -7,22 +7,8 @@
 /* The floating types of values in memory; the numbers are ql_dtype's. */
 enum { QL_VALUE_F32 = 0, QL_VALUE_F16 = 1, QL_VALUE_BF16 = 2 };
 
-/* The part of a weight that one warp writes, and the warps of a block. */
-enum { QL_DEQUANTIZE_TILE_N = 32, QL_DEQUANTIZE_TILE_K = 32, QL_DEQUANTIZE_WARPS = 8 };
-
-/* W[row][col] = (q - z) * s with g = g_idx ? g_idx[col] : col / group_size, exactly as ql_gptq in formats/weight.h says.
- * The grid has one warp a tile, ceil(n / 32) * ceil(k / 32) of them, the tiles of one column strip side by side. */
-typedef struct ql_dequantize_gptq_params {
-    void *out;              /* [n, k], the variant's type */
-    const int32_t *qweight; /* [ceil(k * bits / 32), n] */
-    const int32_t *qzeros;  /* [groups, ceil(n * bits / 32)] */
-    const void *scales;     /* [groups, n], scales_type */
-    const int32_t *g_idx;   /* [k], all in [0, groups), or NULL */
-    int64_t n, k;
-    int64_t group_size;
-    int32_t scales_type;
-    int32_t zero_offset; /* 1: zeros are stored less one, 0: as they are */
-} ql_dequantize_gptq_params;
+/* The formats; the numbers are ql_format's. */
+enum { QL_WEIGHT_GPTQ, QL_WEIGHT_AWQ, QL_WEIGHT_EETQ, QL_WEIGHT_INT8, QL_WEIGHT_FOURBIT, QL_WEIGHT_FP8 };
 
 /* The outputs of a block of the base kernels, its threads, and the tokens that each variant gives it. */
 enum { QL_LINEAR_OUTPUTS = 64, QL_LINEAR_THREADS = 256, QL_LINEAR_FEW = 8, QL_LINEAR_MANY = 64, QL_LINEAR_INT8 = 16 };
@@ -34,7 +20,7 @@ typedef struct ql_linear_params {
     const void *x;    /* [m, inner], rows x_stride apart, x_type */
     const void *bias; /* [n], bias_stride apart, bias_type, or NULL */
     int64_t m, n, k, x_stride, bias_stride;
-    int32_t x_type, out_type, bias_type, scales_type;
+    int32_t format, x_type, out_type, bias_type, scales_type;
     const void *codes;         /* qweight, CB, the packed nibbles, the e4m3 bytes */
     const void *zeros;         /* GPTQ, AWQ */
     const void *zero_products; /* AWQ */

@@ -66,4 +66,21 @@ static __device__ __forceinline__ float fp8_at(const ql_linear_params *p, int64_
     return value_from_e4m3(code) * ((const float *)p->scales)[row / p->block_n * p->scale_stride + col / p->block_k];
 }
 
+/* The format is the same for a whole launch, so the branch costs a base kernel little, and one kernel serves all. */
+static __device__ __forceinline__ float weight_at(const ql_linear_params *p, int64_t row, int64_t col) {
+    switch (p->format) {
+    case QL_WEIGHT_GPTQ: return gptq_at(p, row, col);
+    case QL_WEIGHT_AWQ: return awq_at(p, row, col);
+    case QL_WEIGHT_EETQ: return eetq_at(p, row, col);
+    case QL_WEIGHT_INT8: return int8_at(p, row, col);
+    case QL_WEIGHT_FOURBIT: return fourbit_at(p, row, col);
+    default: return fp8_at(p, row, col);
+    }
+}
+
+/* Whether the checkpoint packs along N: neighbouring rows of W are close in memory. */
+static __device__ __forceinline__ bool packs_along_n(const ql_linear_params *p) {
+    return p->format == QL_WEIGHT_GPTQ || p->format == QL_WEIGHT_AWQ;
+}
+
 #endif

@@ -2,7 +2,6 @@
 
 No GPU is needed but where marked. The fatbins are read out of the extension by their headers."""
 
-import ctypes
 import re
 import shutil
 import struct
@@ -11,7 +10,6 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import qlinear._qlinear as extension
@@ -55,7 +53,7 @@ def entries(fatbin):
 
 
 def test_variant_names_are_unique():
-    assert len(NAMES) >= 12
+    assert "ql_dequantize" in NAMES
     assert len(set(NAMES)) == len(NAMES)
 
 
@@ -155,113 +153,3 @@ if child == 0:
 raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
-
-
-class Params(ctypes.Structure):
-    """ql_dequantize_gptq_params of kernels/params.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("out", "qweight", "qzeros", "scales", "g_idx")),
-        *((name, ctypes.c_int64) for name in ("n", "k", "group_size")),
-        *((name, ctypes.c_int32) for name in ("scales_type", "zero_offset")),
-    ]
-
-
-class Driver:
-    """The driver by ctypes, apart from the extension's own way to it: the current device's primary context."""
-
-    def __init__(self):
-        self.cuda = ctypes.CDLL("libcuda.so.1")
-        self.held = []
-        device, context = ctypes.c_int(), ctypes.c_void_p()
-        self("cuInit", 0)
-        self("cuDeviceGet", ctypes.byref(device), 0)
-        self("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
-        self("cuCtxSetCurrent", context)
-        self.libraries = []
-        for fatbin in embedded_fatbins():
-            library = ctypes.c_void_p()
-            self.held.append(fatbin)
-            self("cuLibraryLoadData", ctypes.byref(library), fatbin, None, None, 0, None, None, 0)
-            self.libraries.append(library)
-
-    def __call__(self, name, *arguments):
-        assert getattr(self.cuda, name)(*arguments) == 0, name
-
-    def put(self, array):
-        pointer = ctypes.c_uint64()
-        self("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(max(array.nbytes, 1)))
-        self("cuMemcpyHtoD_v2", pointer, array.ctypes.data_as(ctypes.c_void_p), ctypes.c_size_t(array.nbytes))
-        self.held.append(pointer)
-        return pointer.value
-
-    def launch(self, name, grid, block, params):
-        kernel = ctypes.c_void_p()
-        for library in self.libraries:
-            if self.cuda.cuLibraryGetKernel(ctypes.byref(kernel), library, name.encode()) == 0:
-                break
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-        self("cuLaunchKernel", kernel, grid, 1, 1, block, 1, 1, 0, None, pointers, None)
-        self("cuCtxSynchronize")
-
-    def get(self, pointer, array):
-        self(
-            "cuMemcpyDtoH_v2",
-            array.ctypes.data_as(ctypes.c_void_p),
-            ctypes.c_uint64(pointer),
-            ctypes.c_size_t(array.nbytes),
-        )
-
-
-def pack_rows(codes, bits):
-    """codes [R, C] -> int32 [R, ceil(C * bits / 32)]: each row one little-endian stream."""
-    bit = (codes[:, :, None] >> np.arange(bits)) & 1
-    flat = bit.reshape(len(codes), -1).astype(np.uint8)
-    flat = np.pad(flat, ((0, 0), (0, -flat.shape[1] % 32)))
-    return np.packbits(flat, axis=1, bitorder="little").view(np.int32)
-
-
-@pytest.mark.gpu
-@needs_gpu
-@needs_kernels
-@pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_dequantizing_kernel_against_numpy(bits, act_order):
-    rng = np.random.default_rng(bits)
-    n, k, group_size, offset = 75, 200, 32, 1  # odd tiles in both directions
-    groups = -(-k // group_size)
-    codes = rng.integers(0, 2**bits, (k, n))
-    zeros = rng.integers(0, 2**bits, (groups, n))
-    scales = rng.uniform(0.001, 0.1, (groups, n)).astype(np.float16)
-    g_idx = rng.integers(0, groups, k).astype(np.int32) if act_order else np.arange(k, dtype=np.int32) // group_size
-    shown = (zeros + offset) % 2**bits
-    expected = ((codes - shown[g_idx]).astype(np.float32) * scales[g_idx].astype(np.float32)).T
-
-    driver = Driver()
-    out = np.zeros((n, k), np.float32)
-    params = Params(
-        out=driver.put(out),
-        qweight=driver.put(np.ascontiguousarray(pack_rows(codes.T, bits).T)),
-        qzeros=driver.put(pack_rows(zeros, bits)),
-        scales=driver.put(scales),
-        g_idx=driver.put(g_idx) if act_order else None,
-        n=n,
-        k=k,
-        group_size=group_size,
-        scales_type=1,
-        zero_offset=offset,
-    )
-    tiles = -(-n // 32) * -(-k // 32)
-    driver.launch(f"ql_dequantize_gptq{bits}_f32", -(-tiles // 8), 256, params)
-    driver.get(params.out, out)
-    np.testing.assert_array_equal(out, expected)
-
-    half = np.zeros((n, k), np.float16)
-    driver.launch(f"ql_dequantize_gptq{bits}_f16", -(-tiles // 8), 256, params)
-    driver.get(params.out, half)
-    np.testing.assert_array_equal(half, expected.astype(np.float16))
-
-    driver.launch(f"ql_dequantize_gptq{bits}_bf16", -(-tiles // 8), 256, params)
-    driver.get(params.out, half)
-    rounded = expected.view(np.uint32) + 0x7FFF + (expected.view(np.uint32) >> 16 & 1)
-    np.testing.assert_array_equal(half.view(np.uint16), (rounded >> 16).astype(np.uint16))

@@ -2,19 +2,19 @@
 
 #include "../../kernels/params.h"
 
-/* The first kernel of each format in kernels/variants.h: few tokens; many and the gradient follow it. */
-static const ql_cuda_kernel first_kernel[] = {
-    [QL_FORMAT_GPTQ] = QL_KERNEL_ql_linear_gptq_few,       [QL_FORMAT_AWQ] = QL_KERNEL_ql_linear_awq_few,
-    [QL_FORMAT_EETQ] = QL_KERNEL_ql_linear_eetq_few,       [QL_FORMAT_INT8] = QL_KERNEL_ql_linear_int8_few,
-    [QL_FORMAT_FOURBIT] = QL_KERNEL_ql_linear_fourbit_few, [QL_FORMAT_FP8] = QL_KERNEL_ql_linear_fp8_few,
-};
-enum { FEW, MANY, GRAD };
+_Static_assert((int)QL_WEIGHT_GPTQ == (int)QL_FORMAT_GPTQ && (int)QL_WEIGHT_AWQ == (int)QL_FORMAT_AWQ &&
+                   (int)QL_WEIGHT_EETQ == (int)QL_FORMAT_EETQ && (int)QL_WEIGHT_INT8 == (int)QL_FORMAT_INT8 &&
+                   (int)QL_WEIGHT_FOURBIT == (int)QL_FORMAT_FOURBIT && (int)QL_WEIGHT_FP8 == (int)QL_FORMAT_FP8,
+               "the kernels number the formats as the host does");
+_Static_assert((int)QL_VALUE_F32 == (int)QL_F32 && (int)QL_VALUE_F16 == (int)QL_F16 &&
+                   (int)QL_VALUE_BF16 == (int)QL_BF16,
+               "the kernels number the dtypes as the host does");
 
 static int64_t blocks(int64_t count, int64_t each) { return count / each + (count % each != 0); }
 
 /* The part of the parameters that the weight gives. */
 static ql_linear_params params_of(const ql_weight *weight) {
-    ql_linear_params p = {.n = weight->n, .k = weight->k};
+    ql_linear_params p = {.n = weight->n, .k = weight->k, .format = (int32_t)weight->format};
     switch (weight->format) {
     case QL_FORMAT_GPTQ:
         p.codes = weight->gptq.qweight;
@@ -101,9 +101,9 @@ static int launch_products(const ql_cuda_guard *guard, void *stream, ql_cuda_ker
     return 0;
 }
 
-static ql_cuda_kernel by_tokens(int64_t m, ql_format format, int64_t *tokens) {
+static ql_cuda_kernel by_tokens(int64_t m, int64_t *tokens) {
     *tokens = m <= QL_LINEAR_FEW ? QL_LINEAR_FEW : QL_LINEAR_MANY;
-    return (ql_cuda_kernel)(first_kernel[format] + (m <= QL_LINEAR_FEW ? FEW : MANY));
+    return m <= QL_LINEAR_FEW ? QL_KERNEL_ql_linear_few : QL_KERNEL_ql_linear_many;
 }
 
 /* A block a row, as many as a GPU is sure to take at once; each goes on with further rows. */
@@ -162,7 +162,7 @@ static int launch_fp8(const ql_cuda_guard *guard, void *stream, ql_linear_params
     p->x_type = QL_VALUE_F32;
     p->x_stride = p->k;
     int64_t tokens;
-    ql_cuda_kernel kernel = by_tokens(p->m, weight->format, &tokens);
+    ql_cuda_kernel kernel = by_tokens(p->m, &tokens);
     return launch_products(guard, stream, kernel, *p, p->n, tokens, message);
 }
 
@@ -186,7 +186,7 @@ int ql_cuda_linear(const ql_cuda_place *place, void *out, const void *x, int64_t
         result = launch_fp8(&guard, place->stream, &p, weight, scratch, message);
     } else {
         int64_t tokens;
-        ql_cuda_kernel kernel = by_tokens(m, weight->format, &tokens);
+        ql_cuda_kernel kernel = by_tokens(m, &tokens);
         result = launch_products(&guard, place->stream, kernel, p, p.n, tokens, message);
     }
     ql_cuda_leave(&guard);
@@ -203,8 +203,7 @@ int ql_cuda_linear_grad(const ql_cuda_place *place, void *out, const void *g, in
     p.x_type = p.out_type = (int32_t)dtype;
     ql_cuda_guard guard;
     if (ql_cuda_enter(&guard, place->device, message) < 0) return -1;
-    int result = launch_products(&guard, place->stream, (ql_cuda_kernel)(first_kernel[weight->format] + GRAD), p, p.k,
-                                 QL_LINEAR_MANY, message);
+    int result = launch_products(&guard, place->stream, QL_KERNEL_ql_linear_grad, p, p.k, QL_LINEAR_MANY, message);
     ql_cuda_leave(&guard);
     return result;
 }
@@ -235,8 +234,8 @@ int ql_cuda_dequantize(const ql_cuda_place *place, void *out, ql_dtype dtype, co
     if (ql_cuda_enter(&guard, place->device, message) < 0) return -1;
     /* Each thread goes on by the grid's size, so any count of blocks is right. */
     int64_t grid = blocks(weight->n, 1) * blocks(weight->k, QL_LINEAR_THREADS);
-    int result = ql_cuda_launch(&guard, (ql_cuda_kernel)(QL_KERNEL_ql_dequantize_gptq + (int)weight->format),
-                                place->stream, grid < 65536 ? grid : 65536, 1, QL_LINEAR_THREADS, &p, message);
+    int result = ql_cuda_launch(&guard, QL_KERNEL_ql_dequantize, place->stream, grid < 65536 ? grid : 65536, 1,
+                                QL_LINEAR_THREADS, &p, message);
     ql_cuda_leave(&guard);
     return result;
 }

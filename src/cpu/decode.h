@@ -3,6 +3,9 @@
  * Two orientations, after how the formats lie in memory: in EETQ, INT8, FOURBIT and FP8 a vector holds columns of one row
  * ("k lanes"); in GPTQ and AWQ it holds rows at one column ("n lanes"). The cheap way to unpack words leaves lanes in an
  * order of the format's own; k_order and n_order tell it, and the caller reorders the activations or the sums. */
+#ifndef QL_CPU_DECODE_H
+#define QL_CPU_DECODE_H
+
 #include "kernels.h"
 #include "vector.h"
 
@@ -466,3 +469,5 @@ static void n_block(float *out, const ql_weight *weight, const n_decoder *decode
     default: gptq_block_8(out, weight, decoder, order, cache, row, col, cols); break;
     }
 }
+
+#endif

@@ -1,6 +1,9 @@
 /* Products with many rows of x, gradients and dequantization: weights are decoded into a panel of BLOCK x BLOCK floats,
  * turned where its lanes have to run the other way, and multiplied by a register-blocked kernel. Part of the kernels
  * (see vector.h). */
+#ifndef QL_CPU_DENSE_H
+#define QL_CPU_DENSE_H
+
 #include "fused.h"
 
 #include <stdatomic.h>
@@ -318,3 +321,5 @@ static void to_f32(float *out, const void *x, ql_dtype dtype, int64_t count) {
     for (; i + LANES <= count; i += LANES) vf_store(out + i, vf_convert(x, dtype, i, LANES));
     for (; i < count; i++) out[i] = ql_f32_load(x, dtype, i);
 }
+
+#endif

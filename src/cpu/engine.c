@@ -18,6 +18,7 @@ enum { ROW_BLOCK = 256, CODE_ALIGNMENT = 64 };
 
 static const ql_kernels *kernels;
 static const char *isa_name;
+static bool has_bf16;
 static pthread_once_t isa_chosen = PTHREAD_ONCE_INIT;
 
 static bool has_avx512(void) {
@@ -25,6 +26,14 @@ static bool has_avx512(void) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+#else
+    return false;
+#endif
+}
+
+static bool has_avx512_bf16(void) {
+#if defined(__x86_64__)
+    return __builtin_cpu_supports("avx512bf16");
 #else
     return false;
 #endif
@@ -44,7 +53,8 @@ static void choose_isa(void) {
     bool plain = wish && strcmp(wish, "plain") == 0, avx2 = wish && strcmp(wish, "avx2") == 0;
     if (!plain && !(avx2 && has_avx2()) && has_avx512()) {
         kernels = ql_kernels_avx512();
-        isa_name = "avx512+vnni";
+        has_bf16 = has_avx512_bf16();
+        isa_name = has_bf16 ? "avx512+vnni+bf16" : "avx512+vnni";
     } else if (!plain && has_avx2()) {
         kernels = ql_kernels_avx2();
         isa_name = "avx2";
@@ -188,6 +198,24 @@ static int float_product(int (*kernel)(const ql_product *), ql_product *product,
     return status;
 }
 
+/* Whether a product of bf16 pairs is quicker, and as good: with few rows fp32 is bound by decoding or by memory. */
+enum { LEAST_BF16_ROWS = 17 };
+
+static bool suits_bf16(const rows *all, int64_t m) {
+    if (!has_bf16 || all->dtype != QL_BF16 || m < LEAST_BF16_ROWS || all->k % 2) return false;
+    const uint32_t least = ql_bf16_from_f32(BF16_LEAST);
+    for (int64_t i = 0; i < m; i++) {
+        const uint16_t *x = row_of(all, i);
+        uint32_t small = 0;
+        for (int64_t col = 0; col < all->k; col++) {
+            uint32_t magnitude = x[col] & 0x7fffu;
+            small |= (magnitude - 1 < least - 1); /* zero wraps to the top */
+        }
+        if (small) return false;
+    }
+    return true;
+}
+
 /* The columns in which a magnitude of x reaches the threshold; *columns is the caller's to free. */
 static int find_outliers(int64_t **columns, int64_t *count, const rows *all, int64_t m) {
     *columns = NULL;
@@ -264,6 +292,11 @@ int ql_cpu_linear(void *out, const void *x, int64_t x_stride, ql_dtype dtype, in
             if (tensor_absmax(&absmax, &all, m)) return -1;
             all.tensor_scale = ql_fp8_scale(absmax);
         }
+    }
+    if (!quantizes_to_fp8(weight) && suits_bf16(&all, m)) {
+        product.m = m;
+        product.x_bf16 = x;
+        return kernels->bf16_linear(&product);
     }
     return float_product(kernels->linear, &product, &all, m, weight->n, quantizes_to_fp8(weight));
 }

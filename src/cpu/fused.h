@@ -1,5 +1,8 @@
 /* Products with few rows of x: weights are decoded in registers and multiplied there, so that a call is one walk over the
  * checkpoint's bytes. Part of the kernels (see vector.h). MAX_FUSED_ROWS rows at most; more go through dense.h. */
+#ifndef QL_CPU_FUSED_H
+#define QL_CPU_FUSED_H
+
 #include "decode.h"
 #include "threads.h"
 
@@ -441,3 +444,5 @@ static int k_fused_linear(const ql_product *product) {
     free(x);
     return 0;
 }
+
+#endif

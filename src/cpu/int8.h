@@ -1,5 +1,8 @@
 /* The product of LLM.int8(): int8 rows against int8 rows, exact in int32, outlier columns in fp32 beside it. Part of the
  * kernels (see vector.h). */
+#ifndef QL_CPU_INT8_H
+#define QL_CPU_INT8_H
+
 #include "dense.h"
 
 #include <stdlib.h>
@@ -171,3 +174,5 @@ static int int8_linear(const ql_int8_product *product) {
     free(excess);
     return 0;
 }
+
+#endif

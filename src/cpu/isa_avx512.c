@@ -8,8 +8,13 @@
 #define QL_AVX512 1
 #include "int8.h"
 
+#pragma GCC push_options
+#pragma GCC target("avx512bf16")
+#include "dense_bf16.h"
+#pragma GCC pop_options
+
 const ql_kernels *ql_kernels_avx512(void) {
-    static const ql_kernels kernels = {linear, int8_linear, grad, dequantize, to_f32};
+    static const ql_kernels kernels = {linear, int8_linear, grad, dequantize, to_f32, bf16_linear};
     return &kernels;
 }
 #else

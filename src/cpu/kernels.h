@@ -6,12 +6,15 @@
 
 #include <stdbool.h>
 
+#define BF16_LEAST 0x1p-60f
+
 /* One product with fp32 activations: out[m][n] = row_scale[m] * sum_k x[m][k] * W[n][k] + bias[n]. */
 typedef struct ql_product {
     void *out; /* [m, n] contiguous, dtype */
     ql_dtype dtype;
     int64_t m;
     const float *x; /* [m, k], rows x_stride apart */
+    const uint16_t *x_bf16; /* of bf16_linear, in place of x: k is even, each value zero, not finite, or >= BF16_LEAST */
     int64_t x_stride;
     const float *row_scale; /* [m], or NULL for ones */
     const float *bias;      /* [n], or NULL */
@@ -42,6 +45,7 @@ typedef struct ql_kernels {
     int (*grad)(const ql_product *product); /* out[m][k] = sum_n x[m][n] * W[n][k]: x has n columns, out has k */
     int (*dequantize)(void *out, ql_dtype dtype, const ql_weight *weight);
     void (*to_f32)(float *out, const void *x, ql_dtype dtype, int64_t count);
+    int (*bf16_linear)(const ql_product *product); /* NULL where fp32 is as good; the processor must have AVX512_BF16 */
 } ql_kernels;
 
 const ql_kernels *ql_kernels_plain(void);

@@ -1,6 +1,9 @@
 /* Vectors of LANES fp32 or 32-bit integers, one meaning on every instruction set. Part of the kernels, which each
  * isa_*.c includes once after it has defined QL_AVX512 (which takes VNNI and VBMI in), QL_AVX2, or none for plain C.
  * The arithmetic operators work on these types themselves; here is what they have no operator for. */
+#ifndef QL_CPU_VECTOR_H
+#define QL_CPU_VECTOR_H
+
 #include "../formats/number.h"
 
 #include <stdint.h>
@@ -280,3 +283,5 @@ INLINE void vf_transpose(vf row[LANES]) {
         for (int i = 0; i < LANES; i++) row[i] = next[i];
     }
 }
+
+#endif

@@ -132,14 +132,19 @@ INLINE vi k_load(const uint8_t *from, int64_t bytes) {
     return words;
 }
 
-/* absmax of `count` blocks from `first` on. */
+/* absmax of `count` blocks from `first` on, of a nested one a second-level block at a time. */
 static void fourbit_absmax(float *out, const ql_fourbit *fourbit, int64_t first, int64_t count) {
-    for (int64_t i = 0; i < count; i++) {
-        int64_t block = first + i;
-        out[i] = fourbit->nested ? fourbit->nested_code[fourbit->nested[block]] *
-                                           fourbit->absmax[block / fourbit->nested_blocksize] +
-                                       fourbit->offset
-                                 : fourbit->absmax[block];
+    if (!fourbit->nested) {
+        memcpy(out, fourbit->absmax + first, (size_t)count * sizeof *out);
+        return;
+    }
+    int64_t outer = first / fourbit->nested_blocksize;
+    while (count > 0) {
+        int64_t here = min_of(count, (outer + 1) * fourbit->nested_blocksize - first);
+        const uint8_t *nested = fourbit->nested + first;
+        const float absmax = fourbit->absmax[outer], *code = fourbit->nested_code, offset = fourbit->offset;
+        for (int64_t i = 0; i < here; i++) out[i] = code[nested[i]] * absmax + offset;
+        out += here, first += here, count -= here, outer++;
     }
 }
 

@@ -371,12 +371,10 @@ INLINE void k_fused_rows(const k_fused *work, int64_t row, float *sums, const bo
     }
 }
 
+/* Rows of W at a time: their activations are loaded once, which counts where x is larger than the first cache. */
 INLINE int k_rows(int m_count) {
-#if LANES == 16
-    return m_count <= 2 ? 4 : 2;
-#else
-    return m_count == 1 ? 4 : m_count == 2 ? 2 : 1;
-#endif
+    if (LANES == 16 || m_count == 1) return 4;
+    return m_count == 2 ? 2 : 1;
 }
 
 /* Items are runs of LANES rows. */

@@ -100,8 +100,9 @@ INLINE void int8_tile(const int8_work *work, float *sums, int64_t row, int64_t m
     }
     for (int i = 0; i < m_count; i++)
         for (int r = 0; r < n_count; r++)
-            sums[i * LANES + r] = (float)total[i][r] * (weight->int8.absmax[row + r] * (1.0f / 127.0f)) *
-                                  (product->x_absmax[m + i] * (1.0f / 127.0f));
+            /* In this order no factor is denormal before the last: a row's absmax may be as small as it likes. */
+            sums[i * LANES + r] = (float)total[i][r] * (1.0f / 127.0f) *
+                                  (weight->int8.absmax[row + r] * (1.0f / 127.0f)) * product->x_absmax[m + i];
 }
 
 /* A NaN absmax makes the row NaN in any product with it; an infinite one has to be told. */

@@ -15,7 +15,9 @@ def main() -> None:
     command.add_argument("--formats", nargs="+", metavar="NAME", help=f"of {', '.join(cpu.SUBJECTS)}")
     command.add_argument("--m", nargs="+", type=int, default=[1, 4, 16, 128], metavar="ROWS")
     command.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "float16"], metavar="DTYPE")
-    command.add_argument("--ring", type=float, default=1.0, metavar="GIB", help="weights that one layer's turns go round")
+    command.add_argument(
+        "--ring", type=float, default=1.0, metavar="GIB", help="weights that one layer's turns go round"
+    )
     command.add_argument("--save", action="store_true", help="write benchmarks/results/cpu-<processor>.json and .md")
     options = parser.parse_args()
     shapes = [tuple(int(size) for size in shape.split("x")) for shape in options.shapes]

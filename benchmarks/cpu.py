@@ -36,8 +36,9 @@ def _scales(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
     return (torch.rand(shape) * 0.01 + 0.001).to(dtype)
 
 
-# Each maker takes K and N and gives the packed tensor, of which the ring has copies, and a function that makes a product
-# of one copy. The small tensors (scales, zeros) are one and the same around the ring, but for NF4's and FP4's absmax.
+# Each maker takes K and N and gives the packed tensor, of which the ring has copies, and a function that makes a
+# product of one copy. The small tensors (scales, zeros) are one and the same around the ring, but for NF4's and FP4's
+# absmax.
 
 
 def gptq(bits: int, act_order: bool = False):
@@ -165,9 +166,13 @@ def _dense_ring(k: int, n: int, dtype: torch.dtype, gib: float) -> list[Product]
     return [lambda x, weight=weight: torch.nn.functional.linear(x, weight) for weight in weights]
 
 
-def _measure(k: int, n: int, names: list[str], ms: list[int], dtypes: list[str], gib: float, progress: Progress) -> list[dict]:
+def _measure(
+    k: int, n: int, names: list[str], ms: list[int], dtypes: list[str], gib: float, progress: Progress
+) -> list[dict]:
     rows: list[dict] = []
-    xs = {(m, name): torch.randn(m, k).to(getattr(torch, name)) for m in ms for name in ("float32", "bfloat16", "float16")}
+    xs = {
+        (m, name): torch.randn(m, k).to(getattr(torch, name)) for m in ms for name in ("float32", "bfloat16", "float16")
+    }
     for dtype in ("float32", "bfloat16", "float16"):
         task = progress.add_task(f"{k}x{n} F.linear {dtype}", total=len(ms))
         ring = _dense_ring(k, n, getattr(torch, dtype), gib)
@@ -231,7 +236,9 @@ def _tables(rows: list[dict], ms: list[int]) -> list[tuple[str, list[str], list[
         cells = []
         for name, dtype in dict.fromkeys((row["format"], row["dtype"]) for row in of_shape):
             by_m = {row["m"]: row for row in of_shape if (row["format"], row["dtype"]) == (name, dtype)}
-            cells.append([name, dtype] + [f"{by_m[m]['ms']:.2f} ({by_m[m]['ratio']:.2f})" if m in by_m else "-" for m in ms])
+            cells.append(
+                [name, dtype] + [f"{by_m[m]['ms']:.2f} ({by_m[m]['ratio']:.2f})" if m in by_m else "-" for m in ms]
+            )
         tables.append((f"K={k}, N={n}", header, cells))
     return tables
 

@@ -1,5 +1,5 @@
-"""The CPU engine's C test (tests/c/test_engine.c), compiled here: every format against its definition in double, on each
-instruction set that this processor has, once plain and once under ASan and UBSan."""
+"""The CPU engine's C test (tests/c/test_engine.c), compiled here: every format against its definition in double, on
+each instruction set that this processor has, once plain and once under ASan and UBSan."""
 
 import os
 import shutil
@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = [*sorted((ROOT / "src/cpu").glob("*.c")), *(ROOT / f"src/formats/{name}.c" for name in ("weight", "fp8", "int8"))]
+SOURCES = [
+    *sorted((ROOT / "src/cpu").glob("*.c")),
+    *(ROOT / f"src/formats/{name}.c" for name in ("weight", "fp8", "int8")),
+]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 pytestmark = pytest.mark.skipif(

@@ -49,6 +49,18 @@ def test_product(case, dtype, M):
         check(case, layer, x, out)
 
 
+def test_quantized_from_a_gpu_has_the_bits_of_the_cpu(case):
+    torch.manual_seed(1)
+    weight, bias = torch.randn(64, 128).half(), torch.randn(64).half()
+    expected = case.make(weight, bias).state_dict()
+    made = case.make(weight.cuda(), bias.cuda())
+    for name, tensor in made.state_dict().items():
+        assert torch.equal(tensor.cpu().reshape(-1).view(torch.uint8), expected[name].reshape(-1).view(torch.uint8)), (
+            name
+        )
+    assert made(torch.randn(2, 128, device="cuda")).device.type == "cuda"
+
+
 def test_dequantize_has_the_bits_of_the_cpu(case):
     layer = make(case)
     for dtype in FP_DTYPES:

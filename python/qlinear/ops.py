@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from . import _qlinear
+from . import _qlinear, host
 
 DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -88,18 +88,20 @@ def exportable(tensor: Tensor) -> Tensor:
 
 
 def fp8_quantize(x: Tensor, scale: Tensor | None, *, mode: str, scale_ub: Tensor | None) -> tuple[Tensor, Tensor]:
-    """_qlinear.fp8_quantize with codes in float8_e4m3fn under every torch."""
+    """host.fp8_quantize with codes in float8_e4m3fn under every torch."""
     x = x.detach()
     if _HAS_EXCHANGE_API:
-        return _qlinear.fp8_quantize(x, scale, mode=mode, scale_ub=scale_ub)
+        return host.fp8_quantize(x, scale, mode=mode, scale_ub=scale_ub)
     # As NumPy arrays: there a torch refuses to import 8-bit floats, too.
     given = (None if t is None else t.detach().float().numpy() for t in (x, scale, scale_ub))
     array, scale, scale_ub = given
-    codes, scale = _qlinear.fp8_quantize(array, scale, mode=mode, scale_ub=scale_ub)
+    codes, scale = host.fp8_quantize(array, scale, mode=mode, scale_ub=scale_ub)
     return torch.from_numpy(codes.view("uint8")).view(torch.float8_e4m3fn), torch.from_numpy(scale)
 
 
 def _make_fp8(weight, weight_scale, bias, input_scale, input_scale_ub, activation, block_n, block_k):
+    if weight_scale.is_cuda and weight_scale.dtype != torch.float32:
+        weight_scale = weight_scale.float()  # on a GPU scales are read where they lie, and as fp32
     return _qlinear.Fp8Linear(
         exportable(weight),
         exportable(weight_scale),

@@ -33,8 +33,7 @@ static void k_order(int16_t order[BLOCK], ql_format format) {
             break;
 #ifdef QL_AVX512
         case QL_FORMAT_FP8: /* as unpacking the bytes of 16-byte lanes leaves them */
-            order[position] =
-                (int16_t)(base + lane / 4 * 16 + lane % 4 * 2 + (part & 1) + (part >> 1) * 8);
+            order[position] = (int16_t)(base + lane / 4 * 16 + lane % 4 * 2 + (part & 1) + (part >> 1) * 8);
             break;
 #endif
         default: order[position] = (int16_t)(base + byte); break;
@@ -195,7 +194,8 @@ INLINE void k_block_row(float *out, const ql_weight *weight, const k_decoder *de
         from += format == QL_FORMAT_EETQ ? 0 : load * 4 * LANES;
         vi words = k_load(from, bytes);
         /* Rows lie too far apart for the processor to foresee the next block's lines. */
-        __builtin_prefetch((const void *)((uintptr_t)from + (format == QL_FORMAT_EETQ ? 2u : 1u) * 4 * LANES * (uintptr_t)loads));
+        __builtin_prefetch(
+            (const void *)((uintptr_t)from + (format == QL_FORMAT_EETQ ? 2u : 1u) * 4 * LANES * (uintptr_t)loads));
         k_words open = k_open(decoder, words, format);
         UNROLL
         for (int j = 0; j < vectors; j++) {
@@ -258,7 +258,8 @@ static void k_block(float *out, const ql_weight *weight, const k_decoder *decode
             int64_t count = (flat + cols - 1) / fourbit->blocksize - first + 1;
             float absmax[LANES];
             fourbit_absmax(absmax, fourbit, first, count);
-            vf scale = fourbit_scale(absmax, count, flat % fourbit->blocksize, __builtin_ctzll((uint64_t)fourbit->blocksize));
+            vf scale =
+                fourbit_scale(absmax, count, flat % fourbit->blocksize, __builtin_ctzll((uint64_t)fourbit->blocksize));
             k_block_row(out, weight, decoder, row + i, col, cols, QL_FORMAT_FOURBIT, scale, second);
             break;
         }
@@ -272,9 +273,8 @@ static void k_block(float *out, const ql_weight *weight, const k_decoder *decode
 static void n_order(int16_t order[BLOCK], ql_format format) {
     static const int8_t row_of_nibble[8] = {0, 2, 4, 6, 1, 3, 5, 7};
     for (int position = 0; position < BLOCK; position++)
-        order[position] = (int16_t)(format == QL_FORMAT_AWQ
-                                        ? 8 * (position % LANES) + row_of_nibble[position / LANES]
-                                        : position);
+        order[position] =
+            (int16_t)(format == QL_FORMAT_AWQ ? 8 * (position % LANES) + row_of_nibble[position / LANES] : position);
 }
 
 /* A unit is the least number of codes that fills whole words. */
@@ -322,26 +322,38 @@ INLINE void gptq_group(float *zeros, float *scales, const ql_weight *weight, int
         vi zero = (vi)(low >> inside | high << (31u - inside) << 1);
         zero = (zero + gptq->zero_offset) & ((1 << gptq->bits) - 1);
         vf_store(zeros + v * LANES, vf_from_int(zero) + n_bias(gptq->bits));
-        vf_store(scales + v * LANES, vf_convert(gptq->scales, gptq->scales_dtype, group * weight->n + row, weight->n - row));
+        vf_store(scales + v * LANES,
+                 vf_convert(gptq->scales, gptq->scales_dtype, group * weight->n + row, weight->n - row));
     }
 }
 
-static void awq_reorder(float *out, const void *array, ql_dtype dtype, int64_t index, int64_t count,
-                        const int16_t *order) {
-    float natural[BLOCK];
-    for (int v = 0; v < 8; v++)
-        vf_store(natural + v * LANES, vf_convert(array, dtype, index + v * LANES, count - v * LANES));
-    for (int i = 0; i < BLOCK; i++) out[i] = natural[order[i]];
+/* BLOCK values in n_order of AWQ: three rounds that part even from odd positions leave position 8 * lane + r in vector r. */
+INLINE void awq_reorder(float *out, const void *array, ql_dtype dtype, int64_t index, int64_t count) {
+    static const int8_t row_of_nibble[8] = {0, 2, 4, 6, 1, 3, 5, 7};
+    vf row[8], next[8];
+    UNROLL
+    for (int v = 0; v < 8; v++) row[v] = vf_convert(array, dtype, index + v * LANES, count - v * LANES);
+    for (int round = 0; round < 3; round++) {
+        UNROLL
+        for (int v = 0; v < 4; v++) {
+            next[v] = __builtin_shuffle(row[2 * v], row[2 * v + 1], 2 * vi_lane());
+            next[4 + v] = __builtin_shuffle(row[2 * v], row[2 * v + 1], 2 * vi_lane() + 1);
+        }
+        UNROLL
+        for (int v = 0; v < 8; v++) row[v] = next[v];
+    }
+    UNROLL
+    for (int v = 0; v < 8; v++) vf_store(out + v * LANES, row[row_of_nibble[v]]);
 }
 
 /* As gptq_group; where the zeros are products, `zeros` are those. */
-static void awq_group(float *zeros, float *scales, const ql_weight *weight, const n_decoder *decoder,
-                      const int16_t *order, int64_t group, int64_t row) {
+static void awq_group(float *zeros, float *scales, const ql_weight *weight, const n_decoder *decoder, int64_t group,
+                      int64_t row) {
     const ql_awq *awq = &weight->awq;
     int64_t words = (weight->n + 7) / 8, index = group * weight->n + row, count = weight->n - row;
-    awq_reorder(scales, awq->scales, awq->scales_dtype, index, count, order);
+    awq_reorder(scales, awq->scales, awq->scales_dtype, index, count);
     if (awq->zero_products) {
-        awq_reorder(zeros, awq->zero_products, awq->scales_dtype, index, count, order);
+        awq_reorder(zeros, awq->zero_products, awq->scales_dtype, index, count);
         return;
     }
     vi packed = vi_load_some(awq->qzeros + group * words + row / 8, words - row / 8);
@@ -369,22 +381,22 @@ static void group_cache_clear(group_cache *cache) {
 }
 
 INLINE const float *group_cache_get(group_cache *cache, const ql_weight *weight, const n_decoder *decoder,
-                                    const int16_t *order, int64_t group, int64_t row) {
+                                    int64_t group, int64_t row) {
     int64_t slot = group & (cache->slots - 1);
     float *values = cache->values + slot * 2 * BLOCK;
     if (cache->tags[slot] != group) {
         if (weight->format == QL_FORMAT_GPTQ)
             gptq_group(values, values + BLOCK, weight, group, row);
         else
-            awq_group(values, values + BLOCK, weight, decoder, order, group, row);
+            awq_group(values, values + BLOCK, weight, decoder, group, row);
         cache->tags[slot] = group;
     }
     return values;
 }
 
 /* out[cols][BLOCK], rows PANEL_STRIDE apart, = W[row + i][col + j] for j in [0, cols); `col` begins a unit. */
-INLINE void gptq_block(float *out, const ql_weight *weight, const n_decoder *decoder, const int16_t *order,
-                       group_cache *cache, int64_t row, int64_t col, int64_t cols, const int bits) {
+INLINE void gptq_block(float *out, const ql_weight *weight, const n_decoder *decoder, group_cache *cache, int64_t row,
+                       int64_t col, int64_t cols, const int bits) {
     const ql_gptq *gptq = &weight->gptq;
     const int codes = unit_codes(bits), words = unit_words(bits);
     int64_t group = col / gptq->group_size, next_group = (group + 1) * gptq->group_size;
@@ -396,7 +408,8 @@ INLINE void gptq_block(float *out, const ql_weight *weight, const n_decoder *dec
         for (int v = 0; v < 8; v++) {
             UNROLL
             for (int w = 0; w < words; w++)
-                packed[v][w] = vi_load_some(from + w * weight->n + v * LANES, w < left ? weight->n - row - v * LANES : 0);
+                packed[v][w] =
+                    vi_load_some(from + w * weight->n + v * LANES, w < left ? weight->n - row - v * LANES : 0);
         }
         UNROLL
         for (int c = 0; c < codes; c++) {
@@ -408,7 +421,7 @@ INLINE void gptq_block(float *out, const ql_weight *weight, const n_decoder *dec
                 group++;
                 next_group += gptq->group_size;
             }
-            const float *values = group_cache_get(cache, weight, decoder, order, group, row);
+            const float *values = group_cache_get(cache, weight, decoder, group, row);
             UNROLL
             for (int v = 0; v < 8; v++) {
                 vf code = n_code(decoder, packed[v], c, bits) - vf_load(values + v * LANES);
@@ -418,13 +431,12 @@ INLINE void gptq_block(float *out, const ql_weight *weight, const n_decoder *dec
     }
 }
 
-static void awq_block(float *out, const ql_weight *weight, const n_decoder *decoder, const int16_t *order,
-                      group_cache *cache, int64_t row, int64_t col, int64_t cols) {
+static void awq_block(float *out, const ql_weight *weight, const n_decoder *decoder, group_cache *cache, int64_t row,
+                      int64_t col, int64_t cols) {
     const ql_awq *awq = &weight->awq;
     const int64_t words = (weight->n + 7) / 8;
     for (int64_t column = 0; column < cols; column++, out += PANEL_STRIDE) {
-        const float *values =
-            group_cache_get(cache, weight, decoder, order, (col + column) / awq->group_size, row);
+        const float *values = group_cache_get(cache, weight, decoder, (col + column) / awq->group_size, row);
         vi packed = vi_load_some(awq->qweight + (col + column) * words + row / 8, words - row / 8);
         UNROLL
         for (int p = 0; p < 8; p++) {
@@ -437,41 +449,37 @@ static void awq_block(float *out, const ql_weight *weight, const n_decoder *deco
 
 /* Not inlined: one copy of each width. */
 static __attribute__((noinline)) void gptq_block_2(float *out, const ql_weight *weight, const n_decoder *decoder,
-                                                   const int16_t *order, group_cache *cache, int64_t row, int64_t col,
-                                                   int64_t cols) {
-    gptq_block(out, weight, decoder, order, cache, row, col, cols, 2);
+                                                   group_cache *cache, int64_t row, int64_t col, int64_t cols) {
+    gptq_block(out, weight, decoder, cache, row, col, cols, 2);
 }
 
 static __attribute__((noinline)) void gptq_block_3(float *out, const ql_weight *weight, const n_decoder *decoder,
-                                                   const int16_t *order, group_cache *cache, int64_t row, int64_t col,
-                                                   int64_t cols) {
-    gptq_block(out, weight, decoder, order, cache, row, col, cols, 3);
+                                                   group_cache *cache, int64_t row, int64_t col, int64_t cols) {
+    gptq_block(out, weight, decoder, cache, row, col, cols, 3);
 }
 
 static __attribute__((noinline)) void gptq_block_4(float *out, const ql_weight *weight, const n_decoder *decoder,
-                                                   const int16_t *order, group_cache *cache, int64_t row, int64_t col,
-                                                   int64_t cols) {
-    gptq_block(out, weight, decoder, order, cache, row, col, cols, 4);
+                                                   group_cache *cache, int64_t row, int64_t col, int64_t cols) {
+    gptq_block(out, weight, decoder, cache, row, col, cols, 4);
 }
 
 static __attribute__((noinline)) void gptq_block_8(float *out, const ql_weight *weight, const n_decoder *decoder,
-                                                   const int16_t *order, group_cache *cache, int64_t row, int64_t col,
-                                                   int64_t cols) {
-    gptq_block(out, weight, decoder, order, cache, row, col, cols, 8);
+                                                   group_cache *cache, int64_t row, int64_t col, int64_t cols) {
+    gptq_block(out, weight, decoder, cache, row, col, cols, 8);
 }
 
 /* out[cols][BLOCK], rows PANEL_STRIDE apart, = W[row + order[i]][col + j], for `row` and `col` multiples of BLOCK. */
-static void n_block(float *out, const ql_weight *weight, const n_decoder *decoder, const int16_t *order,
-                    group_cache *cache, int64_t row, int64_t col, int64_t cols) {
+static void n_block(float *out, const ql_weight *weight, const n_decoder *decoder, group_cache *cache, int64_t row,
+                    int64_t col, int64_t cols) {
     if (weight->format == QL_FORMAT_AWQ) {
-        awq_block(out, weight, decoder, order, cache, row, col, cols);
+        awq_block(out, weight, decoder, cache, row, col, cols);
         return;
     }
     switch (weight->gptq.bits) {
-    case 2: gptq_block_2(out, weight, decoder, order, cache, row, col, cols); break;
-    case 3: gptq_block_3(out, weight, decoder, order, cache, row, col, cols); break;
-    case 4: gptq_block_4(out, weight, decoder, order, cache, row, col, cols); break;
-    default: gptq_block_8(out, weight, decoder, order, cache, row, col, cols); break;
+    case 2: gptq_block_2(out, weight, decoder, cache, row, col, cols); break;
+    case 3: gptq_block_3(out, weight, decoder, cache, row, col, cols); break;
+    case 4: gptq_block_4(out, weight, decoder, cache, row, col, cols); break;
+    default: gptq_block_8(out, weight, decoder, cache, row, col, cols); break;
     }
 }
 

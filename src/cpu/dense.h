@@ -87,7 +87,8 @@ static void turn_block(float *to, const float *from, int64_t rows, const int16_t
 
 /* ---- the dense kernel: sums[m][BLOCK] += sum_i x[m][i] * panel[i][BLOCK] ---- */
 
-INLINE void dense_tile(float *sums, const float *x, int64_t x_stride, const float *panel, int64_t depth, const int rows) {
+INLINE void dense_tile(float *sums, const float *x, int64_t x_stride, const float *panel, int64_t depth,
+                       const int rows) {
     vf sum[TILE_ROWS][TILE_VECTORS];
     UNROLL
     for (int r = 0; r < rows; r++) {
@@ -112,8 +113,8 @@ INLINE void dense_tile(float *sums, const float *x, int64_t x_stride, const floa
     }
 }
 
-static __attribute__((noinline)) void dense(float *sums, const float *x, int64_t x_stride, int64_t m, const float *panel,
-                                            int64_t depth) {
+static __attribute__((noinline)) void dense(float *sums, const float *x, int64_t x_stride, int64_t m,
+                                            const float *panel, int64_t depth) {
     for (int v = 0; v < 8; v += TILE_VECTORS) {
         for (int64_t row = 0; row < m; row += TILE_ROWS) {
             float *to = sums + row * BLOCK + v * LANES;
@@ -194,7 +195,7 @@ static void linear_range(void *context, int64_t begin, int64_t end) {
                 int64_t cols = min_of(weight->k - col, BLOCK), there = min_of(weight->n - row, BLOCK);
                 const float *panel = own->panel;
                 if (work->decode.n_lanes) {
-                    n_block(own->panel, weight, &work->decode.n, work->decode.order, &own->cache, row, col, cols);
+                    n_block(own->panel, weight, &work->decode.n, &own->cache, row, col, cols);
                 } else {
                     k_block(own->panel, weight, &work->decode.k, work->decode.order, row, there, col, cols);
                     turn_block(own->turned, own->panel, there, work->decode.order);
@@ -225,7 +226,7 @@ static void grad_range(void *context, int64_t begin, int64_t end) {
                 const float *panel = own->panel;
                 if (work->decode.n_lanes) {
                     group_cache_clear(&own->cache);
-                    n_block(own->panel, weight, &work->decode.n, work->decode.order, &own->cache, row, col, cols);
+                    n_block(own->panel, weight, &work->decode.n, &own->cache, row, col, cols);
                     turn_block(own->turned, own->panel, cols, work->decode.order);
                     panel = own->turned;
                 } else {
@@ -250,7 +251,7 @@ static void dequantize_range(void *context, int64_t begin, int64_t end) {
         for (int64_t col = 0; col < weight->k; col += BLOCK) {
             int64_t cols = min_of(weight->k - col, BLOCK);
             if (work->decode.n_lanes) {
-                n_block(own->panel, weight, &work->decode.n, work->decode.order, &own->cache, row, col, cols);
+                n_block(own->panel, weight, &work->decode.n, &own->cache, row, col, cols);
                 turn_block(own->turned, own->panel, cols, work->decode.order);
             } else {
                 k_block(own->panel, weight, &work->decode.k, work->decode.order, row, there, col, cols);

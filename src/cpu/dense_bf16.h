@@ -15,8 +15,8 @@ INLINE vu bf16_rank(vf value) { return ((vu)value << 1) - 1u; }
 /* pairs[i / 2][lane] = bf16 of panel[i][lane] and panel[i + 1][lane], `depth` rows, an even number; false where a weight
  * is too small. */
 static bool pack_pairs(float *pairs, const float *panel, int64_t depth) {
-    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                                                21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                                6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     __m512i least = _mm512_set1_epi32(-1);
     for (int64_t i = 0; i < depth; i += 2, panel += 2 * PANEL_STRIDE, pairs += PANEL_STRIDE) {
         UNROLL
@@ -61,7 +61,8 @@ INLINE void pairs_tile(float *sums, const uint16_t *x, int64_t x_stride, const f
 }
 
 /* sums[m][BLOCK] += sum_i x[m][i] * pairs[i / 2][BLOCK][i % 2] */
-static void dense_pairs(float *sums, const uint16_t *x, int64_t x_stride, int64_t m, const float *pairs, int64_t depth) {
+static void dense_pairs(float *sums, const uint16_t *x, int64_t x_stride, int64_t m, const float *pairs,
+                        int64_t depth) {
     for (int v = 0; v < 8; v += TILE_VECTORS) {
         for (int64_t row = 0; row < m; row += TILE_ROWS) {
             float *to = sums + row * BLOCK + v * LANES;
@@ -80,7 +81,8 @@ static void dense_pairs(float *sums, const uint16_t *x, int64_t x_stride, int64_
 }
 
 /* The fp32 product of a panel whose weights are too small for pairs: a few rows of x at a time as fp32. */
-static void dense_small(float *sums, const uint16_t *x, int64_t x_stride, int64_t m, const float *panel, int64_t depth) {
+static void dense_small(float *sums, const uint16_t *x, int64_t x_stride, int64_t m, const float *panel,
+                        int64_t depth) {
     float values[TILE_ROWS * BLOCK];
     for (int64_t row = 0, rows; row < m; row += rows) {
         rows = min_of(m - row, TILE_ROWS);
@@ -105,7 +107,7 @@ static void bf16_range(void *context, int64_t begin, int64_t end) {
                 const uint16_t *x = product->x_bf16 + m * product->x_stride + col;
                 float *panel = own->panel, *pairs = own->turned;
                 if (work->decode.n_lanes) {
-                    n_block(panel, weight, &work->decode.n, work->decode.order, &own->cache, row, col, cols);
+                    n_block(panel, weight, &work->decode.n, &own->cache, row, col, cols);
                 } else {
                     panel = own->turned, pairs = own->panel;
                     k_block(pairs, weight, &work->decode.k, work->decode.order, row, there, col, cols);

@@ -99,8 +99,7 @@ static const void *row_of(const rows *all, int64_t row) {
 
 static void convert_rows(void *context, int64_t begin, int64_t end) {
     const rows *all = context;
-    for (int64_t i = begin; i < end; i++)
-        kernels->to_f32(all->values + i * all->k, row_of(all, i), all->dtype, all->k);
+    for (int64_t i = begin; i < end; i++) kernels->to_f32(all->values + i * all->k, row_of(all, i), all->dtype, all->k);
 }
 
 /* values[i] = e4m3(codes[i]) * scale */

@@ -44,8 +44,8 @@ INLINE void n_gptq_chunk(float *sums, const int32_t *from, int64_t n, int64_t ro
             for (int w = 0; w < words; w++) {
                 packed[w] = vi_load_some(from + w * n + v * LANES, rows - v * LANES);
                 /* The next chunk's words: rows lie so far apart that the processor foresees none of them. */
-                __builtin_prefetch((const void *)((uintptr_t)(from + w * n + v * LANES) +
-                                                  (uintptr_t)(N_CHUNK * bits / 32 * n * 4)));
+                __builtin_prefetch(
+                    (const void *)((uintptr_t)(from + w * n + v * LANES) + (uintptr_t)(N_CHUNK * bits / 32 * n * 4)));
             }
             UNROLL
             for (int c = 0; c < codes; c++) {
@@ -149,7 +149,7 @@ INLINE void n_fused_strip(const n_fused *work, int64_t row, float *sums, const i
             float *block_sums = sums + (at - row);
             const float *x = product->x + col;
             if (awq) {
-                awq_group(group_values[0], group_values[1], weight, &work->decoder, work->order, group, at);
+                awq_group(group_values[0], group_values[1], weight, &work->decoder, group, at);
                 UNROLL
                 for (int first = 0; first < 8; first += vectors)
                     n_awq_chunk(block_sums, weight->awq.qweight + col * words + at / 8, words, words - at / 8, x,
@@ -159,10 +159,9 @@ INLINE void n_fused_strip(const n_fused *work, int64_t row, float *sums, const i
                 gptq_group(group_values[0], group_values[1], weight, group, at);
                 for (int v = 0; v < 8; v += vectors) {
                     if (at + v * LANES >= n) break;
-                    n_gptq_chunk(block_sums + v * LANES,
-                                 weight->gptq.qweight + col * bits / 32 * n + at + v * LANES, n, n - at - v * LANES, x,
-                                 product->x_stride, cols, group_values[0] + v * LANES, group_values[1] + v * LANES,
-                                 &work->decoder, bits, vectors, m_count);
+                    n_gptq_chunk(block_sums + v * LANES, weight->gptq.qweight + col * bits / 32 * n + at + v * LANES, n,
+                                 n - at - v * LANES, x, product->x_stride, cols, group_values[0] + v * LANES,
+                                 group_values[1] + v * LANES, &work->decoder, bits, vectors, m_count);
                 }
             }
         }
@@ -189,8 +188,7 @@ INLINE void n_fused_strip(const n_fused *work, int64_t row, float *sums, const i
     N_FUSED_BODY(name##_2, bits, awq, 2)                                                                               \
     N_FUSED_BODY(name##_3, bits, awq, 3)                                                                               \
     N_FUSED_BODY(name##_4, bits, awq, 4)
-#define BODIES(name)                                                                                                   \
-    {name##_1, name##_2, name##_3, name##_4}
+#define BODIES(name) {name##_1, name##_2, name##_3, name##_4}
 
 N_FUSED_BODIES(gptq2_fused, 2, false)
 N_FUSED_BODIES(gptq3_fused, 3, false)
@@ -208,7 +206,7 @@ static bool n_fused_fits(const ql_weight *weight) {
 
 static void n_fused_linear(const ql_product *product) {
     static loop_body *const gptq_bodies[4][MAX_FUSED_ROWS] = {BODIES(gptq2_fused), BODIES(gptq3_fused),
-                                                             BODIES(gptq4_fused), BODIES(gptq8_fused)};
+                                                              BODIES(gptq4_fused), BODIES(gptq8_fused)};
     static loop_body *const awq_bodies[MAX_FUSED_ROWS] = BODIES(awq_fused);
     const ql_weight *weight = product->weight;
     const bool awq = weight->format == QL_FORMAT_AWQ;

@@ -33,7 +33,8 @@ INLINE vi int8_dot(vi sum, vi weight, vi activation) {
 #elif defined(QL_AVX2)
     for (int half = 0; half < 2; half++) {
         __m128i w = half ? _mm256_extracti128_si256((__m256i)weight, 1) : _mm256_castsi256_si128((__m256i)weight);
-        __m128i x = half ? _mm256_extracti128_si256((__m256i)activation, 1) : _mm256_castsi256_si128((__m256i)activation);
+        __m128i x =
+            half ? _mm256_extracti128_si256((__m256i)activation, 1) : _mm256_castsi256_si128((__m256i)activation);
         sum += (vi)_mm256_madd_epi16(_mm256_cvtepi8_epi16(w), _mm256_cvtepi8_epi16(x));
     }
     return sum;
@@ -64,7 +65,8 @@ typedef struct int8_work {
 } int8_work;
 
 /* sums[m * LANES + r] for rows [row, row + n_count) of W and [m, m + m_count) of x. */
-INLINE void int8_tile(const int8_work *work, float *sums, int64_t row, int64_t m, const int n_count, const int m_count) {
+INLINE void int8_tile(const int8_work *work, float *sums, int64_t row, int64_t m, const int n_count,
+                      const int m_count) {
     const ql_int8_product *product = work->product;
     const ql_weight *weight = product->weight;
     const int64_t k = weight->k;
@@ -167,7 +169,8 @@ static int int8_linear(const ql_int8_product *product) {
     if (INT8_EXCESS) {
         for (int64_t m = 0; m < product->m; m++)
             for (int64_t col = 0; col < k; col++)
-                excess[m * work.segments + col / INT8_SEGMENT] += INT8_EXCESS * product->codes[m * product->codes_stride + col];
+                excess[m * work.segments + col / INT8_SEGMENT] +=
+                    INT8_EXCESS * product->codes[m * product->codes_stride + col];
     }
     work.excess = excess;
     int64_t items = (n + LANES - 1) / LANES, grain = items / (8 * ql_cpu_thread_count());

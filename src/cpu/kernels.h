@@ -14,7 +14,8 @@ typedef struct ql_product {
     ql_dtype dtype;
     int64_t m;
     const float *x; /* [m, k], rows x_stride apart */
-    const uint16_t *x_bf16; /* of bf16_linear, in place of x: k is even, each value zero, not finite, or >= BF16_LEAST */
+    const uint16_t
+        *x_bf16; /* of bf16_linear, in place of x: k is even, each value zero, not finite, or >= BF16_LEAST */
     int64_t x_stride;
     const float *row_scale; /* [m], or NULL for ones */
     const float *bias;      /* [n], or NULL */

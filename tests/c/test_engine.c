@@ -86,26 +86,26 @@ static ql_weight make_eetq(int64_t n, int64_t k, ql_dtype scales) {
 }
 
 static ql_weight make_int8(int64_t n, int64_t k, float threshold) {
-    return (ql_weight){
-        .format = QL_FORMAT_INT8,
-        .n = n,
-        .k = k,
-        .int8 = {own(random_bytes(n * k)), own(random_array(QL_F32, n, 0.1f, 2.0f)), threshold}};
+    return (ql_weight){.format = QL_FORMAT_INT8,
+                       .n = n,
+                       .k = k,
+                       .int8 = {own(random_bytes(n * k)), own(random_array(QL_F32, n, 0.1f, 2.0f)), threshold}};
 }
 
 static ql_weight make_fourbit(int64_t n, int64_t k, int64_t blocksize, bool nested) {
     int64_t blocks = (n * k + blocksize - 1) / blocksize;
-    return (ql_weight){.format = QL_FORMAT_FOURBIT,
-                       .n = n,
-                       .k = k,
-                       .fourbit = {.packed = own(random_bytes((n * k + 1) / 2)),
-                                   .code = own(random_array(QL_F32, 16, -1.0f, 1.0f)),
-                                   .absmax = own(random_array(QL_F32, nested ? (blocks + 255) / 256 : blocks, 0.1f, 1.0f)),
-                                   .nested = nested ? own(random_bytes(blocks)) : NULL,
-                                   .nested_code = nested ? own(random_array(QL_F32, 256, -1.0f, 1.0f)) : NULL,
-                                   .offset = nested ? 0.3f : 0.0f,
-                                   .blocksize = blocksize,
-                                   .nested_blocksize = 256}};
+    return (ql_weight){
+        .format = QL_FORMAT_FOURBIT,
+        .n = n,
+        .k = k,
+        .fourbit = {.packed = own(random_bytes((n * k + 1) / 2)),
+                    .code = own(random_array(QL_F32, 16, -1.0f, 1.0f)),
+                    .absmax = own(random_array(QL_F32, nested ? (blocks + 255) / 256 : blocks, 0.1f, 1.0f)),
+                    .nested = nested ? own(random_bytes(blocks)) : NULL,
+                    .nested_code = nested ? own(random_array(QL_F32, 256, -1.0f, 1.0f)) : NULL,
+                    .offset = nested ? 0.3f : 0.0f,
+                    .blocksize = blocksize,
+                    .nested_blocksize = 256}};
 }
 
 static ql_weight make_fp8(int64_t n, int64_t k, int64_t block_n, int64_t block_k, ql_fp8_activation activation,
@@ -131,8 +131,8 @@ static ql_weight make_fp8(int64_t n, int64_t k, int64_t block_n, int64_t block_k
 
 /* ---- checks ---- */
 
-static void fail(const char *what, const char *name, ql_dtype dtype, const ql_weight *w, int64_t m, int64_t i, int64_t j,
-                 double got, double want, double bound) {
+static void fail(const char *what, const char *name, ql_dtype dtype, const ql_weight *w, int64_t m, int64_t i,
+                 int64_t j, double got, double want, double bound) {
     if (failures++ < 40)
         printf("%s %s %s m=%lld n=%lld k=%lld [%lld][%lld]: %.9g, not %.9g (+- %.3g)\n", name, what,
                ql_dtype_name(dtype), (long long)m, (long long)w->n, (long long)w->k, (long long)i, (long long)j, got,
@@ -155,7 +155,8 @@ static void quantized_row(double *value, const ql_weight *w, const float *x, con
         ql_int8_quantize_row(codes, &absmax, x, k, w->int8.threshold);
         for (int64_t c = 0; c < k; c++) {
             bool outlier = false;
-            for (int64_t i = 0; i < m; i++) outlier |= w->int8.threshold > 0 && fabsf(all[i * k + c]) >= w->int8.threshold;
+            for (int64_t i = 0; i < m; i++)
+                outlier |= w->int8.threshold > 0 && fabsf(all[i * k + c]) >= w->int8.threshold;
             value[c] = outlier ? (double)x[c] : (double)codes[c] * absmax / 127.0;
         }
         free(codes);
@@ -258,7 +259,8 @@ static void check(const char *name, const ql_weight *w, const int64_t *ms, int m
             ql_cpu_linear(out, x, k, QL_F32, m, w, bias);
             for (int64_t i = 0; i < m; i++)
                 for (int64_t j = 0; j < n; j++, checks++)
-                    if (isnan(out[i * n + j]) != (i == m - 1)) fail("nan", name, QL_F32, w, m, i, j, out[i * n + j], 0, 0);
+                    if (isnan(out[i * n + j]) != (i == m - 1))
+                        fail("nan", name, QL_F32, w, m, i, j, out[i * n + j], 0, 0);
             for (int64_t i = 0; i < m * k; i++) x[i] = 0;
             ql_cpu_linear(out, x, k, QL_F32, m, w, bias);
             for (int64_t i = 0; i < m; i++)
@@ -291,7 +293,8 @@ int main(int argc, char **argv) {
             for (int g = 0; g < 5; g++) {
                 int64_t group = groups[g] > k ? k : groups[g];
                 ql_dtype dtype = scales[(b + g) % 3];
-                snprintf(name, sizeof name, "gptq bits=%d group=%lld scales=%s", bits[b], (long long)group, ql_dtype_name(dtype));
+                snprintf(name, sizeof name, "gptq bits=%d group=%lld scales=%s", bits[b], (long long)group,
+                         ql_dtype_name(dtype));
                 ql_weight w = make_gptq(n, k, bits[b], group, dtype, false);
                 check(name, &w, ms, m_count);
                 if (g % 2) continue;
@@ -323,14 +326,15 @@ int main(int argc, char **argv) {
         for (int a = 0; a < 5; a++) {
             static const int64_t blocks[4][2] = {{1 << 20, 1 << 20}, {1, 1 << 20}, {128, 128}, {24, 48}};
             for (int b = 0; b < 4; b++) {
-                snprintf(name, sizeof name, "fp8 activation=%d block=%lldx%lld", a, (long long)blocks[b][0], (long long)blocks[b][1]);
+                snprintf(name, sizeof name, "fp8 activation=%d block=%lldx%lld", a, (long long)blocks[b][0],
+                         (long long)blocks[b][1]);
                 ql_weight w = make_fp8(n, k, blocks[b][0] > n ? n : blocks[b][0], blocks[b][1] > k ? k : blocks[b][1],
                                        (ql_fp8_activation)a, b == 1 && a % 2);
                 check(name, &w, ms, m_count);
             }
         }
     }
-    printf("%s, %d threads of %s: %d checks, %d failures\n", ql_cpu_isa(), ql_cpu_thread_count(), ql_cpu_thread_runtime(),
-           checks, failures);
+    printf("%s, %d threads of %s: %d checks, %d failures\n", ql_cpu_isa(), ql_cpu_thread_count(),
+           ql_cpu_thread_runtime(), checks, failures);
     return failures != 0;
 }

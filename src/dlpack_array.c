@@ -3,6 +3,7 @@
  * consumer may drop its part from any thread and without the GIL. */
 #include "dlpack_array.h"
 
+#include "cuda/launch.h"
 #include "dlpack_abi.h"
 
 #include <stdatomic.h>
@@ -10,6 +11,7 @@
 
 typedef struct ql_storage {
     atomic_int owners;
+    int device_type, device_id;
     ql_dtype dtype;
     int ndim;
     int64_t shape[QL_MAX_DIMS], stride[QL_MAX_DIMS];
@@ -25,7 +27,10 @@ static PyTypeObject *ql_dlpack_array_type;
 
 static void ql_storage_drop(ql_storage *storage) {
     if (atomic_fetch_sub(&storage->owners, 1) != 1) return;
-    free(storage->data);
+    if (storage->device_type == QL_DEVICE_CPU)
+        free(storage->data);
+    else if (storage->data)
+        ql_cuda_free(storage->data, storage->device_id);
     free(storage);
 }
 
@@ -51,7 +56,7 @@ void ql_dlpack_dtype(ql_dtype dtype, uint8_t *code, uint8_t *bits) {
 
 static void ql_storage_describe(DLTensor *tensor, ql_storage *storage) {
     *tensor = (DLTensor){.data = storage->data,
-                         .device = {kDLCPU, 0},
+                         .device = {storage->device_type, storage->device_id},
                          .ndim = storage->ndim,
                          .shape = storage->shape,
                          .strides = storage->stride};
@@ -106,14 +111,24 @@ static PyObject *ql_capsule_unversioned(ql_storage *storage) {
     return capsule;
 }
 
-/* __dlpack__(*, stream=None, max_version=None, dl_device=None, copy=None). The memory is in the host, so a stream and a
- * device say nothing; a copy would be a second array that nobody asked this object for. */
+/* What the array holds was made on the legacy stream; whatever stream a consumer names, it may start once that is done. */
+static int ql_storage_wait(const ql_storage *storage) {
+    ql_cuda_place place = {storage->device_id, NULL};
+    char message[QL_CUDA_MESSAGE];
+    if (storage->device_type == QL_DEVICE_CPU || ql_cuda_synchronize(&place, message) == 0) return 0;
+    PyErr_Format(PyExc_RuntimeError, "CUDA: %s", message);
+    return -1;
+}
+
+/* __dlpack__(*, stream=None, max_version=None, dl_device=None, copy=None). A copy would be a second array that nobody asked
+ * this object for, and it has no other device to offer. */
 static PyObject *ql_dlpack_array_dlpack(PyObject *self, PyObject *args, PyObject *kwargs) {
     if (PyTuple_Size(args) != 0) return PyErr_Format(PyExc_TypeError, "__dlpack__ takes keyword arguments only");
     PyObject *version = kwargs ? PyDict_GetItemString(kwargs, "max_version") : NULL;
     PyObject *copy = kwargs ? PyDict_GetItemString(kwargs, "copy") : NULL;
     if (copy == Py_True) return PyErr_Format(PyExc_BufferError, "__dlpack__: copy=True is not offered");
     ql_storage *storage = ((ql_dlpack_array *)self)->storage;
+    if (ql_storage_wait(storage) < 0) return NULL;
     if (!version || version == Py_None) return ql_capsule_unversioned(storage);
     PyObject *major = PySequence_GetItem(version, 0);
     if (!major) return NULL;
@@ -124,8 +139,9 @@ static PyObject *ql_dlpack_array_dlpack(PyObject *self, PyObject *args, PyObject
 }
 
 static PyObject *ql_dlpack_array_device(PyObject *self, PyObject *unused) {
-    (void)self, (void)unused;
-    return Py_BuildValue("ii", kDLCPU, 0);
+    (void)unused;
+    const ql_storage *storage = ((ql_dlpack_array *)self)->storage;
+    return Py_BuildValue("ii", storage->device_type, storage->device_id);
 }
 
 static PyObject *ql_dlpack_array_shape(PyObject *self, void *unused) {
@@ -146,10 +162,24 @@ static void ql_dlpack_array_dealloc(PyObject *self) {
     Py_DECREF(type);
 }
 
-PyObject *ql_dlpack_array_new(ql_tensor *view, ql_dtype dtype, int ndim, const int64_t *shape) {
+/* XLA takes host memory without a copy only where it is aligned to 64 bytes. NULL with an exception. */
+static void *ql_storage_allocate(size_t bytes, int device_type, int device_id) {
+    char message[QL_CUDA_MESSAGE];
+    void *data = device_type == QL_DEVICE_CPU ? aligned_alloc(64, bytes ? (bytes + 63) / 64 * 64 : 64)
+                                              : ql_cuda_allocate(bytes, device_id, message);
+    if (data) return data;
+    if (device_type == QL_DEVICE_CPU) return PyErr_NoMemory();
+    PyErr_Format(PyExc_RuntimeError, "CUDA: %s", message);
+    return NULL;
+}
+
+PyObject *ql_dlpack_array_new(ql_tensor *view, int device_type, int device_id, ql_dtype dtype, int ndim,
+                              const int64_t *shape) {
     ql_storage *storage = calloc(1, sizeof *storage);
     if (!storage) return PyErr_NoMemory();
     atomic_init(&storage->owners, 1);
+    storage->device_type = device_type;
+    storage->device_id = device_id;
     storage->dtype = dtype;
     storage->ndim = ndim;
     int64_t numel = 1;
@@ -158,17 +188,15 @@ PyObject *ql_dlpack_array_new(ql_tensor *view, ql_dtype dtype, int ndim, const i
         storage->stride[i] = numel;
         numel *= shape[i];
     }
-    /* XLA takes memory without a copy only where it is aligned to 64 bytes. */
-    size_t bytes = ((size_t)numel * ql_dtype_size(dtype) + 63) / 64 * 64;
-    storage->data = aligned_alloc(64, bytes ? bytes : 64);
+    storage->data = ql_storage_allocate((size_t)numel * ql_dtype_size(dtype), device_type, device_id);
     ql_dlpack_array *array = storage->data ? PyObject_New(ql_dlpack_array, ql_dlpack_array_type) : NULL;
     if (!array) {
-        if (!storage->data) PyErr_NoMemory();
         ql_storage_drop(storage);
         return NULL;
     }
     array->storage = storage;
-    *view = (ql_tensor){.data = storage->data, .device_type = QL_DEVICE_CPU, .dtype = dtype, .ndim = ndim};
+    *view = (ql_tensor){
+        .data = storage->data, .device_type = device_type, .device_id = device_id, .dtype = dtype, .ndim = ndim};
     for (int i = 0; i < ndim; i++) {
         view->shape[i] = storage->shape[i];
         view->stride[i] = storage->stride[i];
@@ -178,7 +206,8 @@ PyObject *ql_dlpack_array_new(ql_tensor *view, ql_dtype dtype, int ndim, const i
 
 static PyMethodDef ql_dlpack_array_methods[] = {
     {"__dlpack__", QL_METHOD(ql_dlpack_array_dlpack), METH_VARARGS | METH_KEYWORDS, "The array as a DLPack capsule."},
-    {"__dlpack_device__", ql_dlpack_array_device, METH_NOARGS, "(1, 0): the host."},
+    {"__dlpack_device__", ql_dlpack_array_device, METH_NOARGS,
+     "DLPack's type and number of the device: (1, 0) is the host."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -4,8 +4,10 @@
 
 #include "tensor.h"
 
-/* A new uninitialized array in host memory and a view of it, or NULL with an exception. */
-PyObject *ql_dlpack_array_new(ql_tensor *view, ql_dtype dtype, int ndim, const int64_t *shape);
+/* A new uninitialized array on a device (QL_DEVICE_CPU or QL_DEVICE_CUDA and its number) and a view of it, or NULL with an
+ * exception. */
+PyObject *ql_dlpack_array_new(ql_tensor *view, int device_type, int device_id, ql_dtype dtype, int ndim,
+                              const int64_t *shape);
 
 /* Creates `_qlinear.DLPackArray` and adds it to the module; 0, or -1. */
 int ql_dlpack_array_add_type(PyObject *module);

@@ -108,15 +108,32 @@ static int ql_tensor_from_dltensor(ql_tensor *tensor, const DLTensor *from, cons
     return 0;
 }
 
+/* Whether __dlpack_device__ says that the memory is a GPU's; 0 for a producer without it. -1 with an exception. */
+static int ql_is_on_gpu(PyObject *object) {
+    PyObject *device = PyObject_CallMethod(object, "__dlpack_device__", NULL);
+    PyObject *first = device ? PySequence_GetItem(device, 0) : NULL;
+    long type = first ? PyLong_AsLong(first) : -1;
+    Py_XDECREF(first);
+    Py_XDECREF(device);
+    if (!PyErr_Occurred()) return type == kDLCUDA || type == kDLCUDAManaged;
+    if (!PyErr_ExceptionMatches(PyExc_AttributeError)) return -1;
+    PyErr_Clear();
+    return 0;
+}
+
+/* Stream 1 is CUDA's legacy stream, where products on such a producer's tensors run: it makes its work wait for it. */
 static PyObject *ql_call_dlpack(PyObject *object) {
-    PyObject *method = PyObject_GetAttrString(object, "__dlpack__");
+    int on_gpu = ql_is_on_gpu(object);
+    PyObject *method = on_gpu < 0 ? NULL : PyObject_GetAttrString(object, "__dlpack__");
     PyObject *args = method ? PyTuple_New(0) : NULL;
-    PyObject *kwargs = args ? Py_BuildValue("{s:(ii)}", "max_version", 1, 3) : NULL;
+    PyObject *kwargs = !args    ? NULL
+                       : on_gpu ? Py_BuildValue("{s:(ii),s:i}", "max_version", 1, 3, "stream", 1)
+                                : Py_BuildValue("{s:(ii)}", "max_version", 1, 3);
     PyObject *capsule = kwargs ? PyObject_Call(method, args, kwargs) : NULL;
     if (kwargs && !capsule && PyErr_ExceptionMatches(PyExc_TypeError)) {
         /* Producers older than DLPack 1.0 know no max_version. */
         PyErr_Clear();
-        capsule = PyObject_Call(method, args, NULL);
+        if (PyDict_DelItemString(kwargs, "max_version") == 0) capsule = PyObject_Call(method, args, kwargs);
     }
     Py_XDECREF(kwargs);
     Py_XDECREF(args);
@@ -319,14 +336,12 @@ int ql_check_aligned(const ql_tensor *tensor, const char *name) {
     return -1;
 }
 
-int ql_tensor_stream(void **stream, PyObject *object, const ql_tensor *tensor, const char *name) {
+int ql_tensor_stream(void **stream, PyObject *object, const ql_tensor *tensor) {
     const DLPackExchangeAPI *api = ql_exchange_of(object);
     if (api && api->current_work_stream)
         return api->current_work_stream(kDLCUDA, tensor->device_id, stream) == 0 ? 0 : -1;
-    PyErr_Format(PyExc_NotImplementedError,
-                 "%s is a CUDA tensor of %R, which has no DLPack exchange API (torch has one from 2.10 on)", name,
-                 (PyObject *)Py_TYPE(object));
-    return -1;
+    *stream = NULL; /* ql_call_dlpack asked for the legacy stream */
+    return 0;
 }
 
 /* ------------------------------------------------------------------------------------------------------------------
@@ -374,8 +389,11 @@ int ql_output_begin_beside(ql_output *output, PyObject *like, const ql_tensor *b
     if (beside->device_type == QL_DEVICE_CPU) return ql_output_begin(output, like, dtype, ndim, shape);
     if (ql_check_output_size(dtype, ndim, shape) < 0) return -1;
     *output = (ql_output){.like = like};
-    DLDevice device = {kDLCUDA, beside->device_id};
-    return ql_exchange_begin(output, ql_exchange_of(like), device, dtype, ndim, shape);
+    const DLPackExchangeAPI *api = ql_exchange_of(like);
+    if (api) return ql_exchange_begin(output, api, (DLDevice){kDLCUDA, beside->device_id}, dtype, ndim, shape);
+    output->kind = QL_OUTPUT_IMPORT;
+    output->pending = ql_dlpack_array_new(&output->view, QL_DEVICE_CUDA, beside->device_id, dtype, ndim, shape);
+    return output->pending ? 0 : -1;
 }
 
 int ql_output_begin(ql_output *output, PyObject *like, ql_dtype dtype, int ndim, const int64_t *shape) {
@@ -387,7 +405,7 @@ int ql_output_begin(ql_output *output, PyObject *like, ql_dtype dtype, int ndim,
     if (is_array < 0) return -1;
     output->kind = is_array ? QL_OUTPUT_OBJECT : QL_OUTPUT_IMPORT;
     output->pending = is_array ? ql_numpy_new(&output->view, dtype, ndim, shape)
-                               : ql_dlpack_array_new(&output->view, dtype, ndim, shape);
+                               : ql_dlpack_array_new(&output->view, QL_DEVICE_CPU, 0, dtype, ndim, shape);
     return output->pending ? 0 : -1;
 }
 

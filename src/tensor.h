@@ -56,9 +56,9 @@ int ql_check_aligned(const ql_tensor *tensor, const char *name);
 /* "[2, 3] float16" into buffer, for messages. */
 const char *ql_tensor_describe(const ql_tensor *tensor, char *buffer, size_t size);
 
-/* The stream that the framework of `object`, a CUDA tensor read into *tensor, works on now. NotImplementedError where the
- * framework has no exchange API. */
-int ql_tensor_stream(void **stream, PyObject *object, const ql_tensor *tensor, const char *name);
+/* The stream that the framework of `object`, a CUDA tensor read into *tensor, works on now; the legacy stream where the
+ * framework has no exchange API to tell. 0, or -1. */
+int ql_tensor_stream(void **stream, PyObject *object, const ql_tensor *tensor);
 
 /* ---- outputs ---- */
 

@@ -176,7 +176,7 @@ def int8(threshold):
 
 def fp8_static(w, b):
     layer = qlinear.Fp8Linear.quantize(w, b)
-    return qlinear.Fp8Linear(layer.weight, b, layer.weight_scale, torch.tensor(0.01))
+    return qlinear.Fp8Linear(layer.weight, b, layer.weight_scale, torch.tensor(0.01, device=w.device))
 
 
 CASES = (

@@ -3,9 +3,12 @@
 import copy
 import threading
 
+import numpy
 import pytest
 import torch
 from layer_cases import CASES, FP_DTYPES
+
+from qlinear import _qlinear
 
 pytestmark = [
     pytest.mark.gpu,
@@ -142,3 +145,33 @@ def test_more_than_two_to_the_31_outputs():
     x = torch.randn(33000, 64, device="cuda", dtype=torch.float16)
     out = layer(x)
     assert torch.equal(out[-3:], layer(x[-64:])[-3:])
+
+
+def test_arrays_of_frameworks_without_the_exchange_api():
+    """CuPy and JAX on a GPU: read and written through __dlpack__ on the legacy stream, results in their own types."""
+    cupy = pytest.importorskip("cupy")
+    weight = torch.randn(64, 128).half()
+    packed, scales = _qlinear.eetq_quantize(weight)
+    x = torch.randn(5, 128).half()
+    expected = _qlinear.EETQLinear(packed.cuda(), scales.cuda())(x.cuda())
+    layer = _qlinear.EETQLinear(cupy.asarray(packed.numpy()), cupy.asarray(scales.numpy()))
+    for stream in (cupy.cuda.Stream.null, cupy.cuda.Stream(non_blocking=True)):
+        with stream:
+            out = layer(cupy.asarray(x.numpy()))
+            assert isinstance(out, cupy.ndarray)
+            assert cupy.array_equal(out, cupy.asarray(expected.cpu().numpy()))
+            assert isinstance(layer.dequantize("float16"), cupy.ndarray)
+
+
+def test_jax_arrays():
+    jax = pytest.importorskip("jax")
+    if jax.default_backend() != "gpu":
+        pytest.skip("JAX sees no GPU")
+    weight = torch.randn(64, 128).half()
+    packed, scales = _qlinear.eetq_quantize(weight)
+    x = torch.randn(5, 128).half()
+    expected = _qlinear.EETQLinear(packed.cuda(), scales.cuda())(x.cuda())
+    layer = _qlinear.EETQLinear(jax.numpy.asarray(packed.numpy()), jax.numpy.asarray(scales.numpy()))
+    out = layer(jax.numpy.asarray(x.numpy()))
+    assert isinstance(out, jax.Array)
+    assert (torch.from_numpy(numpy.asarray(out)) == expected.cpu()).all()

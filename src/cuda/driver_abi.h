@@ -56,6 +56,8 @@ typedef ql_cu_result (*ql_cu_get_proc_address)(const char *symbol, void **functi
       (ql_cu_kernel kernel, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,     \
        unsigned block_z, unsigned shared_bytes, void *stream, void **parameters, void **extra))                        \
     X(memcpy_dtoh_async, "cuMemcpyDtoHAsync", 3020, (void *host, uint64_t device_data, size_t bytes, void *stream))    \
-    X(stream_synchronize, "cuStreamSynchronize", 2000, (void *stream))
+    X(stream_synchronize, "cuStreamSynchronize", 2000, (void *stream))                                                 \
+    X(mem_alloc, "cuMemAlloc", 3020, (uint64_t *device_data, size_t bytes))                                            \
+    X(mem_free, "cuMemFree", 3020, (uint64_t device_data))
 
 #endif

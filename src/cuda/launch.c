@@ -80,3 +80,30 @@ int ql_cuda_read(void *host, const void *device_data, size_t bytes, const ql_cud
     ql_cuda_leave(&guard);
     return result == QL_CU_SUCCESS ? 0 : fail(guard.driver, result, "a tensor could not be read from the GPU", message);
 }
+
+void *ql_cuda_allocate(size_t bytes, int device, char message[QL_CUDA_MESSAGE]) {
+    ql_cuda_guard guard;
+    if (ql_cuda_enter(&guard, device, message) < 0) return NULL;
+    uint64_t data = 0;
+    ql_cu_result result = guard.driver->mem_alloc(&data, bytes ? bytes : 1);
+    ql_cuda_leave(&guard);
+    if (result != QL_CU_SUCCESS) fail(guard.driver, result, "memory on the GPU could not be had", message);
+    return result == QL_CU_SUCCESS ? (void *)(uintptr_t)data : NULL;
+}
+
+void ql_cuda_free(void *device_data, int device) {
+    ql_cuda_guard guard;
+    char message[QL_CUDA_MESSAGE];
+    /* At the end of the process the context may be gone, and the memory with it. */
+    if (ql_cuda_enter(&guard, device, message) < 0) return;
+    (void)guard.driver->mem_free((uint64_t)(uintptr_t)device_data);
+    ql_cuda_leave(&guard);
+}
+
+int ql_cuda_synchronize(const ql_cuda_place *place, char message[QL_CUDA_MESSAGE]) {
+    ql_cuda_guard guard;
+    if (ql_cuda_enter(&guard, place->device, message) < 0) return -1;
+    ql_cu_result result = guard.driver->stream_synchronize(place->stream);
+    ql_cuda_leave(&guard);
+    return result == QL_CU_SUCCESS ? 0 : fail(guard.driver, result, "a product on the GPU failed", message);
+}

@@ -31,4 +31,12 @@ int ql_cuda_launch(const ql_cuda_guard *guard, ql_cuda_kernel kernel, void *stre
 int ql_cuda_read(void *host, const void *device_data, size_t bytes, const ql_cuda_place *place,
                  char message[QL_CUDA_MESSAGE]);
 
+/* Device memory of our own, for frameworks that lend none: at least one byte, NULL with a sentence in message. Freeing
+ * waits for the work that uses it. */
+void *ql_cuda_allocate(size_t bytes, int device, char message[QL_CUDA_MESSAGE]);
+void ql_cuda_free(void *device_data, int device);
+
+/* Waits until the work on the place's stream is done. */
+int ql_cuda_synchronize(const ql_cuda_place *place, char message[QL_CUDA_MESSAGE]);
+
 #endif

@@ -63,9 +63,9 @@ static int ql_rows_copy_cpu(ql_rows *rows, const ql_tensor *x) {
     return 0;
 }
 
-static int ql_rows_copy_cuda(ql_rows *rows, PyObject *object, const ql_tensor *x, const char *name) {
+static int ql_rows_copy_cuda(ql_rows *rows, PyObject *object, const ql_tensor *x) {
     ql_cuda_place place;
-    if (ql_place_of(&place, object, x, name) < 0 ||
+    if (ql_place_of(&place, object, x) < 0 ||
         ql_output_begin_beside(&rows->device_copy, object, x, x->dtype, x->ndim, x->shape) < 0)
         return -1;
     char message[QL_CUDA_MESSAGE];
@@ -76,12 +76,12 @@ static int ql_rows_copy_cuda(ql_rows *rows, PyObject *object, const ql_tensor *x
 }
 
 /* 0, or -1; ql_rows_release in both cases. */
-static int ql_rows_of(ql_rows *rows, PyObject *object, const ql_tensor *x, const char *name, int64_t width) {
+static int ql_rows_of(ql_rows *rows, PyObject *object, const ql_tensor *x, int64_t width) {
     rows->rows = 1;
     for (int i = 0; i < x->ndim - 1; i++) rows->rows *= x->shape[i];
     if (rows->rows == 0 || ql_rows_view(rows, x, width)) return 0;
     rows->stride = width;
-    return x->device_type == QL_DEVICE_CPU ? ql_rows_copy_cpu(rows, x) : ql_rows_copy_cuda(rows, object, x, name);
+    return x->device_type == QL_DEVICE_CPU ? ql_rows_copy_cpu(rows, x) : ql_rows_copy_cuda(rows, object, x);
 }
 
 static void ql_rows_release(ql_rows *rows) {
@@ -97,7 +97,6 @@ typedef struct ql_call {
     ql_weight weight;
     const ql_layer *layer;
     PyObject *object;
-    const char *name;
     const ql_tensor *x;
     const ql_rows *rows;
     ql_output *output;
@@ -158,7 +157,7 @@ static int ql_run_cuda_linear(const ql_call *call) {
     int64_t bytes = ql_cuda_linear_scratch(call->rows->rows, &call->weight);
     ql_cuda_place place;
     ql_output scratch = {0};
-    if (ql_place_of(&place, call->object, call->x, call->name) < 0) return -1;
+    if (ql_place_of(&place, call->object, call->x) < 0) return -1;
     if (bytes < 0) {
         PyErr_SetString(PyExc_ValueError, "x has too many rows: the scratch for them is out of range");
         return -1;
@@ -173,7 +172,7 @@ static int ql_run_cuda_linear(const ql_call *call) {
 
 static int ql_run_cuda_grad(const ql_call *call) {
     ql_cuda_place place;
-    if (ql_place_of(&place, call->object, call->x, call->name) < 0) return -1;
+    if (ql_place_of(&place, call->object, call->x) < 0) return -1;
     char message[QL_CUDA_MESSAGE];
     int result = ql_cuda_linear_grad(&place, call->output->view.data, call->rows->data, call->rows->stride,
                                      call->x->dtype, call->rows->rows, &call->weight, message);
@@ -203,13 +202,13 @@ static PyObject *ql_call_rows(ql_layer *layer, PyObject *object, const char *nam
     if (ql_tensor_read(&x, object, name) < 0) return NULL;
     PyObject *result = NULL;
     ql_rows rows = {0};
-    if (ql_check_activation(layer, &x, name, width) == 0 && ql_rows_of(&rows, object, &x, name, width) == 0) {
+    if (ql_check_activation(layer, &x, name, width) == 0 && ql_rows_of(&rows, object, &x, width) == 0) {
         int64_t shape[QL_MAX_DIMS];
         memcpy(shape, x.shape, sizeof shape[0] * (size_t)x.ndim);
         shape[x.ndim - 1] = out_width;
         ql_output output;
         if (ql_output_begin_beside(&output, object, &x, x.dtype, x.ndim, shape) == 0) {
-            ql_call call = {layer->weight, layer, object, name, &x, &rows, &output};
+            ql_call call = {layer->weight, layer, object, &x, &rows, &output};
             ql_run run = x.device_type == QL_DEVICE_CPU ? run_cpu : run_cuda;
             if (rows.rows == 0 || run(&call) == 0)
                 result = ql_output_finish(&output);
@@ -245,7 +244,7 @@ static int ql_dequantize_cpu(const ql_layer *layer, ql_tensor *out) {
 static int ql_dequantize_cuda(const ql_layer *layer, ql_tensor *out) {
     ql_cuda_place place;
     const ql_held *first = &layer->held[0];
-    if (ql_place_of(&place, first->object, &first->tensor, first->name) < 0) return -1;
+    if (ql_place_of(&place, first->object, &first->tensor) < 0) return -1;
     char message[QL_CUDA_MESSAGE];
     int result = ql_cuda_dequantize(&place, out->data, out->dtype, &layer->weight, message);
     return result < 0 ? ql_cuda_failed(message) : 0;

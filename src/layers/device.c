@@ -2,9 +2,9 @@
 
 #include <stdlib.h>
 
-int ql_place_of(ql_cuda_place *place, PyObject *object, const ql_tensor *tensor, const char *name) {
+int ql_place_of(ql_cuda_place *place, PyObject *object, const ql_tensor *tensor) {
     place->device = tensor->device_id;
-    return ql_tensor_stream(&place->stream, object, tensor, name);
+    return ql_tensor_stream(&place->stream, object, tensor);
 }
 
 int ql_cuda_failed(const char *message) {
@@ -18,8 +18,7 @@ const void *ql_layer_contents(const ql_layer *layer, int index, void **copy) {
     if (held->tensor.device_type == QL_DEVICE_CPU) return held->tensor.data;
     size_t bytes = (size_t)ql_tensor_numel(&held->tensor) * ql_dtype_size(held->tensor.dtype);
     ql_cuda_place place;
-    if (ql_check_contiguous(&held->tensor, held->name) < 0 ||
-        ql_place_of(&place, held->object, &held->tensor, held->name) < 0)
+    if (ql_check_contiguous(&held->tensor, held->name) < 0 || ql_place_of(&place, held->object, &held->tensor) < 0)
         return NULL;
     if (!(*copy = malloc(bytes ? bytes : 1))) return PyErr_NoMemory();
     char message[QL_CUDA_MESSAGE];

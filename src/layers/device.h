@@ -6,7 +6,7 @@
 #include "layer.h"
 
 /* The device of `tensor`, read from `object`, and the stream that its framework works on now. 0, or -1. */
-int ql_place_of(ql_cuda_place *place, PyObject *object, const ql_tensor *tensor, const char *name);
+int ql_place_of(ql_cuda_place *place, PyObject *object, const ql_tensor *tensor);
 
 /* RuntimeError with the sentence that a function of cuda/ left; -1. */
 int ql_cuda_failed(const char *message);

@@ -96,8 +96,10 @@ class Fp8Linear(QuantizedLinear):
         for start in range(0, n, step):
             rows = weight.detach()[start : start + step].float()
             absmax = rows.abs().amax(1, keepdim=True)
+            # A tensor, not a number: by a number, torch multiplies with the reciprocal on a GPU.
+            most = torch.full_like(absmax, _MAX)
             # A row whose absmax / 448 is no normal number would divide by zero where denormals are flushed.
-            scale[start : start + step] = torch.where(absmax > 0, absmax / _MAX, 1 / _MAX).clamp_min(2.0**-126)
+            scale[start : start + step] = torch.where(absmax > 0, absmax / most, 1 / _MAX).clamp_min(2.0**-126)
             codes[start : start + step] = (rows / scale[start : start + step]).clamp(-_MAX, _MAX).to(codes.dtype)
         self = cls(codes, bias, scale, None, activation=activation)
         self.weight_dtype = weight.dtype

@@ -2,12 +2,13 @@
  * once to bf16. Twice the rate of fp32.
  *
  * The instruction reads denormal numbers as zero and flushes what becomes one. So that nothing is lost, activations and
- * weights here are zero or at least BF16_LEAST in magnitude, whose products are far from denormal; the engine sees to the
+ * weights here are zero or at least BF16_LEAST in magnitude; the engine sees to the
  * activations, and a panel with a smaller weight is multiplied in fp32. Part of the AVX-512 kernels (see vector.h). */
 #ifndef QL_CPU_DENSE_BF16_H
 #define QL_CPU_DENSE_BF16_H
 
 #include "dense.h"
+#include "fused_bf16.h"
 
 /* 0xffffffff for zero, else the magnitude's bits above the sign, less one: smallest for the smallest number. */
 INLINE vu bf16_rank(vf value) { return ((vu)value << 1) - 1u; }
@@ -125,7 +126,14 @@ static void bf16_range(void *context, int64_t begin, int64_t end) {
     scratch_give(&work->pool, index);
 }
 
+/* Up to here, passes with MAX_FUSED_ROWS rows are quicker than panels. */
+enum { MAX_PAIRS_ROWS = 16 };
+
+/* Fewer rows than that in fp32, where pairs do not suit the format: panels would have to be made in either case. */
+static bool bf16_suits(const ql_weight *weight, int64_t m) { return m > MAX_PAIRS_ROWS || pairs_fit(weight); }
+
 static int bf16_linear(const ql_product *product) {
+    if (product->m <= MAX_PAIRS_ROWS) return pairs_linear(product);
     dense_work work = {.product = product, .weight = product->weight};
     return dense_run(&work, bf16_range, (product->weight->n + BLOCK - 1) / BLOCK, product->m);
 }

@@ -197,11 +197,9 @@ static int float_product(int (*kernel)(const ql_product *), ql_product *product,
     return status;
 }
 
-/* Whether a product of bf16 pairs is quicker, and as good: with few rows fp32 is bound by decoding or by memory. */
-enum { LEAST_BF16_ROWS = 17 };
-
-static bool suits_bf16(const rows *all, int64_t m) {
-    if (!has_bf16 || all->dtype != QL_BF16 || m < LEAST_BF16_ROWS || all->k % 2) return false;
+/* Whether a product of bf16 pairs is quicker, and as good. */
+static bool suits_bf16(const rows *all, int64_t m, const ql_weight *weight) {
+    if (!has_bf16 || all->dtype != QL_BF16 || all->k % 2 || !kernels->bf16_suits(weight, m)) return false;
     const uint32_t least = ql_bf16_from_f32(BF16_LEAST);
     for (int64_t i = 0; i < m; i++) {
         const uint16_t *x = row_of(all, i);
@@ -292,7 +290,7 @@ int ql_cpu_linear(void *out, const void *x, int64_t x_stride, ql_dtype dtype, in
             all.tensor_scale = ql_fp8_scale(absmax);
         }
     }
-    if (!quantizes_to_fp8(weight) && suits_bf16(&all, m)) {
+    if (!quantizes_to_fp8(weight) && suits_bf16(&all, m, weight)) {
         product.m = m;
         product.x_bf16 = x;
         return kernels->bf16_linear(&product);

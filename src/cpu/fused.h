@@ -125,6 +125,28 @@ INLINE int n_vectors(int m_count) {
 #endif
 }
 
+/* The outputs of rows [row, end) of W, a strip, whose sums come in n_order. */
+static void n_store_strip(const ql_product *product, const float *sums, const int16_t *order, int64_t row, int64_t end,
+                          int m_count) {
+    const int64_t n = product->weight->n;
+    for (int m = 0; m < m_count; m++) {
+        for (int64_t at = row; at < end; at += BLOCK) {
+            const float *from = sums + m * (N_STRIP_BLOCKS * BLOCK) + (at - row);
+            float natural[BLOCK];
+            for (int i = 0; i < BLOCK; i++) natural[order[i]] = from[i];
+            for (int v = 0; v < 8; v++)
+                store_outputs(product, m, at + v * LANES, vf_load(natural + v * LANES), n - at - v * LANES);
+        }
+    }
+}
+
+/* Rows of W an item. Wide strips read longer runs of each word row; narrow ones give every thread some. Sums do not
+ * depend on it. */
+static int64_t n_strip(int64_t n) {
+    int64_t blocks = (n + BLOCK - 1) / BLOCK / (4 * ql_cpu_thread_count());
+    return BLOCK * (blocks < 1 ? 1 : min_of(blocks, N_STRIP_BLOCKS));
+}
+
 typedef struct n_fused {
     const ql_product *product;
     n_decoder decoder;
@@ -167,14 +189,7 @@ INLINE void n_fused_strip(const n_fused *work, int64_t row, float *sums, const i
         }
         if (col + cols == group_end) group++;
     }
-    for (int m = 0; m < m_count; m++) {
-        for (int64_t at = row; at < end; at += BLOCK) {
-            float *from = sums + m * (N_STRIP_BLOCKS * BLOCK) + (at - row), natural[BLOCK];
-            for (int i = 0; i < BLOCK; i++) natural[work->order[i]] = from[i];
-            for (int v = 0; v < 8; v++)
-                store_outputs(product, m, at + v * LANES, vf_load(natural + v * LANES), n - at - v * LANES);
-        }
-    }
+    n_store_strip(product, sums, work->order, row, end, m_count);
 }
 
 #define N_FUSED_BODY(name, bits, awq, m_count)                                                                         \
@@ -214,9 +229,7 @@ static void n_fused_linear(const ql_product *product) {
     int bits = awq ? 4 : weight->gptq.bits;
     n_decoder_init(&work.decoder, bits);
     n_order(work.order, weight->format);
-    /* Wide strips read longer runs of each word row; narrow ones give every thread some. Sums do not depend on it. */
-    int64_t blocks = (weight->n + BLOCK - 1) / BLOCK / (4 * ql_cpu_thread_count());
-    work.strip = BLOCK * (blocks < 1 ? 1 : min_of(blocks, N_STRIP_BLOCKS));
+    work.strip = n_strip(weight->n);
     loop_body *body = awq ? awq_bodies[product->m - 1] : gptq_bodies[bits == 8 ? 3 : bits - 2][product->m - 1];
     ql_cpu_parallel((weight->n + work.strip - 1) / work.strip, 1, body, &work);
 }
@@ -261,6 +274,38 @@ INLINE k_scales k_scales_of(const ql_weight *weight, const ql_format format) {
     return scales;
 }
 
+/* Of a row of FOURBIT. `even`: the step is whole, the row begins a block. */
+INLINE vf k_fourbit_scale(const k_stream *stream, const k_scales *scales, int64_t step, const bool even) {
+    int64_t at = stream->inside + step * BLOCK, block = at >> scales->log2_blocksize;
+    const float *from = stream->scales + block;
+    if (even) return fourbit_even_scale(from, scales->blocks_a_step, scales->log2_blocksize);
+    return fourbit_scale(from, stream->blocks - block, at & ((1 << scales->log2_blocksize) - 1),
+                         scales->log2_blocksize);
+}
+
+/* Row `row`, read with `row_count` others; `expanded`: room for MAX_FUSED_BLOCKS nested absmax. */
+INLINE k_stream k_stream_open(const ql_weight *weight, int64_t row, const k_scales *scales, float *expanded,
+                              const ql_format format, const int row_count) {
+    const int64_t k = weight->k;
+    k_stream stream = {.bytes = k_row(weight, row, 0, format)};
+    stream.ahead = (uintptr_t)stream.bytes;
+    stream.ahead += (uintptr_t)row_count * (uintptr_t)(format == QL_FORMAT_FOURBIT ? k / 2 : k);
+    if (format == QL_FORMAT_FOURBIT) {
+        const ql_fourbit *fourbit = &weight->fourbit;
+        int64_t flat = row * k, first = flat >> scales->log2_blocksize;
+        stream.blocks = ((flat + k - 1) >> scales->log2_blocksize) - first + 1;
+        stream.inside = flat & (fourbit->blocksize - 1);
+        stream.scales = fourbit->absmax + first;
+        if (fourbit->nested) {
+            fourbit_absmax(expanded, fourbit, first, stream.blocks);
+            stream.scales = expanded;
+        }
+    } else if (format == QL_FORMAT_FP8) {
+        stream.scales = weight->fp8.scale + row / weight->fp8.block_n * weight->fp8.scale_stride;
+    }
+    return stream;
+}
+
 /* A step's products are summed by themselves and then scaled, where the scale belongs to less than the row; that is also
  * the better order of a long sum. `whole`: all of the step's BLOCK columns are there. `even`: as in k_scales. */
 INLINE void k_fused_step(const k_decoder *decoder, vf sum[4][MAX_FUSED_ROWS], const k_stream *streams,
@@ -302,13 +347,7 @@ INLINE void k_fused_step(const k_decoder *decoder, vf sum[4][MAX_FUSED_ROWS], co
     for (int r = 0; r < row_count; r++) {
         vf scale = vf_set(1.0f);
         if (scaled && format == QL_FORMAT_FP8) scale = vf_set(streams[r].scales[scale_index]);
-        if (scaled && format == QL_FORMAT_FOURBIT) {
-            int64_t at = streams[r].inside + step * BLOCK, block = at >> scales->log2_blocksize;
-            const float *from = streams[r].scales + block;
-            scale = even && whole ? fourbit_even_scale(from, scales->blocks_a_step, scales->log2_blocksize)
-                                  : fourbit_scale(from, streams[r].blocks - block,
-                                                  at & ((1 << scales->log2_blocksize) - 1), scales->log2_blocksize);
-        }
+        if (scaled && format == QL_FORMAT_FOURBIT) scale = k_fourbit_scale(&streams[r], scales, step, even && whole);
         UNROLL
         for (int m = 0; m < m_count; m++)
             sum[r][m] = scaled ? vf_fma(part[r][m], scale, sum[r][m]) : sum[r][m] + part[r][m];
@@ -328,23 +367,7 @@ INLINE void k_fused_rows(const k_fused *work, int64_t row, float *sums, const bo
     float expanded[4][MAX_FUSED_BLOCKS];
     UNROLL
     for (int r = 0; r < row_count; r++) {
-        k_stream *stream = &streams[r];
-        *stream = (k_stream){.bytes = k_row(weight, row + r, 0, format)};
-        stream->ahead = (uintptr_t)stream->bytes;
-        stream->ahead += (uintptr_t)row_count * (uintptr_t)(format == QL_FORMAT_FOURBIT ? k / 2 : k);
-        if (format == QL_FORMAT_FOURBIT) {
-            const ql_fourbit *fourbit = &weight->fourbit;
-            int64_t flat = (row + r) * k, first = flat >> scales.log2_blocksize;
-            stream->blocks = ((flat + k - 1) >> scales.log2_blocksize) - first + 1;
-            stream->inside = flat & (fourbit->blocksize - 1);
-            stream->scales = fourbit->absmax + first;
-            if (fourbit->nested) {
-                fourbit_absmax(expanded[r], fourbit, first, stream->blocks);
-                stream->scales = expanded[r];
-            }
-        } else if (format == QL_FORMAT_FP8) {
-            stream->scales = weight->fp8.scale + (row + r) / weight->fp8.block_n * weight->fp8.scale_stride;
-        }
+        streams[r] = k_stream_open(weight, row + r, &scales, expanded[r], format, row_count);
         UNROLL
         for (int m = 0; m < m_count; m++) sum[r][m] = vf_set(0);
     }
@@ -373,6 +396,12 @@ INLINE void k_fused_rows(const k_fused *work, int64_t row, float *sums, const bo
 INLINE int k_rows(int m_count) {
     if (LANES == 16 || m_count == 1) return 4;
     return m_count == 2 ? 2 : 1;
+}
+
+/* Of items of LANES rows: a few ranges a thread. */
+static int64_t k_grain(int64_t n) {
+    int64_t grain = (n + LANES - 1) / LANES / (8 * ql_cpu_thread_count());
+    return grain < 1 ? 1 : grain;
 }
 
 /* Items are runs of LANES rows. */
@@ -435,8 +464,7 @@ static int k_fused_linear(const ql_product *product) {
     work.x = x;
     int kind = weight->format == QL_FORMAT_EETQ ? 0 : weight->format == QL_FORMAT_FOURBIT ? 1 : 2;
     if (kind == 2 && weight->fp8.block_k < weight->k) kind = 3;
-    int64_t items = (weight->n + LANES - 1) / LANES, grain = items / (8 * ql_cpu_thread_count());
-    ql_cpu_parallel(items, grain < 1 ? 1 : grain, bodies[kind][product->m - 1], &work);
+    ql_cpu_parallel((weight->n + LANES - 1) / LANES, k_grain(weight->n), bodies[kind][product->m - 1], &work);
     free(x);
     return 0;
 }

@@ -6,7 +6,8 @@
 
 #include <stdbool.h>
 
-#define BF16_LEAST 0x1p-60f
+/* Products of multiples of 2^-63, as larger bf16 are, and sums of such are multiples of 2^-126: zero or normal. */
+#define BF16_LEAST 0x1p-56f
 
 /* One product with fp32 activations: out[m][n] = row_scale[m] * sum_k x[m][k] * W[n][k] + bias[n]. */
 typedef struct ql_product {
@@ -46,7 +47,9 @@ typedef struct ql_kernels {
     int (*grad)(const ql_product *product); /* out[m][k] = sum_n x[m][n] * W[n][k]: x has n columns, out has k */
     int (*dequantize)(void *out, ql_dtype dtype, const ql_weight *weight);
     void (*to_f32)(float *out, const void *x, ql_dtype dtype, int64_t count);
-    int (*bf16_linear)(const ql_product *product); /* NULL where fp32 is as good; the processor must have AVX512_BF16 */
+    /* Products of bf16 pairs, NULL where there are none; the processor must have AVX512_BF16. */
+    bool (*bf16_suits)(const ql_weight *weight, int64_t m); /* whether they are quicker with m rows of x */
+    int (*bf16_linear)(const ql_product *product);          /* only where bf16_suits, with the same m */
 } ql_kernels;
 
 const ql_kernels *ql_kernels_plain(void);

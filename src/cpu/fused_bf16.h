@@ -1,0 +1,362 @@
+/* Products with few rows of bf16 on processors that multiply pairs of bf16 (AVX512_BF16): as in fused.h, two columns of
+ * x an operation. Part of the AVX-512 kernels (see vector.h).
+ *
+ * `vpermw` looks up 32 values of 16 bits, so one permutation turns two codes of a word into a pair of bf16. GPTQ's and
+ * AWQ's codes less their zeros are integers that bf16 holds exactly; their sums are scaled in fp32. FOURBIT's code is
+ * rounded once to bf16. As dense_bf16.h says, the instruction flushes denormal numbers; none can arise here: activations
+ * are zero or at least BF16_LEAST, integers at least 1, codes at least LEAST_CODE. */
+#ifndef QL_CPU_FUSED_BF16_H
+#define QL_CPU_FUSED_BF16_H
+
+#include "fused.h"
+
+INLINE vf dot_pairs(vf sum, vi a, vi b) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
+
+/* table[i] for the low five bits of each 16-bit lane. */
+INLINE vi pair_at(vi table, vi index) { return (vi)_mm512_permutexvar_epi16((__m512i)index, (__m512i)table); }
+
+/* ---- n lanes: GPTQ of 4 bits and AWQ ---- */
+
+typedef struct n_pairs {
+    const ql_product *product;
+    const int32_t *x; /* [pairs][m]: columns 8u + j and 8u + j + 4 in pair 4u + j (GPTQ), 2i and 2i + 1 in i (AWQ) */
+    n_decoder decoder;
+    vi table; /* of the 32 integers of five bits, signed */
+    int16_t order[BLOCK];
+    int64_t strip; /* rows of W an item, a multiple of BLOCK */
+} n_pairs;
+
+/* Nibble j of each half of the words, less its zero, for j = 0..3. zeros[0]: bytes to subtract from the even nibbles,
+ * zeros[1]: from the odd ones. */
+INLINE void n_pair_values(vi value[4], vi words, const vi *zeros, vi table) {
+    const vi nibbles = vi_set(0x0f0f0f0f);
+    vi even = (vi)_mm512_sub_epi8((__m512i)(words & nibbles), (__m512i)zeros[0]);
+    vi odd = (vi)_mm512_sub_epi8((__m512i)(vi_shift(words, 4) & nibbles), (__m512i)zeros[1]);
+    value[0] = pair_at(table, even);
+    value[1] = pair_at(table, odd);
+    value[2] = pair_at(table, vi_shift(even, 8));
+    value[3] = pair_at(table, vi_shift(odd, 8));
+}
+
+INLINE void n_pairs_scale(float *sums, vf sum[8][MAX_FUSED_ROWS], const float *scales, const int vectors,
+                          const int m_count) {
+    UNROLL
+    for (int v = 0; v < vectors; v++) {
+        vf scale = vf_load(scales + v * LANES);
+        UNROLL
+        for (int m = 0; m < m_count; m++) {
+            float *to = sums + m * (N_STRIP_BLOCKS * BLOCK) + v * LANES;
+            vf_store(to, vf_fma(sum[v][m], scale, vf_load(to)));
+        }
+    }
+}
+
+INLINE void n_pairs_gptq_chunk(float *sums, const int32_t *from, int64_t n, int64_t rows, const int32_t *x,
+                               int64_t units, const float *zeros, const float *scales, vi table, const int vectors,
+                               const int m_count) {
+    vf sum[8][MAX_FUSED_ROWS];
+    vi zero[8];
+    UNROLL
+    for (int v = 0; v < vectors; v++) {
+        zero[v] = __builtin_convertvector(vf_load(zeros + v * LANES), vi) * 0x01010101;
+        UNROLL
+        for (int m = 0; m < m_count; m++) sum[v][m] = vf_set(0);
+    }
+    for (int64_t unit = 0; unit < units; unit++, from += n, x += 4 * m_count) {
+        UNROLL
+        for (int v = 0; v < vectors; v++) {
+            forget_memory();
+            vi words = vi_load_some(from + v * LANES, rows - v * LANES), value[4];
+            /* The next chunk's words, as in n_gptq_chunk. */
+            __builtin_prefetch((const void *)((uintptr_t)(from + v * LANES) + (uintptr_t)(N_CHUNK / 8 * n * 4)));
+            n_pair_values(value, words, (const vi[2]){zero[v], zero[v]}, table);
+            UNROLL
+            for (int j = 0; j < 4; j++) {
+                UNROLL
+                for (int m = 0; m < m_count; m++)
+                    sum[v][m] = dot_pairs(sum[v][m], value[j], vi_set(x[j * m_count + m]));
+            }
+        }
+    }
+    n_pairs_scale(sums, sum, scales, vectors, m_count);
+}
+
+/* zeros[half][parity]: what n_pair_values subtracts from the words of that half. */
+INLINE void n_pairs_awq_zeros(vi zeros[2][2], const ql_awq *awq, int64_t words, int64_t group, int64_t row) {
+    vi packed = vi_load_some(awq->qzeros + group * words + row / 8, words - row / 8);
+    UNROLL
+    for (int parity = 0; parity < 2; parity++) {
+        vi bytes = vi_shift(packed, 4 * parity) & 0x0f0f0f0f;
+        zeros[0][parity] = (bytes & 0xffff) | bytes << 16;
+        zeros[1][parity] = vi_shift(bytes, 16) | (bytes & (int32_t)0xffff0000);
+    }
+}
+
+/* Nibbles 4 * first_half and on, `vectors` of them, 4 or 8. */
+INLINE void n_pairs_awq_chunk(float *sums, const int32_t *from, int64_t words, int64_t left, const int32_t *x,
+                              int64_t cols, vi zeros[2][2], const float *scales, vi table, const int first_half,
+                              const int vectors, const int m_count) {
+    vf sum[8][MAX_FUSED_ROWS];
+    UNROLL
+    for (int v = 0; v < vectors; v++) {
+        UNROLL
+        for (int m = 0; m < m_count; m++) sum[v][m] = vf_set(0);
+    }
+    for (int64_t col = 0; col < cols; col += 2, from += 2 * words, x += m_count) {
+        vi one = vi_load_some(from, left), two = vi_load_some(from + words, left);
+        if (first_half == 0) {
+            __builtin_prefetch((const void *)((uintptr_t)from + (uintptr_t)(N_CHUNK * words * 4)));
+            __builtin_prefetch((const void *)((uintptr_t)from + (uintptr_t)((N_CHUNK + 1) * words * 4)));
+        }
+        UNROLL
+        for (int h = 0; h < vectors / 4; h++) {
+            const int half = first_half + h;
+            vi halves = half ? (vi)_mm512_mask_blend_epi16(0xaaaaaaaau, (__m512i)vi_shift(one, 16), (__m512i)two)
+                             : (vi)_mm512_mask_blend_epi16(0xaaaaaaaau, (__m512i)one, (__m512i)(two << 16));
+            vi value[4];
+            n_pair_values(value, halves, zeros[half], table);
+            UNROLL
+            for (int j = 0; j < 4; j++) {
+                UNROLL
+                for (int m = 0; m < m_count; m++)
+                    sum[4 * h + j][m] = dot_pairs(sum[4 * h + j][m], value[j], vi_set(x[m]));
+            }
+        }
+    }
+    n_pairs_scale(sums, sum, scales, vectors, m_count);
+}
+
+INLINE void n_pairs_strip(const n_pairs *work, int64_t row, float *sums, const bool awq, const int m_count) {
+    const ql_weight *weight = work->product->weight;
+    const int64_t n = weight->n, k = weight->k, words = (n + 7) / 8;
+    const int64_t group_size = awq ? weight->awq.group_size : weight->gptq.group_size;
+    const int vectors = n_vectors(m_count);
+    const vi table = work->table;
+    int64_t end = min_of(row + work->strip, n);
+    memset(sums, 0, (size_t)m_count * N_STRIP_BLOCKS * BLOCK * sizeof(float));
+    float zeros[BLOCK], scales[BLOCK];
+    for (int64_t col = 0, group = 0, cols; col < k; col += cols) {
+        int64_t group_end = group_size >= k - group * group_size ? k : (group + 1) * group_size;
+        cols = min_of(group_end - col, N_CHUNK);
+        const int32_t *x = work->x + col / 2 * m_count;
+        for (int64_t at = row; at < end; at += BLOCK) {
+            float *block_sums = sums + (at - row);
+            if (awq) {
+                vi zero[2][2];
+                n_pairs_awq_zeros(zero, &weight->awq, words, group, at);
+                awq_reorder(scales, weight->awq.scales, weight->awq.scales_dtype, group * n + at, n - at);
+                UNROLL
+                for (int first = 0; first < 8; first += vectors)
+                    n_pairs_awq_chunk(block_sums + first * LANES, weight->awq.qweight + col * words + at / 8, words,
+                                      words - at / 8, x, cols, zero, scales + first * LANES, table, first / 4, vectors,
+                                      m_count);
+            } else {
+                gptq_group(zeros, scales, weight, group, at);
+                for (int v = 0; v < 8; v += vectors) {
+                    if (at + v * LANES >= n) break;
+                    n_pairs_gptq_chunk(block_sums + v * LANES, weight->gptq.qweight + col / 8 * n + at + v * LANES, n,
+                                       n - at - v * LANES, x, (cols + 7) / 8, zeros + v * LANES, scales + v * LANES,
+                                       table, vectors, m_count);
+                }
+            }
+        }
+        if (col + cols == group_end) group++;
+    }
+    n_store_strip(work->product, sums, work->order, row, end, m_count);
+}
+
+#define N_PAIRS_BODY(name, awq, m_count)                                                                               \
+    static void name(void *context, int64_t begin, int64_t end) {                                                      \
+        const n_pairs *work = context;                                                                                 \
+        float sums[(m_count) * N_STRIP_BLOCKS * BLOCK];                                                                \
+        for (int64_t i = begin; i < end; i++) n_pairs_strip(work, i * work->strip, sums, awq, m_count);                \
+    }
+#define N_PAIRS_BODIES(name, awq)                                                                                      \
+    N_PAIRS_BODY(name##_1, awq, 1)                                                                                     \
+    N_PAIRS_BODY(name##_2, awq, 2)                                                                                     \
+    N_PAIRS_BODY(name##_3, awq, 3)                                                                                     \
+    N_PAIRS_BODY(name##_4, awq, 4)
+
+N_PAIRS_BODIES(gptq4_pairs, false)
+N_PAIRS_BODIES(awq_pairs, true)
+
+/* Pairs of columns must not straddle groups. */
+static bool n_pairs_fits(const ql_weight *weight) {
+    if (!n_fused_fits(weight)) return false;
+    if (weight->format == QL_FORMAT_GPTQ) return weight->gptq.bits == 4;
+    return weight->awq.group_size >= weight->k || weight->awq.group_size % 2 == 0;
+}
+
+static int n_pairs_linear(const ql_product *product) {
+    static loop_body *const bodies[2][MAX_FUSED_ROWS] = {BODIES(gptq4_pairs), BODIES(awq_pairs)};
+    const ql_weight *weight = product->weight;
+    const bool awq = weight->format == QL_FORMAT_AWQ;
+    const int64_t m_count = product->m, units = (weight->k + 7) / 8;
+    uint16_t *x = calloc((size_t)(units * m_count), 8 * sizeof *x);
+    if (!x) return -1;
+    for (int64_t m = 0; m < m_count; m++) {
+        const uint16_t *from = product->x_bf16 + m * product->x_stride;
+        for (int64_t col = 0; col < weight->k; col++) {
+            int64_t pair = awq ? col / 2 : col / 8 * 4 + col % 4, side = awq ? col % 2 : col / 4 % 2;
+            x[(pair * m_count + m) * 2 + side] = from[col];
+        }
+    }
+    n_pairs work = {.product = product, .x = (const int32_t *)(const void *)x};
+    uint16_t table[32];
+    for (int i = 0; i < 32; i++) table[i] = ql_bf16_from_f32((float)(i < 16 ? i : i - 32));
+    memcpy(&work.table, table, sizeof table);
+    n_order(work.order, weight->format);
+    work.strip = n_strip(weight->n);
+    ql_cpu_parallel((weight->n + work.strip - 1) / work.strip, 1, bodies[awq][m_count - 1], &work);
+    free(x);
+    return 0;
+}
+
+/* ---- k lanes: FOURBIT ---- */
+
+#define LEAST_CODE 0x1p-20f
+#define MOST_CODE 0x1p20f
+
+typedef struct k_pairs {
+    const ql_product *product;
+    const uint16_t *x; /* [m][steps * BLOCK], zeros beyond K: 4 vectors a step, of pairs of columns as the codes come */
+    vi code;           /* bf16, twice: the fifth bit of an index is the next code's */
+    int64_t steps;
+} k_pairs;
+
+/* As k_fused_step. */
+INLINE void k_pairs_step(vi code, vf sum[4][MAX_FUSED_ROWS], const k_stream *streams, const k_scales *scales,
+                         int64_t step, const uint16_t *x, int64_t x_stride, int64_t k, const bool whole,
+                         const bool even, const int row_count, const int m_count) {
+    vf part[4][MAX_FUSED_ROWS];
+    vi words[4];
+    int64_t offset = step * BLOCK / 2, bytes = whole ? 4 * LANES : (k - step * BLOCK) / 2;
+    x += step * BLOCK;
+    UNROLL
+    for (int r = 0; r < row_count; r++) {
+        words[r] = k_load(streams[r].bytes + offset, bytes);
+        __builtin_prefetch((const void *)(streams[r].ahead + (uintptr_t)offset));
+        UNROLL
+        for (int m = 0; m < m_count; m++) part[r][m] = vf_set(0);
+    }
+    UNROLL
+    for (int j = 0; j < 4; j++) {
+        vi value[4];
+        UNROLL
+        for (int r = 0; r < row_count; r++) value[r] = pair_at(code, vi_shift(words[r], 4 * j));
+        UNROLL
+        for (int m = 0; m < m_count; m++) {
+            vi activation = vi_load(x + m * x_stride + j * 2 * LANES);
+            UNROLL
+            for (int r = 0; r < row_count; r++) part[r][m] = dot_pairs(part[r][m], value[r], activation);
+        }
+        forget_memory();
+    }
+    UNROLL
+    for (int r = 0; r < row_count; r++) {
+        vf scale = k_fourbit_scale(&streams[r], scales, step, whole && even);
+        UNROLL
+        for (int m = 0; m < m_count; m++) sum[r][m] = vf_fma(part[r][m], scale, sum[r][m]);
+    }
+}
+
+INLINE void k_pairs_rows(const k_pairs *work, int64_t row, float *sums, const int row_count, const int m_count) {
+    const ql_weight *weight = work->product->weight;
+    const int64_t k = weight->k, x_stride = work->steps * BLOCK, whole = k / BLOCK;
+    const k_scales scales = k_scales_of(weight, QL_FORMAT_FOURBIT);
+    const vi code = work->code;
+    vf sum[4][MAX_FUSED_ROWS];
+    k_stream streams[4];
+    float expanded[4][MAX_FUSED_BLOCKS];
+    UNROLL
+    for (int r = 0; r < row_count; r++) {
+        streams[r] = k_stream_open(weight, row + r, &scales, expanded[r], QL_FORMAT_FOURBIT, row_count);
+        UNROLL
+        for (int m = 0; m < m_count; m++) sum[r][m] = vf_set(0);
+    }
+    if (scales.even)
+        for (int64_t step = 0; step < whole; step++)
+            k_pairs_step(code, sum, streams, &scales, step, work->x, x_stride, k, true, true, row_count, m_count);
+    else
+        for (int64_t step = 0; step < whole; step++)
+            k_pairs_step(code, sum, streams, &scales, step, work->x, x_stride, k, true, false, row_count, m_count);
+    if (whole < work->steps)
+        k_pairs_step(code, sum, streams, &scales, whole, work->x, x_stride, k, false, false, row_count, m_count);
+    UNROLL
+    for (int r = 0; r < row_count; r++) {
+        UNROLL
+        for (int m = 0; m < m_count; m++) sums[m * LANES + r] = vf_sum(sum[r][m]);
+    }
+}
+
+/* Items are runs of LANES rows. */
+INLINE void k_pairs_range(const k_pairs *work, int64_t begin, int64_t end, const int m_count) {
+    const int64_t n = work->product->weight->n;
+    for (int64_t row = begin * LANES; row < min_of(end * LANES, n); row += LANES) {
+        float sums[MAX_FUSED_ROWS * LANES] = {0};
+        int64_t count = min_of(LANES, n - row), r = 0;
+        for (; r + 4 <= count; r += 4) k_pairs_rows(work, row + r, sums + r, 4, m_count);
+        for (; r < count; r++) k_pairs_rows(work, row + r, sums + r, 1, m_count);
+        for (int m = 0; m < m_count; m++) store_outputs(work->product, m, row, vf_load(sums + m * LANES), count);
+    }
+}
+
+#define K_PAIRS_BODY(name, m_count)                                                                                    \
+    static void name(void *context, int64_t begin, int64_t end) { k_pairs_range(context, begin, end, m_count); }
+
+K_PAIRS_BODY(fourbit_pairs_1, 1)
+K_PAIRS_BODY(fourbit_pairs_2, 2)
+K_PAIRS_BODY(fourbit_pairs_3, 3)
+K_PAIRS_BODY(fourbit_pairs_4, 4)
+
+static bool k_pairs_fits(const ql_weight *weight) {
+    if (weight->format != QL_FORMAT_FOURBIT || !k_fused_fits(weight)) return false;
+    for (int i = 0; i < 16; i++) {
+        float magnitude = fabsf(weight->fourbit.code[i]);
+        if (magnitude != 0 && !(magnitude >= LEAST_CODE && magnitude <= MOST_CODE)) return false;
+    }
+    return true;
+}
+
+static int k_pairs_linear(const ql_product *product) {
+    static loop_body *const bodies[MAX_FUSED_ROWS] = BODIES(fourbit_pairs);
+    const ql_weight *weight = product->weight;
+    k_pairs work = {.product = product, .steps = (weight->k + BLOCK - 1) / BLOCK};
+    uint16_t code[32];
+    for (int i = 0; i < 32; i++) code[i] = ql_bf16_from_f32(weight->fourbit.code[i % 16]);
+    memcpy(&work.code, code, sizeof code);
+    uint16_t *x = calloc((size_t)(product->m * work.steps), BLOCK * sizeof *x);
+    if (!x) return -1;
+    for (int64_t m = 0; m < product->m; m++) {
+        const uint16_t *from = product->x_bf16 + m * product->x_stride;
+        uint16_t *to = x + m * work.steps * BLOCK;
+        for (int64_t col = 0; col < weight->k; col++) {
+            int64_t lane = col % BLOCK / 8, nibble = (col % 8) ^ 1; /* a byte's high nibble comes first */
+            to[col / BLOCK * BLOCK + (nibble % 4 * LANES + lane) * 2 + nibble / 4] = from[col];
+        }
+    }
+    work.x = x;
+    ql_cpu_parallel((weight->n + LANES - 1) / LANES, k_grain(weight->n), bodies[product->m - 1], &work);
+    free(x);
+    return 0;
+}
+
+static bool pairs_fit(const ql_weight *weight) {
+    if (weight->k == 0) return false;
+    return has_n_lanes(weight) ? n_pairs_fits(weight) : k_pairs_fits(weight);
+}
+
+/* Any number of rows, MAX_FUSED_ROWS a pass. */
+static int pairs_linear(const ql_product *product) {
+    const size_t out_row = (size_t)product->weight->n * ql_dtype_size(product->dtype);
+    for (int64_t m = 0; m < product->m; m += MAX_FUSED_ROWS) {
+        ql_product pass = *product;
+        pass.m = min_of(product->m - m, MAX_FUSED_ROWS);
+        pass.out = (char *)product->out + (size_t)m * out_row;
+        pass.x_bf16 = product->x_bf16 + m * product->x_stride;
+        if (has_n_lanes(product->weight) ? n_pairs_linear(&pass) : k_pairs_linear(&pass)) return -1;
+    }
+    return 0;
+}
+
+#endif

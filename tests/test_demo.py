@@ -17,7 +17,6 @@ needs_model = pytest.mark.skipif(
 
 
 @needs_model
-@pytest.mark.slow
 def test_every_format_reaches_its_bars_on_the_real_model():
     result = subprocess.run([sys.executable, "-m", "qlinear", "demo", "--json"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr + result.stdout

@@ -16,7 +16,7 @@ MAY_INCLUDE = {
     "formats": {"formats"},
     "cpu": {"cpu", "formats"},
     "cuda": {"cuda", "formats", "kernels"},
-    "tensor": {"tensor", "formats"},
+    "tensor": {"tensor", "formats", "cuda"},
     "layers": {"layers", "tensor", "formats", "cpu", "cuda"},
     "module": {"module", "layers", "tensor", "formats", "cpu", "cuda"},
 }

@@ -20,7 +20,7 @@ INLINE void store_outputs(const ql_product *product, int64_t m, int64_t n, vf su
 /* ---- n lanes: GPTQ and AWQ ---- */
 
 /* Columns that share a group are summed as (q - z) * x, which is exact but for the sum, and scaled once. */
-enum { N_CHUNK = 128, N_STRIP_BLOCKS = 4 };
+enum { N_CHUNK = 128, N_STRIP_BLOCKS = 32 };
 
 INLINE void n_gptq_chunk(float *sums, const int32_t *from, int64_t n, int64_t rows, const float *x, int64_t x_stride,
                          int64_t cols, const float *zeros, const float *scales, const n_decoder *decoder,
@@ -140,11 +140,13 @@ static void n_store_strip(const ql_product *product, const float *sums, const in
     }
 }
 
-/* Rows of W an item. Wide strips read longer runs of each word row; narrow ones give every thread some. Sums do not
- * depend on it. */
-static int64_t n_strip(int64_t n) {
-    int64_t blocks = (n + BLOCK - 1) / BLOCK / (4 * ql_cpu_thread_count());
-    return BLOCK * (blocks < 1 ? 1 : min_of(blocks, N_STRIP_BLOCKS));
+/* Rows of W an item. Wide strips read longer runs of each word row, of which AWQ's are so short that each strip would meet
+ * every page of the weight; narrow ones give every thread some. Sums do not depend on it. */
+static int64_t n_strip(const ql_weight *weight) {
+    const bool awq = weight->format == QL_FORMAT_AWQ;
+    const int64_t all = (weight->n + BLOCK - 1) / BLOCK, items = (awq ? 2 : 4) * ql_cpu_thread_count();
+    const int64_t blocks = awq ? (all + items - 1) / items : all / items;
+    return BLOCK * (blocks < 1 ? 1 : min_of(blocks, awq ? N_STRIP_BLOCKS : 4));
 }
 
 typedef struct n_fused {
@@ -229,7 +231,7 @@ static void n_fused_linear(const ql_product *product) {
     int bits = awq ? 4 : weight->gptq.bits;
     n_decoder_init(&work.decoder, bits);
     n_order(work.order, weight->format);
-    work.strip = n_strip(weight->n);
+    work.strip = n_strip(weight);
     loop_body *body = awq ? awq_bodies[product->m - 1] : gptq_bodies[bits == 8 ? 3 : bits - 2][product->m - 1];
     ql_cpu_parallel((weight->n + work.strip - 1) / work.strip, 1, body, &work);
 }

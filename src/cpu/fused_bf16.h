@@ -206,7 +206,7 @@ static int n_pairs_linear(const ql_product *product) {
     for (int i = 0; i < 32; i++) table[i] = ql_bf16_from_f32((float)(i < 16 ? i : i - 32));
     memcpy(&work.table, table, sizeof table);
     n_order(work.order, weight->format);
-    work.strip = n_strip(weight->n);
+    work.strip = n_strip(weight);
     ql_cpu_parallel((weight->n + work.strip - 1) / work.strip, 1, bodies[awq][m_count - 1], &work);
     free(x);
     return 0;

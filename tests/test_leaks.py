@@ -59,16 +59,20 @@ def in_use():
 
 def check_no_leak(call, calls=CALLS):
     """Both allocators are asked, as a layer's memory comes from Python's and a tensor's from C's. A block or 8 bytes a
-    call, were they lost, are 10 times what is let pass here (caches that fill once)."""
+    call, were they lost, are 10 times what is let pass here (caches that fill once), and would be lost in every round:
+    interpreters keep a hundred freed objects more or less at hand."""
     assert not tracemalloc.is_tracing()
     for _ in range(200):
         call()
-    blocks, size = in_use()
-    for _ in range(calls):
-        call()
-    blocks_after, size_after = in_use()
-    assert blocks_after - blocks < calls / 10
-    assert size_after - size < calls * 8 / 10 + 4096
+    for _ in range(3):
+        blocks, size = in_use()
+        for _ in range(calls):
+            call()
+        blocks_after, size_after = in_use()
+        lost, bytes_lost = blocks_after - blocks, size_after - size
+        if lost < calls / 10 and bytes_lost < calls * 8 / 10 + 4096:
+            return
+    raise AssertionError(f"{calls} calls lost {lost} blocks of Python's and {bytes_lost} bytes of C's, three times")
 
 
 def tensors():

@@ -156,7 +156,7 @@ static PyObject *ql_awq_pack_py(PyObject *module, PyObject *const *args, Py_ssiz
     if (ql_check_dtype(&codes, "codes", 1, taken) == 0 && ql_check_codes(&job.input, "codes", QL_AWQ_MAX) == 0 &&
         ql_output_begin(&output, values[0], QL_I32, 2, shape) == 0) {
         job.qweight = output.view.data;
-        ql_awq_run(job.input.rows, 16, ql_convert_body, &job);
+        ql_awq_run(job.input.rows, ql_row_grain(job.input.cols), ql_convert_body, &job);
         result = ql_output_finish(&output);
     }
     ql_tensor_release(&codes);
@@ -183,7 +183,7 @@ static PyObject *ql_awq_unpack_py(PyObject *module, PyObject *const *args, Py_ss
         ql_check_shape(&packed, "packed", 2, packed_shape) == 0 &&
         ql_output_begin(&output, values[0], QL_U8, 2, shape) == 0) {
         job.qweight = output.view.data;
-        ql_awq_run(job.input.rows, 16, ql_unpack_body, &job);
+        ql_awq_run(job.input.rows, ql_row_grain(job.input.cols), ql_unpack_body, &job);
         result = ql_output_finish(&output);
     }
     ql_tensor_release(&packed);
@@ -236,7 +236,7 @@ static int ql_awq_convert(ql_output *outputs, ql_awq_job *job, PyObject *like, i
     const int64_t shapes[][2] = {{k, words}, {groups, zeros == QL_I32 ? words : n}, {groups, n}};
     if (ql_outputs_begin(outputs, like, 3, dtypes, shapes) < 0) return -1;
     job->qweight = outputs[0].view.data;
-    ql_awq_run(k, 16, ql_convert_body, job);
+    ql_awq_run(k, ql_row_grain(job->input.cols), ql_convert_body, job);
     return 0;
 }
 

@@ -354,7 +354,7 @@ static PyObject *ql_gptq_find_params_py(PyObject *module, PyObject *const *args,
         if (ql_outputs_begin(outputs, values[0], 2, dtypes, shapes) == 0) {
             job.output = outputs[0].view.data;
             job.second_output = outputs[1].view.data;
-            ql_gptq_run(job.input.rows, 16, ql_find_params_body, &job);
+            ql_gptq_run(job.input.rows, ql_row_grain(job.input.cols), ql_find_params_body, &job);
             result = ql_outputs_finish(outputs, 2);
         }
     }

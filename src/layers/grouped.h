@@ -24,6 +24,12 @@ static inline int64_t ql_group_columns(int64_t group_size, int64_t k) {
     return group_size == -1 || group_size > longest ? longest : group_size;
 }
 
+/* Rows that a thread takes at a time: enough values that waking it is nothing beside them. */
+static inline int64_t ql_row_grain(int64_t cols) {
+    int64_t rows = cols > 0 ? 16384 / cols : 16384;
+    return rows < 16 ? 16 : rows;
+}
+
 /* Holds a tensor that must be there. */
 static inline int ql_layer_hold_required(ql_layer *layer, PyObject *object, const char *name) {
     if (!ql_arg_is_none(object)) return ql_layer_hold(layer, object, name);

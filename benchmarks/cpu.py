@@ -8,6 +8,7 @@ import datetime
 import json
 import platform
 import re
+import sys
 import statistics
 import time
 from collections.abc import Callable
@@ -270,9 +271,7 @@ def run(
     with torch.inference_mode(), Progress(console=console, transient=True) as progress:
         for k, n in shapes:
             rows += _measure(k, n, names, ms, dtypes, gib, progress)
-    command = "python -m benchmarks cpu"
-    if formats:
-        command += f" --formats {' '.join(formats)}"
+    command = f"python -m benchmarks {' '.join(sys.argv[1:])}"
     about, tables = _about(command), _tables(rows, ms)
     for title, header, cells in tables:
         table = Table(title=f"{title}, {about['threads']} threads, {about['isa']}")

@@ -8,8 +8,8 @@ import datetime
 import json
 import platform
 import re
-import sys
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path

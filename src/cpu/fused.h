@@ -140,13 +140,11 @@ static void n_store_strip(const ql_product *product, const float *sums, const in
     }
 }
 
-/* Rows of W an item. Wide strips read longer runs of each word row, of which AWQ's are so short that each strip would meet
- * every page of the weight; narrow ones give every thread some. Sums do not depend on it. */
+/* Rows of W an item: as wide as gives every thread two. Wide strips read longer runs of each row of words, and each strip
+ * meets every page of the weight. Sums do not depend on it. */
 static int64_t n_strip(const ql_weight *weight) {
-    const bool awq = weight->format == QL_FORMAT_AWQ;
-    const int64_t all = (weight->n + BLOCK - 1) / BLOCK, items = (awq ? 2 : 4) * ql_cpu_thread_count();
-    const int64_t blocks = awq ? (all + items - 1) / items : all / items;
-    return BLOCK * (blocks < 1 ? 1 : min_of(blocks, awq ? N_STRIP_BLOCKS : 4));
+    const int64_t all = (weight->n + BLOCK - 1) / BLOCK, items = 2 * ql_cpu_thread_count();
+    return BLOCK * min_of((all + items - 1) / items, N_STRIP_BLOCKS);
 }
 
 typedef struct n_fused {

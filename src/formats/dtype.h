@@ -51,9 +51,4 @@ static inline const char *ql_dtype_name(ql_dtype dtype) {
     return name[dtype];
 }
 
-/* The dtypes of activations, of outputs and of biases. */
-static inline bool ql_dtype_is_activation(ql_dtype dtype) {
-    return dtype == QL_F32 || dtype == QL_F16 || dtype == QL_BF16;
-}
-
 #endif

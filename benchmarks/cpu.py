@@ -1,8 +1,10 @@
 """Times of one product on the CPU, weights cold.
 
 Every subject (a layer of qlinear, or a peer) is called on a ring of copies of its weight that is larger than any cache,
-so that each call reads its weight from memory as a model's layers do. A time is the median of the calls; a ratio is the
-fastest F.linear of fp32, bf16 and fp16 at that shape and M in the same run, over that time. Data are random."""
+so that each call reads its weight from memory as a model's layers do. The yardstick is the fastest F.linear of fp32,
+bf16 and fp16 at that shape and M. It is called in turns with the subject, a block of calls each: memory shared with
+other guests gives 20 GB/s in one minute and 40 in the next, and so both see the same. A ratio is the median, over the
+pairs of blocks, of F.linear's time over the subject's; a time is the median of the calls. Data are random."""
 
 import datetime
 import json
@@ -23,6 +25,7 @@ import qlinear._qlinear as _qlinear
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 GROUP = 128
+BLOCK_CALLS, BLOCK_MS, PAIRED_SECONDS = 12, 60.0, 2.0
 
 
 def _int32(*shape: int) -> torch.Tensor:
@@ -146,18 +149,55 @@ def _ring(packed: torch.Tensor, layer: Callable[[torch.Tensor], Product], gib: f
     return [layer(packed)] + [layer(packed.clone()) for _ in range(copies - 1)]
 
 
-def _time(ring: list[Product], x: torch.Tensor) -> dict[str, float]:
-    """Milliseconds of a call: the median and the least, of as many as a second holds, at least 7 and at most 60."""
-    for product in ring[:2]:
-        product(x)
-    times: list[float] = []
-    began = time.perf_counter()
-    while len(times) < 7 or (len(times) < 60 and time.perf_counter() - began < 1.0):
-        product = ring[(len(times) + 2) % len(ring)]
-        start = time.perf_counter()
-        product(x)
-        times.append((time.perf_counter() - start) * 1e3)
+class Turns:
+    """Calls that go round a ring of products: each call is the next copy's."""
+
+    def __init__(self, ring: list[Product], x: torch.Tensor):
+        self.ring, self.x, self.next = ring, x, 0
+        self.block(2)
+        self.estimate_ms = statistics.median(self.block(3))
+
+    def block(self, calls: int) -> list[float]:
+        """Milliseconds of each of so many calls."""
+        times = []
+        for _ in range(calls):
+            product = self.ring[self.next % len(self.ring)]
+            self.next += 1
+            start = time.perf_counter()
+            product(self.x)
+            times.append((time.perf_counter() - start) * 1e3)
+        return times
+
+    def block_length(self) -> int:
+        return max(2, min(BLOCK_CALLS, round(BLOCK_MS / self.estimate_ms)))
+
+
+def _alone(turns: Turns) -> dict[str, float]:
+    """Of as many calls as a second holds, at least 7 and at most 60."""
+    times = turns.block(max(7, min(60, round(1e3 / turns.estimate_ms))))
     return {"ms": statistics.median(times), "least_ms": min(times)}
+
+
+def _paired(yardstick: Turns, subject: Turns) -> dict[str, float]:
+    """Blocks of the yardstick and of the subject by turns, the one that begins changing each time."""
+    times: dict[Turns, list[float]] = {yardstick: [], subject: []}
+    ratios: list[float] = []
+    began = time.perf_counter()
+    while len(ratios) < 4 or (len(ratios) < 10 and time.perf_counter() - began < PAIRED_SECONDS):
+        of_block = {}
+        for turns in (yardstick, subject) if len(ratios) % 2 else (subject, yardstick):
+            block = turns.block(turns.block_length())
+            of_block[turns] = statistics.median(block)
+            times[turns] += block
+        ratios.append(of_block[yardstick] / of_block[subject])
+    return {
+        "ms": statistics.median(times[subject]),
+        "least_ms": min(times[subject]),
+        "ratio": statistics.median(ratios),
+        "ratio_low": min(ratios),
+        "ratio_high": max(ratios),
+        "linear_ms": statistics.median(times[yardstick]),
+    }
 
 
 def _dense_ring(k: int, n: int, dtype: torch.dtype, gib: float) -> list[Product]:
@@ -174,14 +214,19 @@ def _measure(
     xs = {
         (m, name): torch.randn(m, k).to(getattr(torch, name)) for m in ms for name in ("float32", "bfloat16", "float16")
     }
+    dense = {}
     for dtype in ("float32", "bfloat16", "float16"):
         task = progress.add_task(f"{k}x{n} F.linear {dtype}", total=len(ms))
-        ring = _dense_ring(k, n, getattr(torch, dtype), gib)
+        dense[dtype] = _dense_ring(k, n, getattr(torch, dtype), gib)
         for m in ms:
-            rows.append({"k": k, "n": n, "m": m, "format": "F.linear", "dtype": dtype} | _time(ring, xs[m, dtype]))
+            measured = _alone(Turns(dense[dtype], xs[m, dtype]))
+            rows.append({"k": k, "n": n, "m": m, "format": "F.linear", "dtype": dtype} | measured)
             progress.advance(task)
-        del ring
-    fastest = {m: min(row["ms"] for row in rows if row["m"] == m) for m in ms}
+    fastest = {m: min((row for row in rows if row["m"] == m), key=lambda row: row["ms"]) for m in ms}
+    for row in rows:
+        row["ratio"] = fastest[row["m"]]["ms"] / row["ms"]
+    yardsticks = {m: Turns(dense[row["dtype"]], xs[m, row["dtype"]]) for m, row in fastest.items()}
+    del dense
     for name in names:
         task = progress.add_task(f"{k}x{n} {name}", total=len(ms) * len(dtypes))
         try:
@@ -193,14 +238,13 @@ def _measure(
             for dtype in dtypes:
                 progress.advance(task)
                 try:
-                    measured = _time(ring, xs[m, dtype])
+                    measured = _paired(yardsticks[m], Turns(ring, xs[m, dtype]))
                 except (RuntimeError, ValueError, NotImplementedError) as error:
                     progress.console.print(f"{name} takes no {dtype} at M={m}: {str(error).splitlines()[0]}")
                     continue
+                measured["linear_dtype"] = fastest[m]["dtype"]
                 rows.append({"k": k, "n": n, "m": m, "format": name, "dtype": dtype} | measured)
         del ring
-    for row in rows:
-        row["ratio"] = fastest[row["m"]] / row["ms"]
     return rows
 
 
@@ -247,7 +291,11 @@ def _tables(rows: list[dict], ms: list[int]) -> list[tuple[str, list[str], list[
 def _markdown(about: dict, tables: list[tuple[str, list[str], list[list[str]]]]) -> str:
     lines = [f"# Products on {about['processor']} ({about['threads']} threads, {about['isa']})", ""]
     lines += [f"- {key}: {value}" for key, value in about.items()]
-    lines += ["", "Median milliseconds; in brackets, how many times as fast as the fastest F.linear at that M.", ""]
+    lines += [
+        "",
+        "Median milliseconds; in brackets, how many times as fast as the fastest F.linear at that M, in turns with it.",
+        "",
+    ]
     for title, header, cells in tables:
         lines += [f"## {title}", "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
         lines += ["| " + " | ".join(row) + " |" for row in cells] + [""]

@@ -94,8 +94,8 @@ FORMATS = (
     Format("gptq-4", {"quantize": "gptq", "bits": 4, "search_scales": True}, 0.95, 0.9999, False),
     Format("awq", {"quantize": "awq", "search_scales": True}, 0.95, 0.9999, False),
     Format("nf4", {"quantize": "bitsandbytes-nf4"}, 0.95, 0.9999, False),
-    # The coarsest of the 4-bit codes, between NF4 and 3 bits.
-    Format("fp4", {"quantize": "bitsandbytes-fp4"}, 0.92, 0.9999, False),
+    # The coarsest of the 4-bit codes: by blocks of 64 and their plain absmax 0.929.
+    Format("fp4", {"quantize": "bitsandbytes-fp4", "blocksize": 32, "search_scales": True}, 0.95, 0.9999, False),
     Format("gptq-3", {"quantize": "gptq", "bits": 3, "search_scales": True}, None, 0.9999, False),
     Format("gptq-2", {"quantize": "gptq", "bits": 2, "search_scales": True}, None, 0.9999, False),
 )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _qlinear, host, ops
+from . import _qlinear, host, ops, search
 
 NESTED_BLOCKSIZE = 256
 
@@ -266,12 +266,18 @@ def quantize_4bit(
     compress_statistics: bool = False,
     quant_type: str = "fp4",
     quant_storage: torch.dtype = torch.uint8,
+    search_scales: bool = False,
 ) -> tuple[Tensor, QuantState]:
-    """A float of any shape -> (packed [(n + 1) // 2, 1] uint8, or those bytes as quant_storage; its state)."""
+    """A float of any shape -> (packed [(n + 1) // 2, 1] uint8, or those bytes as quant_storage; its state).
+    search_scales: absmax is not a block's largest magnitude but what leaves the least squared error."""
     if quant_type not in ("nf4", "fp4"):
         raise NotImplementedError(f"4-bit quantization data type {quant_type} is not implemented.")
     blocksize = 64 if blocksize is None else blocksize
-    packed, stats = host.quantize_4bit(A.detach(), quant_type=quant_type, blocksize=blocksize)
+    code = get_4bit_type(quant_type, A.device)
+    if search_scales:
+        packed, stats = search.quantize_4bit(A, code, blocksize=blocksize)
+    else:
+        packed, stats = host.quantize_4bit(A.detach(), quant_type=quant_type, blocksize=blocksize)
     if quant_storage != torch.uint8:
         if packed.numel() % quant_storage.itemsize:
             raise ValueError(f"{packed.numel()} packed bytes are no whole number of {quant_storage}")
@@ -279,7 +285,7 @@ def quantize_4bit(
     state = QuantState(
         absmax=_store(absmax, stats, "absmax"),
         shape=A.shape,
-        code=get_4bit_type(quant_type, A.device),
+        code=code,
         blocksize=blocksize,
         quant_type=quant_type,
         dtype=A.dtype,

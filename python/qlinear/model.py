@@ -42,13 +42,14 @@ def _makers(
     bits: int, group_size: int, search_scales: bool, threshold: float, blocksize: int
 ) -> dict[str, Callable[[Tensor, Tensor | None], QuantizedLinear]]:
     affine = {"group_size": group_size, "search_scales": search_scales}
+    blocks = {"blocksize": blocksize, "search_scales": search_scales}
     return {
         "eetq": EETQLinear,
         "gptq": lambda w, b: QuantLinear.quantize(w, b, bits=bits, **affine),
         "awq": lambda w, b: AWQLinear.quantize(w, b, **affine),
         "bitsandbytes": lambda w, b: Linear8bitLt(w, b, has_fp16_weights=False, threshold=threshold),
-        "bitsandbytes-nf4": lambda w, b: Linear4bit(w, b, "nf4", blocksize=blocksize),
-        "bitsandbytes-fp4": lambda w, b: Linear4bit(w, b, "fp4", blocksize=blocksize),
+        "bitsandbytes-nf4": lambda w, b: Linear4bit(w, b, "nf4", **blocks),
+        "bitsandbytes-fp4": lambda w, b: Linear4bit(w, b, "fp4", **blocks),
         "fp8": Fp8Linear.quantize,
     }
 
@@ -167,8 +168,8 @@ def replace_linear(
     """Swaps model's nn.Linear layers (and transformers' Conv1D) in place for `quantize`, one of FORMATS.
 
     skip: names of modules, or parts of dotted names, that stay; filter(name, module) False keeps one too. bits
-    (2, 3, 4 or 8), group_size and search_scales are gptq's and awq's (the search takes ten times as long and helps most
-    below 8 bits), threshold is LLM.int8()'s, blocksize that of nf4 and fp4. progress: True or False shows a bar or
+    (2, 3, 4 or 8) and group_size are gptq's and awq's, search_scales is theirs and nf4's and fp4's (the search takes ten
+    times as long and helps most below 8 bits), threshold is LLM.int8()'s, blocksize that of nf4 and fp4. progress: True or False shows a bar or
     none; None when it takes long.
 
     Each layer's float weight is freed before the next is quantized. A layer that the format cannot hold stays, and the

@@ -276,6 +276,7 @@ class Linear4bit(QuantizedLinear):
         compress_statistics: bool = True,
         compute_dtype: torch.dtype | None = None,
         quant_storage: torch.dtype = torch.uint8,
+        search_scales: bool = False,
     ) -> None:
         check_weight(weight)
         check_bias(bias, weight.shape[0])
@@ -285,6 +286,7 @@ class Linear4bit(QuantizedLinear):
             compress_statistics=compress_statistics,
             quant_type=quant_type,
             quant_storage=quant_storage,
+            search_scales=search_scales,
         )
         tensors = {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
         self._fill(tensors | {"weight": data}, bias, compute_dtype)

@@ -168,9 +168,9 @@ def replace_linear(
     """Swaps model's nn.Linear layers (and transformers' Conv1D) in place for `quantize`, one of FORMATS.
 
     skip: names of modules, or parts of dotted names, that stay; filter(name, module) False keeps one too. bits
-    (2, 3, 4 or 8) and group_size are gptq's and awq's, search_scales is theirs and nf4's and fp4's (the search takes ten
-    times as long and helps most below 8 bits), threshold is LLM.int8()'s, blocksize that of nf4 and fp4. progress: True or False shows a bar or
-    none; None when it takes long.
+    (2, 3, 4 or 8) and group_size are gptq's and awq's, search_scales is theirs, nf4's and fp4's (the search takes ten
+    times as long and helps most below 8 bits), threshold is LLM.int8()'s, blocksize that of nf4 and fp4. progress: True
+    or False shows a bar or none; None when it takes long.
 
     Each layer's float weight is freed before the next is quantized. A layer that the format cannot hold stays, and the
     report says why. Wrong options are refused before anything is changed. On any other error (memory, an interrupt) the

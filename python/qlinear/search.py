@@ -1,8 +1,8 @@
 """Scales for round-to-nearest that leave less error than the plain range of a group.
 
 A group's largest weights are few: a range that clips them a little makes the step of all the others smaller. This tries
-some such ranges for each group and keeps the one with the least sum of squared errors (GPTQ calls the idea "mse"). A code
-of uneven steps, as FP4, gains from wider ranges as well: they bring its close values to where most weights are.
+some such ranges for each group and keeps the one with the least sum of squared errors (GPTQ calls the idea "mse"). A
+code of uneven steps, as FP4, gains from wider ranges as well: they bring its close values to where most weights are.
 """
 
 from __future__ import annotations

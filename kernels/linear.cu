@@ -66,7 +66,7 @@ static __device__ __forceinline__ void product(const ql_linear_params *p, bool t
     }
 }
 
-#define QL_DEFINE_LINEAR(name, transposed, tokens)                                                                     \
+#define QL_DEFINE_LINEAR(name, source, transposed, tokens)                                                             \
     extern "C" __global__ void __launch_bounds__(THREADS) name(const __grid_constant__ ql_linear_params params) {      \
         product(&params, transposed, tokens);                                                                          \
     }

@@ -2,11 +2,13 @@
 #ifndef QL_KERNELS_VARIANTS_H
 #define QL_KERNELS_VARIANTS_H
 
-/* X(name, transposed, tokens a thread): the base products, in the order few tokens, many, gradient to the input. */
+/* Every list begins X(name, source, ...): source is the kernels/<source>.cu that has the kernel. */
+
+/* X(name, source, transposed, tokens a thread): the base products: few tokens, many, gradient to the input. */
 #define QL_LINEAR_VARIANTS(X)                                                                                          \
-    X(ql_linear_few, false, 2)                                                                                         \
-    X(ql_linear_many, false, 16)                                                                                       \
-    X(ql_linear_grad, true, 16)
+    X(ql_linear_few, linear, false, 2)                                                                                 \
+    X(ql_linear_many, linear, false, 16)                                                                               \
+    X(ql_linear_grad, linear, true, 16)
 
 /* X(name, source): the kernels that have one form. */
 #define QL_SINGLE_KERNELS(X)                                                                                           \
@@ -17,7 +19,7 @@
     X(ql_fp8_activation, activation)                                                                                   \
     X(ql_copy, activation)
 
-/* X(name, ...): all of them, in the order of the host's table. */
+/* X(name, source, ...): all of them, in the order of the host's table. */
 #define QL_KERNELS(X)                                                                                                  \
     QL_LINEAR_VARIANTS(X)                                                                                              \
     QL_SINGLE_KERNELS(X)

@@ -116,8 +116,7 @@ static int ql_storage_wait(const ql_storage *storage) {
     ql_cuda_place place = {storage->device_id, NULL};
     char message[QL_CUDA_MESSAGE];
     if (storage->device_type == QL_DEVICE_CPU || ql_cuda_synchronize(&place, message) == 0) return 0;
-    PyErr_Format(PyExc_RuntimeError, "CUDA: %s", message);
-    return -1;
+    return ql_cuda_failed(message);
 }
 
 /* __dlpack__(*, stream=None, max_version=None, dl_device=None, copy=None). A copy would be a second array that nobody asked
@@ -169,7 +168,7 @@ static void *ql_storage_allocate(size_t bytes, int device_type, int device_id) {
                                               : ql_cuda_allocate(bytes, device_id, message);
     if (data) return data;
     if (device_type == QL_DEVICE_CPU) return PyErr_NoMemory();
-    PyErr_Format(PyExc_RuntimeError, "CUDA: %s", message);
+    ql_cuda_failed(message);
     return NULL;
 }
 

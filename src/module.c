@@ -1,7 +1,8 @@
 /* The module `_qlinear`: its types, the functions of the formats, and what it can tell of the machine. */
 #include "cpu/engine.h"
 #include "cpu/threads.h"
-#include "cuda/library.h"
+#include "cuda/describe.h"
+#include "cuda/image.h"
 #include "dlpack_array.h"
 #include "layers/layer.h"
 
@@ -14,7 +15,7 @@ static PyObject *ql_cpu_info(PyObject *module, PyObject *unused) {
 static PyObject *ql_cuda_devices(const ql_cuda_description *cuda) {
     PyObject *list = PyList_New(0);
     for (int i = 0; list && i < cuda->device_count; i++) {
-        const ql_cuda_device *device = &cuda->devices[i];
+        const ql_cuda_properties *device = &cuda->devices[i];
         PyObject *entry = Py_BuildValue("{s:s,s:(ii),s:L}", "name", device->name, "capability", device->major,
                                         device->minor, "memory", (long long)device->memory);
         if (!entry || PyList_Append(list, entry) < 0) Py_CLEAR(list);
@@ -34,6 +35,20 @@ static PyObject *ql_cuda_kernels(const ql_cuda_description *cuda) {
     return list;
 }
 
+/* The files of kernels by name, each with what it was compiled for. */
+static PyObject *ql_cuda_images(void) {
+    PyObject *images = PyDict_New();
+    for (int i = 0; images && i < ql_cuda_image_count(); i++) {
+        ql_cuda_image image = ql_cuda_image_at(i);
+        PyObject *text = PyUnicode_FromString(image.architectures);
+        PyObject *names = text ? PyUnicode_Split(text, NULL, -1) : NULL;
+        Py_XDECREF(text);
+        if (!names || PyDict_SetItemString(images, image.name, names) < 0) Py_CLEAR(images);
+        Py_XDECREF(names);
+    }
+    return images;
+}
+
 static PyObject *ql_cuda_info(PyObject *module, PyObject *unused) {
     (void)module, (void)unused;
     ql_cuda_description cuda;
@@ -45,17 +60,20 @@ static PyObject *ql_cuda_info(PyObject *module, PyObject *unused) {
     Py_XDECREF(text);
     PyObject *devices = architectures ? ql_cuda_devices(&cuda) : NULL;
     PyObject *kernels = devices ? ql_cuda_kernels(&cuda) : NULL;
+    PyObject *images = kernels ? ql_cuda_images() : NULL;
     PyObject *version = !cuda.driver_version ? Py_NewRef(Py_None) : PyLong_FromLong(cuda.driver_version);
-    if (!kernels || !version) {
+    if (!images || !version) {
         Py_XDECREF(architectures);
         Py_XDECREF(devices);
         Py_XDECREF(kernels);
+        Py_XDECREF(images);
         Py_XDECREF(version);
         return NULL;
     }
-    return Py_BuildValue("{s:O,s:N,s:L,s:z,s:N,s:N,s:N,s:s}", "built", cuda.built ? Py_True : Py_False, "architectures",
-                         architectures, "fatbin_bytes", (long long)cuda.fatbin_bytes, "driver", cuda.driver,
-                         "driver_version", version, "devices", devices, "kernels", kernels, "missing", cuda.missing);
+    return Py_BuildValue("{s:O,s:N,s:N,s:L,s:z,s:N,s:N,s:N,s:s}", "built", cuda.built ? Py_True : Py_False,
+                         "architectures", architectures, "images", images, "fatbin_bytes", (long long)cuda.fatbin_bytes,
+                         "driver", cuda.driver, "driver_version", version, "devices", devices, "kernels", kernels,
+                         "missing", cuda.missing);
 }
 
 static PyObject *ql_cuda_was_initialized(PyObject *module, PyObject *unused) {

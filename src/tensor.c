@@ -344,6 +344,11 @@ int ql_tensor_stream(void **stream, PyObject *object, const ql_tensor *tensor) {
     return 0;
 }
 
+int ql_cuda_failed(const char *message) {
+    PyErr_Format(PyExc_RuntimeError, "CUDA: %s", message);
+    return -1;
+}
+
 /* ------------------------------------------------------------------------------------------------------------------
  * Outputs */
 

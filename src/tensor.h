@@ -60,6 +60,9 @@ const char *ql_tensor_describe(const ql_tensor *tensor, char *buffer, size_t siz
  * framework has no exchange API to tell. 0, or -1. */
 int ql_tensor_stream(void **stream, PyObject *object, const ql_tensor *tensor);
 
+/* RuntimeError with the sentence that a function of cuda/ left; -1. */
+int ql_cuda_failed(const char *message);
+
 /* ---- outputs ---- */
 
 /* A tensor under construction, in the framework of `like`: begin, write through view.data, then finish for the object or

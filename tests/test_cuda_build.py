@@ -23,19 +23,21 @@ needs_kernels = pytest.mark.skipif(not INFO["built"], reason="built without CUDA
 needs_gpu = pytest.mark.skipif(not INFO["devices"], reason=INFO["missing"] or "no GPU")
 
 
-def variant_names():
-    """The list of kernels/variants.h, as the preprocessor sees it."""
-    source = '#include "variants.h"\n#define NAME(name, ...) @name@\nQL_KERNELS(NAME)\n'
+def listed_kernels():
+    """(name, source) of each entry of kernels/variants.h, as the preprocessor sees it."""
+    source = '#include "variants.h"\n#define NAME(name, ...) @name, __VA_ARGS__@\nQL_KERNELS(NAME)\n'
     command = ["cc", "-E", "-P", "-I", KERNELS, "-x", "c", "-"]
     expanded = subprocess.run(command, input=source, capture_output=True, text=True, check=True).stdout
-    return re.findall(r"@\s*(\w+)\s*@", expanded)
+    return re.findall(r"@\s*(\w+), (\w+)[^@]*@", expanded)
 
 
-NAMES = variant_names()
+LISTED = listed_kernels()
+NAMES = [name for name, _ in LISTED]
 
 
 def embedded_fatbins():
-    """The bytes of each: a header of 16 bytes (magic, version, header's size, size of the rest), then the entries."""
+    """The bytes of each, in the order of INFO["images"]: a header of 16 bytes, then the entries. The header has a magic
+    number, a version, its own size and that of the rest."""
     data = SHARED_OBJECT.read_bytes()
     for found in re.finditer(re.escape(struct.pack("<IHH", 0xBA55ED50, 1, 16)), data):
         (rest,) = struct.unpack_from("<Q", data, found.start() + 8)
@@ -58,25 +60,36 @@ def test_variant_names_are_unique():
 
 
 def test_info_is_consistent():
-    assert INFO["built"] == bool(INFO["architectures"]) == bool(INFO["fatbin_bytes"])
-    assert bool(INFO["missing"]) != (set(INFO["kernels"]) == set(NAMES) and bool(INFO["devices"]))
+    assert INFO["built"] == bool(INFO["architectures"]) == bool(INFO["fatbin_bytes"]) == bool(INFO["images"])
+    assert bool(INFO["missing"]) != bool(INFO["kernels"])
+    assert not INFO["kernels"] or INFO["devices"]
 
 
 @needs_kernels
 def test_each_source_has_its_fatbin():
     sizes = [len(fatbin) for fatbin in embedded_fatbins()]
-    assert len(sizes) == len(list(KERNELS.glob("*.cu")))
+    assert len(sizes) == len(INFO["images"])
+    assert set(INFO["images"]) <= {path.stem for path in KERNELS.glob("*.cu")}
+    assert {"linear", "activation"} <= set(INFO["images"])
     assert sum(sizes) == INFO["fatbin_bytes"]
 
 
 @needs_kernels
 def test_fatbin_has_the_architectures_it_names():
-    named = [
-        (PTX if name.startswith("compute_") else CUBIN, int(re.search(r"\d+", name).group()))
-        for name in INFO["architectures"]
-    ]
-    for fatbin in embedded_fatbins():
+    for fatbin, names in zip(embedded_fatbins(), INFO["images"].values(), strict=True):
+        named = [
+            (PTX if name.startswith("compute_") else CUBIN, int(re.search(r"\d+", name).group())) for name in names
+        ]
         assert sorted(entries(fatbin)) == sorted(named)
+
+
+@needs_kernels
+def test_only_base_kernels_are_compiled_as_ptx():
+    for name, architectures in INFO["images"].items():
+        assert architectures
+        assert set(architectures) <= set(INFO["architectures"])
+        if "compute_80" in architectures:
+            assert name in ("activation", "linear", "pack", "quantize")
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +113,9 @@ def test_each_variant_is_an_entry_point_and_none_is_unlisted(compiled):
     found = []
     for cubin, _ in compiled:
         symbols = subprocess.run(["readelf", "-sW", cubin], capture_output=True, text=True, check=True).stdout
-        found += re.findall(r"FUNC\s+GLOBAL\s.*\s(\w+)$", symbols, re.MULTILINE)
-    assert sorted(found) == sorted(NAMES)
+        entry_points = re.findall(r"FUNC\s+GLOBAL\s.*\s(\w+)$", symbols, re.MULTILINE)
+        found += ((entry_point, cubin.stem) for entry_point in entry_points)
+    assert sorted(found) == sorted(LISTED)
 
 
 def test_no_kernel_keeps_its_sums_in_local_memory(compiled):
@@ -137,7 +151,11 @@ def test_without_a_driver_one_sentence_says_so():
 @needs_gpu
 @needs_kernels
 def test_driver_finds_every_kernel():
-    assert INFO["kernels"] == NAMES
+    # Files of kernels may be made for other GPUs only; the base kernels are for all.
+    assert {name for name, source in LISTED if source in ("linear", "activation")} <= set(INFO["kernels"])
+    assert set(INFO["kernels"]) <= set(NAMES)
+    if INFO["devices"][0]["capability"] == (9, 0) and "sm_90a" in INFO["architectures"]:
+        assert INFO["kernels"] == NAMES
     assert extension.cuda_initialized()
 
 

@@ -12,17 +12,24 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 /* Guards what follows it. */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static ql_cuda_driver driver;
 static void *handle;
-static pid_t owner; /* the process that cuInit succeeded in, 0 before */
+static bool initialized;
 
-static atomic_bool init_called;
+static atomic_bool init_called, forked;
 
 bool ql_cuda_initialized(void) { return atomic_load_explicit(&init_called, memory_order_relaxed); }
+
+bool ql_cuda_forked(void) { return atomic_load_explicit(&forked, memory_order_relaxed); }
+
+/* A thread of the parent that held the lock is not here to give it back. */
+static void after_fork_in_child(void) {
+    pthread_mutex_init(&lock, NULL);
+    if (ql_cuda_initialized()) atomic_store_explicit(&forked, true, memory_order_relaxed);
+}
 
 const char *ql_cuda_error(const ql_cuda_driver *from, ql_cu_result result) {
     const char *text = NULL;
@@ -94,19 +101,24 @@ static const ql_cuda_driver *load(char message[QL_CUDA_MESSAGE]) {
         dlclose(library);
         return NULL;
     }
+    if (pthread_atfork(NULL, NULL, after_fork_in_child) != 0) {
+        snprintf(message, QL_CUDA_MESSAGE, "there is no memory to watch for forks.");
+        dlclose(library);
+        return NULL;
+    }
     handle = library;
     return &driver;
 }
 
 static const ql_cuda_driver *initialize(char message[QL_CUDA_MESSAGE]) {
     if (!load(message)) return NULL;
-    if (owner) {
-        if (owner == getpid()) return &driver;
+    if (ql_cuda_forked()) {
         snprintf(message, QL_CUDA_MESSAGE,
                  "this process was forked after CUDA was initialized, and the driver does not work in it: start worker "
                  "processes with 'spawn' or 'forkserver'.");
         return NULL;
     }
+    if (initialized) return &driver;
     if (driver.version < ql_cuda_image_driver()) {
         int needed = ql_cuda_image_driver();
         snprintf(
@@ -118,7 +130,7 @@ static const ql_cuda_driver *initialize(char message[QL_CUDA_MESSAGE]) {
     atomic_store_explicit(&init_called, true, memory_order_relaxed);
     ql_cu_result result = driver.init(0);
     if (result == QL_CU_SUCCESS) {
-        owner = getpid();
+        initialized = true;
         return &driver;
     }
     if (result == QL_CU_NO_DEVICE)

@@ -28,6 +28,9 @@ const ql_cuda_driver *ql_cuda_open(char message[QL_CUDA_MESSAGE]);
 /* Whether cuInit has been called here. */
 bool ql_cuda_initialized(void);
 
+/* Whether this process was forked from one that had called cuInit: the driver does not work here. */
+bool ql_cuda_forked(void);
+
 /* The driver's own words for a result; never NULL. */
 const char *ql_cuda_error(const ql_cuda_driver *driver, ql_cu_result result);
 

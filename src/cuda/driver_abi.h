@@ -12,12 +12,31 @@ typedef struct ql_cu_library_handle *ql_cu_library;
 typedef struct ql_cu_kernel_handle *ql_cu_kernel;
 typedef struct ql_cu_context_handle *ql_cu_context;
 
+/* CUlaunchAttribute: what of the value is used here, in the place and the size of the driver's union. */
+typedef struct ql_cu_launch_attribute {
+    int id;
+    union {
+        struct {
+            unsigned x, y, z;
+        } cluster;
+        int overlaps; /* programmatic stream serialization is allowed */
+        uint64_t size[8];
+    } value;
+} ql_cu_launch_attribute;
+
+/* CUlaunchConfig. */
+typedef struct ql_cu_launch_config {
+    unsigned grid_x, grid_y, grid_z, block_x, block_y, block_z, shared_bytes;
+    void *stream;
+    ql_cu_launch_attribute *attributes;
+    unsigned attribute_count;
+} ql_cu_launch_config;
+
 enum {
     QL_CU_SUCCESS = 0,
     QL_CU_NO_DEVICE = 100,
     QL_CU_NO_BINARY_FOR_GPU = 209,
     QL_CU_UNSUPPORTED_PTX_VERSION = 222,
-    QL_CU_NOT_FOUND = 500,
     QL_CU_SYSTEM_DRIVER_MISMATCH = 803
 };
 
@@ -25,7 +44,19 @@ enum {
 enum { QL_CU_GET_PROC_ADDRESS_LEGACY_STREAM = 1 };
 
 /* Of cuDeviceGetAttribute. */
-enum { QL_CU_COMPUTE_CAPABILITY_MAJOR = 75, QL_CU_COMPUTE_CAPABILITY_MINOR = 76 };
+enum {
+    QL_CU_MULTIPROCESSOR_COUNT = 16,
+    QL_CU_L2_CACHE_SIZE = 38,
+    QL_CU_COMPUTE_CAPABILITY_MAJOR = 75,
+    QL_CU_COMPUTE_CAPABILITY_MINOR = 76,
+    QL_CU_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97
+};
+
+/* Of cuKernelGetAttribute and cuKernelSetAttribute. */
+enum { QL_CU_SHARED_SIZE_BYTES = 1, QL_CU_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8 };
+
+/* Of cuLaunchKernelEx. */
+enum { QL_CU_LAUNCH_CLUSTER_DIMENSION = 4, QL_CU_LAUNCH_PROGRAMMATIC_STREAM_SERIALIZATION = 6 };
 
 /* Of cuLibraryLoadData: the driver keeps no copy, the image stays where it is. */
 enum { QL_CU_LIBRARY_BINARY_IS_PRESERVED = 1 };
@@ -52,9 +83,12 @@ typedef ql_cu_result (*ql_cu_get_proc_address)(const char *symbol, void **functi
     X(ctx_get_current, "cuCtxGetCurrent", 4000, (ql_cu_context * context))                                             \
     X(ctx_push_current, "cuCtxPushCurrent", 4000, (ql_cu_context context))                                             \
     X(ctx_pop_current, "cuCtxPopCurrent", 4000, (ql_cu_context * context))                                             \
-    X(launch_kernel, "cuLaunchKernel", 4000,                                                                           \
-      (ql_cu_kernel kernel, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,     \
-       unsigned block_z, unsigned shared_bytes, void *stream, void **parameters, void **extra))                        \
+    X(kernel_get_attribute, "cuKernelGetAttribute", 12000,                                                             \
+      (int *value, int attribute, ql_cu_kernel kernel, ql_cu_device device))                                           \
+    X(kernel_set_attribute, "cuKernelSetAttribute", 12000,                                                             \
+      (int attribute, int value, ql_cu_kernel kernel, ql_cu_device device))                                            \
+    X(launch_kernel, "cuLaunchKernelEx", 11060,                                                                        \
+      (const ql_cu_launch_config *config, ql_cu_kernel kernel, void **parameters, void **extra))                       \
     X(memcpy_dtoh_async, "cuMemcpyDtoHAsync", 3020, (void *host, uint64_t device_data, size_t bytes, void *stream))    \
     X(stream_synchronize, "cuStreamSynchronize", 2000, (void *stream))                                                 \
     X(mem_alloc, "cuMemAlloc", 3020, (uint64_t *device_data, size_t bytes))                                            \

@@ -91,9 +91,9 @@ static int launch_products(const ql_cuda_guard *guard, void *stream, ql_cuda_ker
             out_bytes = outputs * (p.out_type == QL_VALUE_F32 ? 4 : 2);
     for (int64_t done = 0; done < m; done += most) {
         p.m = m - done < most ? m - done : most;
-        if (ql_cuda_launch(guard, kernel, stream, blocks(outputs, QL_LINEAR_OUTPUTS), blocks(p.m, tokens),
-                           QL_LINEAR_THREADS, &p, message) < 0)
-            return -1;
+        ql_cuda_grid grid = {
+            .x = blocks(outputs, QL_LINEAR_OUTPUTS), .y = blocks(p.m, tokens), .threads = QL_LINEAR_THREADS};
+        if (ql_cuda_launch(guard, kernel, stream, &grid, &p, message) < 0) return -1;
         p.x = (const char *)p.x + most * x_bytes;
         p.out = (char *)p.out + most * out_bytes;
         if (p.row_absmax) p.row_absmax += most;
@@ -106,8 +106,14 @@ static ql_cuda_kernel by_tokens(int64_t m, int64_t *tokens) {
     return m <= QL_LINEAR_FEW ? QL_KERNEL_ql_linear_few : QL_KERNEL_ql_linear_many;
 }
 
-/* A block a row, as many as a GPU is sure to take at once; each goes on with further rows. */
-static int64_t row_blocks(int64_t m) { return m < 4096 ? m : 4096; }
+/* A thread an element or a block a row, up to `most` blocks: the kernels that go on by the grid's size take any count. */
+static ql_cuda_grid line_of(int64_t count, int64_t most) {
+    return (ql_cuda_grid){.x = count < most ? count : most, .y = 1, .threads = QL_LINEAR_THREADS};
+}
+
+static ql_cuda_grid rows_of(int64_t m) { return line_of(m, 4096); }
+
+static ql_cuda_grid elements_of(int64_t count) { return line_of(blocks(count, QL_LINEAR_THREADS), 65536); }
 
 static int launch_int8(const ql_cuda_guard *guard, void *stream, ql_linear_params *p, const ql_weight *weight,
                        void *scratch, char message[QL_CUDA_MESSAGE]) {
@@ -123,12 +129,11 @@ static int launch_int8(const ql_cuda_guard *guard, void *stream, ql_linear_param
     p->row_absmax = a.row_absmax;
     if (threshold > 0.0f) {
         p->outliers = a.outliers;
-        if (ql_cuda_launch(guard, QL_KERNEL_ql_find_outliers, stream, blocks(p->k, QL_LINEAR_THREADS), 1,
-                           QL_LINEAR_THREADS, &a, message) < 0)
-            return -1;
+        ql_cuda_grid columns = {.x = blocks(p->k, QL_LINEAR_THREADS), .y = 1, .threads = QL_LINEAR_THREADS};
+        if (ql_cuda_launch(guard, QL_KERNEL_ql_find_outliers, stream, &columns, &a, message) < 0) return -1;
     }
-    if (ql_cuda_launch(guard, QL_KERNEL_ql_row_absmax, stream, row_blocks(p->m), 1, QL_LINEAR_THREADS, &a, message) < 0)
-        return -1;
+    ql_cuda_grid rows = rows_of(p->m);
+    if (ql_cuda_launch(guard, QL_KERNEL_ql_row_absmax, stream, &rows, &a, message) < 0) return -1;
     return launch_products(guard, stream, QL_KERNEL_ql_linear_int8, *p, p->n, QL_LINEAR_INT8, message);
 }
 
@@ -152,12 +157,9 @@ static int launch_fp8(const ql_cuda_guard *guard, void *stream, ql_linear_params
                               .upper_bound = weight->fp8.input_upper_bound,
                               .least_scale = 1.0f / (448.0f * 512.0f)};
     bool needs_absmax = a.mode == QL_ACTIVATION_TENSOR || a.mode == QL_ACTIVATION_TOKEN;
-    if (needs_absmax &&
-        ql_cuda_launch(guard, QL_KERNEL_ql_row_absmax, stream, row_blocks(p->m), 1, QL_LINEAR_THREADS, &a, message) < 0)
-        return -1;
-    if (ql_cuda_launch(guard, QL_KERNEL_ql_fp8_activation, stream, row_blocks(p->m), 1, QL_LINEAR_THREADS, &a,
-                       message) < 0)
-        return -1;
+    ql_cuda_grid rows = rows_of(p->m);
+    if (needs_absmax && ql_cuda_launch(guard, QL_KERNEL_ql_row_absmax, stream, &rows, &a, message) < 0) return -1;
+    if (ql_cuda_launch(guard, QL_KERNEL_ql_fp8_activation, stream, &rows, &a, message) < 0) return -1;
     p->x = a.out;
     p->x_type = QL_VALUE_F32;
     p->x_stride = p->k;
@@ -218,9 +220,8 @@ int ql_cuda_copy(const ql_cuda_place *place, void *out, const void *from, ql_dty
     }
     ql_cuda_guard guard;
     if (ql_cuda_enter(&guard, place->device, message) < 0) return -1;
-    int64_t grid = blocks(p.count, QL_LINEAR_THREADS);
-    int result = ql_cuda_launch(&guard, QL_KERNEL_ql_copy, place->stream, grid < 65536 ? grid : 65536, 1,
-                                QL_LINEAR_THREADS, &p, message);
+    ql_cuda_grid grid = elements_of(p.count);
+    int result = ql_cuda_launch(&guard, QL_KERNEL_ql_copy, place->stream, &grid, &p, message);
     ql_cuda_leave(&guard);
     return result;
 }
@@ -232,10 +233,8 @@ int ql_cuda_dequantize(const ql_cuda_place *place, void *out, ql_dtype dtype, co
     p.out_type = (int32_t)dtype;
     ql_cuda_guard guard;
     if (ql_cuda_enter(&guard, place->device, message) < 0) return -1;
-    /* Each thread goes on by the grid's size, so any count of blocks is right. */
-    int64_t grid = blocks(weight->n, 1) * blocks(weight->k, QL_LINEAR_THREADS);
-    int result = ql_cuda_launch(&guard, QL_KERNEL_ql_dequantize, place->stream, grid < 65536 ? grid : 65536, 1,
-                                QL_LINEAR_THREADS, &p, message);
+    ql_cuda_grid grid = elements_of(weight->n * weight->k);
+    int result = ql_cuda_launch(&guard, QL_KERNEL_ql_dequantize, place->stream, &grid, &p, message);
     ql_cuda_leave(&guard);
     return result;
 }

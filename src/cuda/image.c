@@ -1,13 +1,13 @@
 /* .incbin puts the bytes into .rodata as they are: no generated source, no copy at load time, and the assembler needs
  * no time for it. The build passes QL_FATBINS, the name of a header that it writes, with a list
- * QL_FATBIN_LIST(X): X(name, "path") for each file, and QL_FATBIN_ARCHITECTURES and QL_FATBIN_CUDA_MAJOR. */
+ * QL_FATBIN_LIST(X): X(name, "path", "architectures") for each file, and QL_FATBIN_ARCHITECTURES and QL_FATBIN_CUDA_MAJOR. */
 #include "image.h"
 
 #ifdef QL_FATBINS
 
 #include QL_FATBINS
 
-#define QL_EMBED(name, path)                                                                                           \
+#define QL_EMBED(name, path, architectures)                                                                            \
     __asm__(".pushsection .rodata\n"                                                                                   \
             ".balign 64\n"                                                                                             \
             ".hidden ql_fatbin_" #name "\n"                                                                            \
@@ -23,17 +23,21 @@
 QL_FATBIN_LIST(QL_EMBED)
 #undef QL_EMBED
 
-#define QL_EXTENT(name, path) {ql_fatbin_##name, ql_fatbin_end_##name},
+#define QL_EXTENT(name, path, architectures) {#name, architectures, ql_fatbin_##name, ql_fatbin_end_##name},
 static const struct {
+    const char *name, *architectures;
     const unsigned char *begin, *end;
 } images[] = {QL_FATBIN_LIST(QL_EXTENT)};
 #undef QL_EXTENT
+
+_Static_assert(sizeof images / sizeof *images <= QL_CUDA_MAX_IMAGES, "library.c has room for the images");
 
 int ql_cuda_image_count(void) { return (int)(sizeof images / sizeof *images); }
 
 ql_cuda_image ql_cuda_image_at(int index) {
     const unsigned char *begin = images[index].begin;
-    return (ql_cuda_image){begin, (int64_t)((uintptr_t)images[index].end - (uintptr_t)begin)};
+    return (ql_cuda_image){images[index].name, images[index].architectures, begin,
+                           (int64_t)((uintptr_t)images[index].end - (uintptr_t)begin)};
 }
 
 const char *ql_cuda_image_architectures(void) { return QL_FATBIN_ARCHITECTURES; }

@@ -1,49 +1,29 @@
 #include "launch.h"
 
 #include <limits.h>
-#include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* guards primary */
-static ql_cu_context primary[QL_CUDA_MAX_DEVICES];
+/* What a block may have without asking. */
+enum { DEFAULT_SHARED_BYTES = 48 * 1024 };
+
+/* Which kernels were told that their blocks may have all the shared memory of the GPU. */
+static atomic_bool shared_raised[QL_CUDA_MAX_DEVICES][QL_KERNEL_COUNT];
 
 static int fail(const ql_cuda_driver *driver, ql_cu_result result, const char *what, char message[QL_CUDA_MESSAGE]) {
     snprintf(message, QL_CUDA_MESSAGE, "%s: %s.", what, ql_cuda_error(driver, result));
     return -1;
 }
 
-/* Retained once and never released: releasing at exit would pull it from under the frameworks that share it. */
-static ql_cu_context primary_of(const ql_cuda_driver *driver, int device, char message[QL_CUDA_MESSAGE]) {
-    if (device < 0 || device >= QL_CUDA_MAX_DEVICES) {
-        snprintf(message, QL_CUDA_MESSAGE, "there is no GPU of number %d.", device);
-        return NULL;
-    }
-    pthread_mutex_lock(&lock);
-    ql_cu_context context = primary[device];
-    if (!context) {
-        ql_cu_device handle;
-        ql_cu_result result = driver->device_get(&handle, device);
-        if (result == QL_CU_SUCCESS) result = driver->device_primary_ctx_retain(&context, handle);
-        if (result != QL_CU_SUCCESS) {
-            context = NULL;
-            fail(driver, result, "the GPU's context could not be had", message);
-        }
-        primary[device] = context;
-    }
-    pthread_mutex_unlock(&lock);
-    return context;
-}
-
 int ql_cuda_enter(ql_cuda_guard *guard, int device, char message[QL_CUDA_MESSAGE]) {
-    guard->kernels = ql_cuda_library(message);
-    if (!guard->kernels) return -1;
-    guard->driver = ql_cuda_open(message);
-    if (!guard->driver) return -1;
-    ql_cu_context wanted = primary_of(guard->driver, device, message), current = NULL;
-    if (!wanted) return -1;
+    guard->device = ql_cuda_device_get(device, message);
+    if (!guard->device) return -1;
+    guard->driver = guard->device->driver;
+    guard->properties = &guard->device->properties;
+    ql_cu_context current = NULL;
     ql_cu_result result = guard->driver->ctx_get_current(&current);
-    guard->pushed = result == QL_CU_SUCCESS && current != wanted;
-    if (guard->pushed) result = guard->driver->ctx_push_current(wanted);
+    guard->pushed = result == QL_CU_SUCCESS && current != guard->device->context;
+    if (guard->pushed) result = guard->driver->ctx_push_current(guard->device->context);
     return result == QL_CU_SUCCESS ? 0 : fail(guard->driver, result, "the GPU's context could not be entered", message);
 }
 
@@ -52,22 +32,60 @@ void ql_cuda_leave(ql_cuda_guard *guard) {
     if (guard->pushed) (void)guard->driver->ctx_pop_current(&popped);
 }
 
-int ql_cuda_launch(const ql_cuda_guard *guard, ql_cuda_kernel kernel, void *stream, int64_t grid_x, int64_t grid_y,
-                   int threads, const void *params, char message[QL_CUDA_MESSAGE]) {
-    if (!guard->kernels[kernel]) {
-        snprintf(message, QL_CUDA_MESSAGE, "the kernels built in lack %s.", ql_cuda_kernel_name(kernel));
+/* The driver takes a device-wide lock for it, so it is done once, to the most that any launch can ask for: the limit costs
+ * nothing, a launch takes what it says. Two threads that meet here set the same value. */
+static ql_cu_result raise_shared(const ql_cuda_guard *guard, ql_cuda_kernel kernel) {
+    atomic_bool *raised = &shared_raised[guard->device->ordinal][kernel];
+    if (atomic_load_explicit(raised, memory_order_relaxed)) return QL_CU_SUCCESS;
+    const ql_cuda_device *device = guard->device;
+    int fixed = 0;
+    ql_cu_result result =
+        guard->driver->kernel_get_attribute(&fixed, QL_CU_SHARED_SIZE_BYTES, device->kernels[kernel], device->handle);
+    if (result == QL_CU_SUCCESS)
+        result = guard->driver->kernel_set_attribute(QL_CU_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                                                     guard->properties->shared_bytes - fixed, device->kernels[kernel],
+                                                     device->handle);
+    if (result == QL_CU_SUCCESS) atomic_store_explicit(raised, true, memory_order_relaxed);
+    return result;
+}
+
+int ql_cuda_launch(const ql_cuda_guard *guard, ql_cuda_kernel kernel, void *stream, const ql_cuda_grid *grid,
+                   const void *params, char message[QL_CUDA_MESSAGE]) {
+    if (!ql_cuda_has(guard, kernel)) {
+        snprintf(message, QL_CUDA_MESSAGE, "%s was not compiled for a GPU of compute capability %d.%d.",
+                 ql_cuda_kernel_name(kernel), guard->properties->major, guard->properties->minor);
         return -1;
     }
-    if (grid_x > INT_MAX || grid_y > 65535) {
-        snprintf(message, QL_CUDA_MESSAGE, "%s: a grid of %lld by %lld blocks is more than a GPU takes.",
-                 ql_cuda_kernel_name(kernel), (long long)grid_x, (long long)grid_y);
+    if (grid->x < 1 || grid->x > INT_MAX || grid->y < 1 || grid->y > 65535) {
+        snprintf(message, QL_CUDA_MESSAGE, "%s: a grid of %lld by %lld blocks is not one that a GPU takes.",
+                 ql_cuda_kernel_name(kernel), (long long)grid->x, (long long)grid->y);
         return -1;
     }
+    ql_cu_result result = QL_CU_SUCCESS;
+    if (grid->shared_bytes > DEFAULT_SHARED_BYTES) result = raise_shared(guard, kernel);
+    ql_cu_launch_attribute attributes[2];
+    unsigned count = 0;
+    if (grid->cluster > 1)
+        attributes[count++] = (ql_cu_launch_attribute){.id = QL_CU_LAUNCH_CLUSTER_DIMENSION,
+                                                       .value.cluster = {(unsigned)grid->cluster, 1, 1}};
+    if (grid->overlaps && guard->properties->major >= 9)
+        attributes[count++] =
+            (ql_cu_launch_attribute){.id = QL_CU_LAUNCH_PROGRAMMATIC_STREAM_SERIALIZATION, .value.overlaps = 1};
+    const ql_cu_launch_config config = {.grid_x = (unsigned)grid->x,
+                                        .grid_y = (unsigned)grid->y,
+                                        .grid_z = 1,
+                                        .block_x = (unsigned)grid->threads,
+                                        .block_y = 1,
+                                        .block_z = 1,
+                                        .shared_bytes = (unsigned)grid->shared_bytes,
+                                        .stream = stream,
+                                        .attributes = attributes,
+                                        .attribute_count = count};
     /* The driver reads the parameters and writes none; its signature has no const. */
     void *arguments[1];
     *(const void **)arguments = params;
-    ql_cu_result result = guard->driver->launch_kernel(guard->kernels[kernel], (unsigned)grid_x, (unsigned)grid_y, 1,
-                                                       (unsigned)threads, 1, 1, 0, stream, arguments, NULL);
+    if (result == QL_CU_SUCCESS)
+        result = guard->driver->launch_kernel(&config, guard->device->kernels[kernel], arguments, NULL);
     return result == QL_CU_SUCCESS ? 0 : fail(guard->driver, result, ql_cuda_kernel_name(kernel), message);
 }
 

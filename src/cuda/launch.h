@@ -1,9 +1,9 @@
-/* Launching a kernel of the image, and what a launch needs: the GPU's context made current, which also makes it work from
+/* Launching a kernel of the images, and what a launch needs: the GPU's context made current, which also makes it work from
  * a thread that never touched CUDA and whatever device is current there. */
 #ifndef QL_CUDA_LAUNCH_H
 #define QL_CUDA_LAUNCH_H
 
-#include "library.h"
+#include "device.h"
 
 /* Where a call runs: a device ordinal and a stream of it (NULL: the legacy default stream). */
 typedef struct ql_cuda_place {
@@ -14,17 +14,34 @@ typedef struct ql_cuda_place {
 /* The device's primary context is current between enter and leave; leave restores what was before. */
 typedef struct ql_cuda_guard {
     const ql_cuda_driver *driver;
-    const ql_cu_kernel *kernels;
+    const ql_cuda_properties *properties;
+    const ql_cuda_device *device;
     bool pushed;
 } ql_cuda_guard;
 
-/* 0, or -1 with a sentence in message; leave only after 0. */
+/* 0, or -1 with a sentence in message; leave only after 0. Takes no lock once the device is ready. */
 int ql_cuda_enter(ql_cuda_guard *guard, int device, char message[QL_CUDA_MESSAGE]);
 void ql_cuda_leave(ql_cuda_guard *guard);
 
-/* Launches grid_x by grid_y blocks of `threads` with one parameter struct, between enter and leave. Does not wait. */
-int ql_cuda_launch(const ql_cuda_guard *guard, ql_cuda_kernel kernel, void *stream, int64_t grid_x, int64_t grid_y,
-                   int threads, const void *params, char message[QL_CUDA_MESSAGE]);
+/* Whether the kernel was compiled for this GPU: what a choice between kernels asks first. */
+static inline bool ql_cuda_has(const ql_cuda_guard *guard, ql_cuda_kernel kernel) {
+    return guard->device->kernels[kernel] != NULL;
+}
+
+/* x by y blocks of `threads`. */
+typedef struct ql_cuda_grid {
+    int64_t x, y;
+    int threads;
+    int shared_bytes; /* dynamic shared memory, as much as the GPU lets a block have */
+    int cluster;      /* blocks along x that form a cluster, x a multiple of it; 0 and 1: none */
+    bool overlaps; /* may start while the kernel before it ends (PDL): it waits before it reads or writes. Counts from
+                         compute capability 9.0 on. */
+} ql_cuda_grid;
+
+/* Launches a kernel with one parameter struct on a stream of the device, between enter and leave. Does not wait. 0, or -1
+ * with a sentence in message. */
+int ql_cuda_launch(const ql_cuda_guard *guard, ql_cuda_kernel kernel, void *stream, const ql_cuda_grid *grid,
+                   const void *params, char message[QL_CUDA_MESSAGE]);
 
 /* Copies `bytes` from device memory to the host and waits for them, after all work of the stream: for the few values that
  * a layer must see when it is made. Fails while the stream is captured. */

@@ -7,11 +7,6 @@ int ql_place_of(ql_cuda_place *place, PyObject *object, const ql_tensor *tensor)
     return ql_tensor_stream(&place->stream, object, tensor);
 }
 
-int ql_cuda_failed(const char *message) {
-    PyErr_Format(PyExc_RuntimeError, "CUDA: %s", message);
-    return -1;
-}
-
 const void *ql_layer_contents(const ql_layer *layer, int index, void **copy) {
     const ql_held *held = &layer->held[index];
     *copy = NULL;

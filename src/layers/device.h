@@ -1,4 +1,4 @@
-/* Layers whose tensors are on a GPU: the place of a call there, what the CUDA side says as an exception. */
+/* Layers whose tensors are on a GPU: the place of a call there. */
 #ifndef QL_LAYERS_DEVICE_H
 #define QL_LAYERS_DEVICE_H
 
@@ -7,8 +7,5 @@
 
 /* The device of `tensor`, read from `object`, and the stream that its framework works on now. 0, or -1. */
 int ql_place_of(ql_cuda_place *place, PyObject *object, const ql_tensor *tensor);
-
-/* RuntimeError with the sentence that a function of cuda/ left; -1. */
-int ql_cuda_failed(const char *message);
 
 #endif

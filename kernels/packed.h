@@ -43,6 +43,26 @@ enum { QL_STRIP = 16, QL_STEP = 16 };
                                                           : 32)
 #define QL_TILE_BYTES(code) ((code) == QL_CODE_INT3 ? 768 : 512)
 
+/* The table above as formulas: the lane of a code, the word of its 16 bytes, the bit in there; of 3 bit also the word and
+ * the bit of its high part. */
+#define QL_PACKED_LANE(row, col) ((int)((row) % 8 * 4 + (col) % 8 / 2))
+#define QL_PACKED_WORD(code, col) ((int)((col) % QL_TILE_K(code) / (QL_TILE_K(code) / 4)))
+#define QL_PACKED_BIT(code, row, col)                                                                                  \
+    ((int)((code) == QL_CODE_INT2 || (code) == QL_CODE_INT3                                                            \
+               ? (col) % 2 * 16 + (col) / 8 % 2 * 8 + (col) / 16 % 2 * 4 + (row) / 8 % 2 * 2                           \
+           : (code) == QL_CODE_INT4   ? (col) % 2 * 16 + (col) / 8 % 2 * 8 + (row) / 8 % 2 * 4                         \
+           : (code) == QL_CODE_TABLE4 ? (col) / 8 % 2 * 16 + (row) / 8 % 2 * 8 + (col) % 2 * 4                         \
+                                      : (col) % 2 * 16 + (row) / 8 % 2 * 8))
+#define QL_PACKED_HIGH_WORD(col) ((int)((col) % 128 / 64))
+#define QL_PACKED_HIGH_BIT(row, col) ((int)((col) % 2 * 16 + (col) / 8 % 2 * 8 + (col) / 16 % 4 * 2 + (row) / 8 % 2))
+
+/* Bits of a code; 3 bit keeps two of them in its first 512 bytes. */
+#define QL_CODE_BITS(code)                                                                                             \
+    ((code) == QL_CODE_INT2                               ? 2                                                          \
+     : (code) == QL_CODE_INT3                             ? 3                                                          \
+     : (code) == QL_CODE_INT4 || (code) == QL_CODE_TABLE4 ? 4                                                          \
+                                                          : 8)
+
 /* The place of entry (row, group) among scales or zeros, where a strip's groups are rounded up to pairs. */
 #define QL_GROUP_PLACE(row, group, groups)                                                                             \
     ((groups) == 1 ? (int64_t)(row)                                                                                    \

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCES = [
     *sorted((ROOT / "src/cpu").glob("*.c")),
-    *(ROOT / f"src/formats/{name}.c" for name in ("weight", "fp8", "int8")),
+    *(ROOT / f"src/formats/{name}.c" for name in ("weight", "packed", "fp8", "int8")),
 ]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 

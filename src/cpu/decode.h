@@ -168,9 +168,9 @@ INLINE vf fourbit_even_scale(const float *absmax, int64_t count, int log2_blocks
 /* Whether a block can start inside a word, so that no vector decode applies. */
 INLINE bool fourbit_is_ragged(const ql_weight *weight) { return weight->k % 8 != 0; }
 
-/* One row of a ragged FOURBIT weight, in k_order. */
-static void fourbit_ragged_row(float *out, const ql_weight *weight, int64_t row, int64_t col, int64_t cols,
-                               const int16_t *order) {
+/* One row of a ragged FOURBIT weight, or of one that is packed for a GPU, in k_order. */
+static void plain_row(float *out, const ql_weight *weight, int64_t row, int64_t col, int64_t cols,
+                      const int16_t *order) {
     float natural[BLOCK] = {0};
     for (int64_t i = 0; i < cols; i++) natural[i] = ql_weight_at(weight, row, col + i);
     for (int i = 0; i < BLOCK; i++) out[i] = natural[order[i]];
@@ -249,8 +249,8 @@ static void k_block(float *out, const ql_weight *weight, const k_decoder *decode
             break;
         }
         default: {
-            if (fourbit_is_ragged(weight)) {
-                fourbit_ragged_row(out, weight, row + i, col, cols, order);
+            if (weight->format == QL_FORMAT_PACKED || fourbit_is_ragged(weight)) {
+                plain_row(out, weight, row + i, col, cols, order);
                 break;
             }
             const ql_fourbit *fourbit = &weight->fourbit;

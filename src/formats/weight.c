@@ -2,6 +2,7 @@
 #include "weight.h"
 
 #include "number.h"
+#include "packed.h"
 
 static const int awq_nibble[8] = {0, 4, 1, 5, 2, 6, 3, 7};
 
@@ -66,6 +67,7 @@ float ql_weight_at(const ql_weight *weight, int64_t row, int64_t col) {
         return (float)weight->int8.codes[row * weight->k + col] * weight->int8.absmax[row] * (1.0f / 127.0f);
     case QL_FORMAT_FOURBIT: return fourbit_at(&weight->fourbit, row * weight->k + col);
     case QL_FORMAT_FP8: return fp8_at(&weight->fp8, row, col);
+    case QL_FORMAT_PACKED: return ql_packed_at(weight, row, col);
     }
     return NAN;
 }

@@ -1,5 +1,5 @@
 /* What the engines multiply with: one quantized weight W of shape [n, k] = [out_features, in_features], described by
- * pointers into the checkpoint's own tensors. Nothing here owns memory. Whoever fills a ql_weight has checked every
+ * pointers into the checkpoint's own tensors, or into what formats/packed.h made of them. Nothing here owns memory. Whoever fills a ql_weight has checked every
  * size; an engine reads exactly the extents that are given here.
  *
  * Each format's value of W[row][col] is one fp32 formula, stated at its struct. "stream" of b-bit codes: code i sits in
@@ -17,7 +17,8 @@ typedef enum ql_format {
     QL_FORMAT_EETQ,
     QL_FORMAT_INT8,
     QL_FORMAT_FOURBIT,
-    QL_FORMAT_FP8
+    QL_FORMAT_FP8,
+    QL_FORMAT_PACKED
 } ql_format;
 
 /* W = (q - z) * s with g = g_idx ? g_idx[col] : col / group_size; q is code `col` of the stream down column `row` of
@@ -98,6 +99,35 @@ typedef struct ql_fp8 {
     float input_upper_bound; /* of QL_FP8_TOKEN, infinity where none */
 } ql_fp8;
 
+/* What tells a packed weight's layout, beside its bytes. Zeros are kept as they count, not as the checkpoint stores
+ * them. */
+typedef struct ql_packed_spec {
+    ql_format source; /* of the checkpoint: GPTQ, AWQ, EETQ or FOURBIT */
+    int code;         /* QL_CODE_* of kernels/packed.h */
+    int64_t n, k;
+    int64_t group_size; /* a multiple of 16; k where there is one group */
+    int64_t groups;
+    ql_dtype scales_dtype;    /* fp32 of FOURBIT */
+    bool has_zeros;           /* without them each is 2^(bits - 1) */
+    int zero_offset;          /* GPTQ: how the checkpoint stores zeros */
+    bool has_order;           /* columns are sorted by their groups */
+    int64_t nested_blocksize; /* FOURBIT: 0 where absmax is not nested */
+    float nested_offset;
+} ql_packed_spec;
+
+/* W = (q - z) * s, or table[q] * absmax, as kernels/packed.h tells; formats/packed.h makes it. */
+typedef struct ql_packed {
+    ql_packed_spec spec;
+    const uint8_t *codes;
+    const void *scales;   /* by QL_GROUP_PLACE, scales_dtype; bytes of nested absmax */
+    const uint8_t *zeros; /* by QL_GROUP_PLACE, or NULL */
+    const float *table, *nested_table, *nested_absmax;
+    const int32_t *order;     /* [k]: column j here is column order[j] of the checkpoint, or NULL */
+    const int32_t *inverse;   /* [k]: inverse[order[j]] = j, or NULL */
+    const int32_t *word_tail; /* the checkpoint's words that codes fill in part, or NULL */
+    const int32_t *zero_tail;
+} ql_packed;
+
 typedef struct ql_weight {
     ql_format format;
     int64_t n, k;
@@ -108,6 +138,7 @@ typedef struct ql_weight {
         ql_int8 int8;
         ql_fourbit fourbit;
         ql_fp8 fp8;
+        ql_packed packed;
     };
 } ql_weight;
 

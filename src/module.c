@@ -3,6 +3,7 @@
 #include "cpu/threads.h"
 #include "cuda/describe.h"
 #include "cuda/image.h"
+#include "cuda/launch.h"
 #include "dlpack_array.h"
 #include "layers/layer.h"
 
@@ -81,11 +82,22 @@ static PyObject *ql_cuda_was_initialized(PyObject *module, PyObject *unused) {
     return PyBool_FromLong(ql_cuda_initialized());
 }
 
+static PyObject *ql_cuda_overlap(PyObject *module, PyObject *allowed) {
+    (void)module;
+    if (!PyBool_Check(allowed)) {
+        PyErr_SetString(PyExc_TypeError, "allowed must be True or False");
+        return NULL;
+    }
+    return PyBool_FromLong(ql_cuda_allow_overlap(allowed == Py_True));
+}
+
 static PyMethodDef ql_module_methods[] = {
     {"cuda_info", ql_cuda_info, METH_NOARGS,
      "cuda_info()\n--\n\nThe kernels built in, and, after asking the driver, the GPUs that they can run on."},
     {"cuda_initialized", ql_cuda_was_initialized, METH_NOARGS,
      "cuda_initialized()\n--\n\nWhether this module has called cuInit. Importing it never does."},
+    {"set_cuda_overlap", ql_cuda_overlap, METH_O,
+     "set_cuda_overlap(allowed, /)\n--\n\nWhether products may start as the kernel before them ends; gives what held."},
     {"cpu_info", ql_cpu_info, METH_NOARGS, "cpu_info()\n--\n\nInstruction set, threads and their runtime."},
     {NULL, NULL, 0, NULL},
 };

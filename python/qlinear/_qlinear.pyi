@@ -219,3 +219,7 @@ def cuda_info() -> dict[str, Any]:
 
 def cuda_initialized() -> bool:
     """Whether this process has called cuInit through this module. Importing never does."""
+
+def set_cuda_overlap(allowed: bool, /) -> bool:
+    """Whether products may start as the kernel before them ends (programmatic dependent launch), in this process; True
+    from the start. Gives what held before: for measurements of single launches."""

@@ -49,6 +49,12 @@ static ql_cu_result raise_shared(const ql_cuda_guard *guard, ql_cuda_kernel kern
     return result;
 }
 
+static atomic_bool overlap_allowed = true;
+
+bool ql_cuda_allow_overlap(bool allowed) {
+    return atomic_exchange_explicit(&overlap_allowed, allowed, memory_order_relaxed);
+}
+
 int ql_cuda_launch(const ql_cuda_guard *guard, ql_cuda_kernel kernel, void *stream, const ql_cuda_grid *grid,
                    const void *params, char message[QL_CUDA_MESSAGE]) {
     if (!ql_cuda_has(guard, kernel)) {
@@ -68,7 +74,7 @@ int ql_cuda_launch(const ql_cuda_guard *guard, ql_cuda_kernel kernel, void *stre
     if (grid->cluster > 1)
         attributes[count++] = (ql_cu_launch_attribute){.id = QL_CU_LAUNCH_CLUSTER_DIMENSION,
                                                        .value.cluster = {(unsigned)grid->cluster, 1, 1}};
-    if (grid->overlaps && guard->properties->major >= 9)
+    if (grid->overlaps && guard->properties->major >= 9 && atomic_load_explicit(&overlap_allowed, memory_order_relaxed))
         attributes[count++] =
             (ql_cu_launch_attribute){.id = QL_CU_LAUNCH_PROGRAMMATIC_STREAM_SERIALIZATION, .value.overlaps = 1};
     const ql_cu_launch_config config = {.grid_x = (unsigned)grid->x,

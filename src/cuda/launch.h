@@ -43,6 +43,10 @@ typedef struct ql_cuda_grid {
 int ql_cuda_launch(const ql_cuda_guard *guard, ql_cuda_kernel kernel, void *stream, const ql_cuda_grid *grid,
                    const void *params, char message[QL_CUDA_MESSAGE]);
 
+/* Whether a launch may start while the kernel before it ends, where its grid says that it can: so it is until this says
+ * otherwise for the whole process, as a measurement of single launches does. Returns what held before. */
+bool ql_cuda_allow_overlap(bool allowed);
+
 /* Copies `bytes` from device memory to the host and waits for them, after all work of the stream: for the few values that
  * a layer must see when it is made. Fails while the stream is captured. */
 int ql_cuda_read(void *host, const void *device_data, size_t bytes, const ql_cuda_place *place,

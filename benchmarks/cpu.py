@@ -6,12 +6,8 @@ bf16 and fp16 at that shape and M. It is called in turns with the subject, a blo
 other guests gives 20 GB/s in one minute and 40 in the next, and so both see the same. A ratio is the median, over the
 pairs of blocks, of F.linear's time over the subject's; a time is the median of the calls. Data are random."""
 
-import datetime
-import json
 import platform
-import re
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +15,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 import qlinear._qlinear as _qlinear
+from benchmarks import report
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 GROUP = 128
@@ -258,22 +254,14 @@ def _processor() -> dict[str, str]:
     }
 
 
-def _about(command: str) -> dict:
+def _about() -> dict:
     info = _qlinear.cpu_info()
-    return _processor() | {
-        "threads": info["threads"],
-        "isa": info["isa"],
-        "thread_runtime": info["thread_runtime"],
-        "qlinear": _qlinear.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": datetime.date.today().isoformat(),
-        "command": command,
-    }
+    engine = {"threads": info["threads"], "isa": info["isa"], "thread_runtime": info["thread_runtime"]}
+    return _processor() | engine | report.versions()
 
 
-def _tables(rows: list[dict], ms: list[int]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Title, header and cells, a table a shape."""
+def _tables(rows: list[dict], ms: list[int]) -> list[report.Table]:
+    """A table a shape."""
     tables = []
     for k, n in dict.fromkeys((row["k"], row["n"]) for row in rows):
         of_shape = [row for row in rows if (row["k"], row["n"]) == (k, n)]
@@ -284,22 +272,8 @@ def _tables(rows: list[dict], ms: list[int]) -> list[tuple[str, list[str], list[
             cells.append(
                 [name, dtype] + [f"{by_m[m]['ms']:.2f} ({by_m[m]['ratio']:.2f})" if m in by_m else "-" for m in ms]
             )
-        tables.append((f"K={k}, N={n}", header, cells))
+        tables.append(report.Table(f"K={k}, N={n}", header, cells, names=2))
     return tables
-
-
-def _markdown(about: dict, tables: list[tuple[str, list[str], list[list[str]]]]) -> str:
-    lines = [f"# Products on {about['processor']} ({about['threads']} threads, {about['isa']})", ""]
-    lines += [f"- {key}: {value}" for key, value in about.items()]
-    lines += [
-        "",
-        "Median milliseconds; in brackets, how many times as fast as the fastest F.linear at that M, in turns with it.",
-        "",
-    ]
-    for title, header, cells in tables:
-        lines += [f"## {title}", "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-        lines += ["| " + " | ".join(row) + " |" for row in cells] + [""]
-    return "\n".join(lines)
 
 
 def run(
@@ -319,21 +293,16 @@ def run(
     with torch.inference_mode(), Progress(console=console, transient=True) as progress:
         for k, n in shapes:
             rows += _measure(k, n, names, ms, dtypes, gib, progress)
-    command = f"python -m benchmarks {' '.join(sys.argv[1:])}"
-    about, tables = _about(command), _tables(rows, ms)
-    for title, header, cells in tables:
-        table = Table(title=f"{title}, {about['threads']} threads, {about['isa']}")
-        for column in header:
-            table.add_column(column, justify="left" if column in ("format", "x") else "right")
-        for row in cells:
-            table.add_row(*row)
-        console.print(table)
-    document = json.dumps({"about": about, "rows": rows}, indent=1) + "\n"
+    about, tables = _about(), _tables(rows, ms)
+    title = f"Products on {about['processor']} ({about['threads']} threads, {about['isa']})"
+    console.print(title)
+    for table in tables:
+        table.show(console)
+    document = report.document({"about": about, "rows": rows})
     if json_file:
         json_file.write_text(document)
     if save:
-        slug = re.sub(r"[^a-z0-9]+", "-", f"{about['processor']}-family{about['family']}-model{about['model']}".lower())
-        results = Path(__file__).parent / "results"
-        results.mkdir(exist_ok=True)
-        (results / f"cpu-{slug}.json").write_text(document)
-        (results / f"cpu-{slug}.md").write_text(_markdown(about, tables))
+        name = f"cpu-{about['processor']}-family{about['family']}-model{about['model']}"
+        note = "Median milliseconds; in brackets: times as fast as the fastest F.linear at that M, in turns with it."
+        report.result_path(name, ".json").write_text(document)
+        report.result_path(name, ".md").write_text(report.markdown(title, about, [note], tables))

@@ -110,14 +110,16 @@ static const ql_cuda_driver *load(char message[QL_CUDA_MESSAGE]) {
     return &driver;
 }
 
+static const ql_cuda_driver *say_forked(char message[QL_CUDA_MESSAGE]) {
+    snprintf(message, QL_CUDA_MESSAGE,
+             "this process was forked after CUDA was initialized, and the driver does not work in it: start worker "
+             "processes with 'spawn' or 'forkserver'.");
+    return NULL;
+}
+
 static const ql_cuda_driver *initialize(char message[QL_CUDA_MESSAGE]) {
     if (!load(message)) return NULL;
-    if (ql_cuda_forked()) {
-        snprintf(message, QL_CUDA_MESSAGE,
-                 "this process was forked after CUDA was initialized, and the driver does not work in it: start worker "
-                 "processes with 'spawn' or 'forkserver'.");
-        return NULL;
-    }
+    if (ql_cuda_forked()) return say_forked(message);
     if (initialized) return &driver;
     if (driver.version < ql_cuda_image_driver()) {
         int needed = ql_cuda_image_driver();
@@ -133,6 +135,8 @@ static const ql_cuda_driver *initialize(char message[QL_CUDA_MESSAGE]) {
         initialized = true;
         return &driver;
     }
+    /* Somebody else called cuInit before the fork. */
+    if (result == QL_CU_NOT_INITIALIZED) return say_forked(message);
     if (result == QL_CU_NO_DEVICE)
         snprintf(message, QL_CUDA_MESSAGE,
                  "the NVIDIA driver finds no GPU (none is built in, or CUDA_VISIBLE_DEVICES hides it).");

@@ -34,6 +34,7 @@ typedef struct ql_cu_launch_config {
 
 enum {
     QL_CU_SUCCESS = 0,
+    QL_CU_NOT_INITIALIZED = 3,
     QL_CU_NO_DEVICE = 100,
     QL_CU_NO_BINARY_FOR_GPU = 209,
     QL_CU_UNSUPPORTED_PTX_VERSION = 222,

@@ -20,8 +20,9 @@ static const char *const sources[QL_KERNEL_COUNT] = {QL_KERNELS(QL_KERNEL_SOURCE
 #undef QL_KERNEL_SOURCE
 #undef QL_FIRST
 
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* guards the two below */
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* guards what is below */
 static ql_cu_library libraries[QL_CUDA_MAX_IMAGES];
+static bool complete[QL_CUDA_MAX_IMAGES]; /* all its kernels have their handles */
 static ql_cu_kernel handles[QL_KERNEL_COUNT];
 
 const char *ql_cuda_kernel_name(ql_cuda_kernel kernel) { return names[kernel]; }
@@ -45,6 +46,7 @@ static bool runs_on(const char *architectures, int major, int minor) {
 
 /* An image that the driver finds of no use is one that is not there; its sentence counts if none is left. */
 static int load_image(int index, const ql_cuda_driver *driver, char message[QL_CUDA_MESSAGE]) {
+    if (libraries[index]) return 0;
     ql_cuda_image image = ql_cuda_image_at(index);
     /* The value of an option that is a flag is the pointer itself, by the driver's convention. */
     int option = QL_CU_LIBRARY_BINARY_IS_PRESERVED;
@@ -67,10 +69,24 @@ static int load_image(int index, const ql_cuda_driver *driver, char message[QL_C
         return -1;
     }
     libraries[index] = library;
-    for (int i = 0; i < QL_KERNEL_COUNT; i++)
-        if (strcmp(sources[i], image.name) == 0 &&
-            driver->library_get_kernel(&handles[i], library, names[i]) != QL_CU_SUCCESS)
-            handles[i] = NULL;
+    return 0;
+}
+
+static int find_kernels(int index, const ql_cuda_driver *driver, char message[QL_CUDA_MESSAGE]) {
+    if (load_image(index, driver, message) < 0) return -1;
+    const char *file = ql_cuda_image_at(index).name;
+    for (int i = 0; libraries[index] && i < QL_KERNEL_COUNT; i++) {
+        if (handles[i] || strcmp(sources[i], file) != 0) continue;
+        ql_cu_kernel found = NULL;
+        ql_cu_result result = driver->library_get_kernel(&found, libraries[index], names[i]);
+        if (result != QL_CU_SUCCESS) {
+            snprintf(message, QL_CUDA_MESSAGE, "the NVIDIA driver could not load %s: %s.", names[i],
+                     ql_cuda_error(driver, result));
+            return -1;
+        }
+        handles[i] = found;
+    }
+    complete[index] = libraries[index] != NULL;
     return 0;
 }
 
@@ -81,7 +97,7 @@ static int fill(ql_cu_kernel kernels[QL_KERNEL_COUNT], const ql_cuda_driver *dri
     for (int index = 0; index < ql_cuda_image_count(); index++) {
         ql_cuda_image image = ql_cuda_image_at(index);
         if (!runs_on(image.architectures, major, minor)) continue;
-        if (!libraries[index] && load_image(index, driver, message) < 0) return -1;
+        if (!complete[index] && find_kernels(index, driver, message) < 0) return -1;
         for (int i = 0; i < QL_KERNEL_COUNT; i++) {
             if (strcmp(sources[i], image.name) != 0) continue;
             kernels[i] = handles[i];

@@ -2,13 +2,23 @@
 #ifndef QL_KERNELS_PARAMS_H
 #define QL_KERNELS_PARAMS_H
 
+#include "packed.h"
+
 #include <stdint.h>
 
-/* The floating types of values in memory; the numbers are ql_dtype's. */
-enum { QL_VALUE_F32 = 0, QL_VALUE_F16 = 1, QL_VALUE_BF16 = 2 };
+/* The floating types of values in memory; the numbers are ql_dtype's. Only what copies and quantizes takes F64. */
+enum { QL_VALUE_F32 = 0, QL_VALUE_F16 = 1, QL_VALUE_BF16 = 2, QL_VALUE_F64 = 3 };
 
 /* The formats; the numbers are ql_format's. */
-enum { QL_WEIGHT_GPTQ, QL_WEIGHT_AWQ, QL_WEIGHT_EETQ, QL_WEIGHT_INT8, QL_WEIGHT_FOURBIT, QL_WEIGHT_FP8 };
+enum {
+    QL_WEIGHT_GPTQ,
+    QL_WEIGHT_AWQ,
+    QL_WEIGHT_EETQ,
+    QL_WEIGHT_INT8,
+    QL_WEIGHT_FOURBIT,
+    QL_WEIGHT_FP8,
+    QL_WEIGHT_PACKED
+};
 
 /* The outputs of a block of the base kernels, its threads, and the tokens that each variant gives it. */
 enum { QL_LINEAR_OUTPUTS = 64, QL_LINEAR_THREADS = 256, QL_LINEAR_FEW = 8, QL_LINEAR_MANY = 64, QL_LINEAR_INT8 = 16 };
@@ -21,20 +31,21 @@ typedef struct ql_linear_params {
     const void *bias; /* [n], bias_stride apart, bias_type, or NULL */
     int64_t m, n, k, x_stride, bias_stride;
     int32_t format, x_type, out_type, bias_type, scales_type;
-    const void *codes;         /* qweight, CB, the packed nibbles, the e4m3 bytes */
-    const void *zeros;         /* GPTQ, AWQ */
+    const void *codes;         /* qweight, CB, the packed nibbles, the e4m3 bytes, the tiles of packed.h */
+    const void *zeros;         /* GPTQ, AWQ, packed */
     const void *zero_products; /* AWQ */
     const void *scales;        /* scales, SCB, absmax */
-    const int32_t *index;      /* GPTQ: g_idx or NULL */
+    const int32_t *index;      /* GPTQ: g_idx or NULL; packed: column col is column index[col] there, or NULL */
     const float *table;        /* 4 bit: code [16] */
     const uint8_t *nested;     /* 4 bit: the codes of absmax, or NULL */
     const float *nested_table;
     int64_t group_size; /* also 4 bit's blocksize */
-    int64_t groups;     /* GPTQ */
+    int64_t groups;     /* GPTQ, packed */
     int64_t nested_blocksize;
     int64_t row_stride, col_stride, block_n, block_k, scale_stride; /* FP8 */
     float offset;                                                   /* 4 bit: of nested absmax */
     int32_t bits, zero_offset;                                      /* GPTQ */
+    int32_t code;                                                   /* packed: QL_CODE_* */
     const float *row_absmax;                                        /* INT8: [m] */
     const uint8_t *outliers;                                        /* INT8: [k], 1 in outlier columns, or NULL */
 } ql_linear_params;
@@ -58,9 +69,38 @@ typedef struct ql_activation_params {
     float threshold, input_scale, upper_bound, least_scale;
 } ql_activation_params;
 
+/* The outputs of a block of the mma.sync product, its threads, and how many stages of x it holds. */
+enum { QL_MMA_ROWS = 128, QL_MMA_THREADS = 256, QL_MMA_STAGES = 4 };
+
+/* A product whose K is split over blocks: tiles are numbered along n first, and split s of tile t is block t * splits + s.
+ * x: 16-byte aligned rows of which each starts at a multiple of 8 elements. */
+typedef struct ql_split_params {
+    ql_packed_params product;
+    float *partial; /* scratch: what each split but the last of a tile has summed */
+    uint64_t
+        *flags; /* [tiles][splits - 1]: scratch with anything in it; one that equals nonce says that partial is there */
+    uint64_t nonce; /* of this launch */
+    int32_t splits;
+} ql_split_params;
+
+/* A checkpoint's tensors and the sections that they are packed into, or out of; what a format lacks is NULL. */
+typedef struct ql_pack_params {
+    void *words;          /* qweight, EETQ's weight, the packed nibbles of 4 bit */
+    int32_t *zeros;       /* qzeros */
+    void *scales;         /* scales, absmax, or the bytes of nested absmax */
+    const int32_t *g_idx; /* [k], where columns are sorted */
+    void *codes;          /* the sections */
+    void *packed_scales;
+    uint8_t *packed_zeros;
+    int32_t *order, *inverse;
+    int32_t *word_tail, *zero_tail; /* the words that codes fill in part */
+    int64_t n, k, group_size, groups;
+    int32_t format, code, scale_size, zero_offset; /* format: of the checkpoint; scale_size: in bytes */
+} ql_pack_params;
+
 enum { QL_COPY_DIMS = 16 };
 
-/* A strided tensor of `count` elements, to be laid out without gaps. */
+/* A strided tensor of `count` elements, to be laid out without gaps; fp64 becomes fp32. */
 typedef struct ql_copy_params {
     void *out;
     const void *from;

@@ -17,7 +17,39 @@
     X(ql_find_outliers, activation)                                                                                    \
     X(ql_row_absmax, activation)                                                                                       \
     X(ql_fp8_activation, activation)                                                                                   \
-    X(ql_copy, activation)
+    X(ql_copy, activation)                                                                                             \
+    X(ql_pack_codes, pack)                                                                                             \
+    X(ql_pack_entries, pack)                                                                                           \
+    X(ql_pack_order, pack)                                                                                             \
+    X(ql_unpack_words, pack)                                                                                           \
+    X(ql_unpack_entries, pack)
+
+/* X(name, source): quantizers, and codes from one form to another. */
+#define QL_QUANTIZE_KERNELS(X)                                                                                         \
+    X(ql_eetq_quantize, quantize_rows)                                                                                 \
+    X(ql_eetq_codes, quantize_rows)                                                                                    \
+    X(ql_eetq_pack, quantize_rows)                                                                                     \
+    X(ql_eetq_unpack, quantize_rows)                                                                                   \
+    X(ql_int8_quantize, quantize_rows)                                                                                 \
+    X(ql_list_columns, quantize_rows)                                                                                  \
+    X(ql_fp8_quantize, quantize_rows)                                                                                  \
+    X(ql_fp8_groups, quantize_rows)                                                                                    \
+    X(ql_fp8_blocks, quantize_rows)                                                                                    \
+    X(ql_transpose, quantize_rows)                                                                                     \
+    X(ql_fourbit_quantize, quantize_blocks)                                                                            \
+    X(ql_blockwise_quantize, quantize_blocks)                                                                          \
+    X(ql_fourbit_dequantize, quantize_blocks)                                                                          \
+    X(ql_blockwise_dequantize, quantize_blocks)                                                                        \
+    X(ql_sum_chunks, quantize_blocks)                                                                                  \
+    X(ql_mean, quantize_blocks)                                                                                        \
+    X(ql_find_group_params, quantize_groups)                                                                           \
+    X(ql_group_encode, quantize_groups)                                                                                \
+    X(ql_group_store, quantize_groups)                                                                                 \
+    X(ql_recode, recode)                                                                                               \
+    X(ql_awq_gather, recode)                                                                                           \
+    X(ql_awq_spread, recode)                                                                                           \
+    X(ql_permute, recode)                                                                                              \
+    X(ql_find_above, recode)
 
 /* X(name, source, ...): all of them, in the order of the host's table. */
 #define QL_KERNELS(X)                                                                                                  \

@@ -17,11 +17,12 @@ static __device__ __forceinline__ float gptq_at(const ql_linear_params *p, int64
     return ((float)code - (float)zero) * load_value(p->scales, p->scales_type, group * p->n + row);
 }
 
-/* The nibble of AWQ's word that holds column `row` of the checkpoint. */
+/* The nibble of AWQ's word that has its column number `place`: 0 4 1 5 2 6 3 7. */
+static __device__ __forceinline__ int awq_place(int place) { return (place >> 1) + ((place & 1) << 2); }
+
+/* Code `row` of a line of AWQ's words. */
 static __device__ __forceinline__ uint32_t awq_nibble(const int32_t *words, int64_t row) {
-    int place = (int)(row & 7);
-    int nibble = (place >> 1) + ((place & 1) << 2); /* 0 4 1 5 2 6 3 7 */
-    return (uint32_t)words[row >> 3] >> (4 * nibble) & 15u;
+    return (uint32_t)words[row >> 3] >> (4 * awq_place((int)(row & 7))) & 15u;
 }
 
 /* (q - z) * s, or q * s + z where the zeros are products. */
@@ -33,11 +34,14 @@ static __device__ __forceinline__ float awq_at(const ql_linear_params *p, int64_
     return (code - (float)awq_nibble((const int32_t *)p->zeros + group * words, row)) * scale;
 }
 
+/* Where EETQ's weight has the byte of (row, col). */
+static __device__ __forceinline__ int64_t eetq_offset(int64_t k, int64_t row, int64_t col) {
+    return (row >> 1) * 2 * k + (col >> 6) * 128 + (row & 1) * 64 + (col & 48) + (((col & 7) << 1) | ((col >> 3) & 1));
+}
+
 /* q * s. */
 static __device__ __forceinline__ float eetq_at(const ql_linear_params *p, int64_t row, int64_t col) {
-    int64_t offset =
-        (row >> 1) * 2 * p->k + (col >> 6) * 128 + (row & 1) * 64 + (col & 48) + (((col & 7) << 1) | ((col >> 3) & 1));
-    int code = (int)((const uint8_t *)p->codes)[offset] - 128;
+    int code = (int)((const uint8_t *)p->codes)[eetq_offset(p->k, row, col)] - 128;
     return (float)code * load_value(p->scales, p->scales_type, row);
 }
 
@@ -66,6 +70,46 @@ static __device__ __forceinline__ float fp8_at(const ql_linear_params *p, int64_
     return value_from_e4m3(code) * ((const float *)p->scales)[row / p->block_n * p->scale_stride + col / p->block_k];
 }
 
+/* The lane's bytes that hold code (row, col) of a packed weight: 16 in the tile itself, of 3 bit 8 more behind. */
+static __device__ __forceinline__ const uint8_t *packed_tile(const void *codes, int code, int64_t k, int64_t row,
+                                                             int64_t col) {
+    int64_t tiles = (k + QL_TILE_K(code) - 1) / QL_TILE_K(code);
+    return (const uint8_t *)codes + (row / QL_STRIP * tiles + col / QL_TILE_K(code)) * QL_TILE_BYTES(code);
+}
+
+static __device__ __forceinline__ uint32_t packed_code(const void *codes, int code, int64_t k, int64_t row,
+                                                       int64_t col) {
+    const uint8_t *tile = packed_tile(codes, code, k, row, col);
+    int lane = QL_PACKED_LANE(row, col);
+    uint32_t low = ((const uint32_t *)(tile + 16 * lane))[QL_PACKED_WORD(code, col)] >> QL_PACKED_BIT(code, row, col);
+    if (code != QL_CODE_INT3) return low & ((1u << QL_CODE_BITS(code)) - 1u);
+    uint32_t high = ((const uint32_t *)(tile + 512 + 8 * lane))[QL_PACKED_HIGH_WORD(col)];
+    return (low & 3u) | (high >> QL_PACKED_HIGH_BIT(row, col) & 1u) << 2;
+}
+
+/* Zero number `place`; 2^(bits - 1) where there are none. */
+static __device__ __forceinline__ uint32_t packed_zero(const void *zeros, int code, int64_t place) {
+    if (!zeros) return 1u << (QL_CODE_BITS(code) - 1);
+    if (code == QL_CODE_INT8) return ((const uint8_t *)zeros)[place];
+    return (uint32_t)((const uint8_t *)zeros)[place / 2] >> place % 2 * 4 & 15u;
+}
+
+/* (q - z) * s, or table[q] * absmax. */
+static __device__ __forceinline__ float packed_at(const ql_linear_params *p, int64_t row, int64_t col) {
+    if (p->index) col = max((int64_t)0, min((int64_t)p->index[col], p->k - 1));
+    int64_t group = col / p->group_size, place = QL_GROUP_PLACE(row, group, p->groups);
+    uint32_t code = packed_code(p->codes, p->code, p->k, row, col);
+    if (p->code != QL_CODE_TABLE4)
+        return ((float)code - (float)packed_zero(p->zeros, p->code, place)) *
+               load_value(p->scales, p->scales_type, place);
+    float absmax = p->nested
+                       ? __fadd_rn(p->nested_table[p->nested[place]] *
+                                       ((const float *)p->scales)[(row * p->groups + group) / p->nested_blocksize],
+                                   p->offset)
+                       : ((const float *)p->scales)[place];
+    return p->table[code] * absmax;
+}
+
 /* The format is the same for a whole launch, so the branch costs a base kernel little, and one kernel serves all. */
 static __device__ __forceinline__ float weight_at(const ql_linear_params *p, int64_t row, int64_t col) {
     switch (p->format) {
@@ -74,6 +118,7 @@ static __device__ __forceinline__ float weight_at(const ql_linear_params *p, int
     case QL_WEIGHT_EETQ: return eetq_at(p, row, col);
     case QL_WEIGHT_INT8: return int8_at(p, row, col);
     case QL_WEIGHT_FOURBIT: return fourbit_at(p, row, col);
+    case QL_WEIGHT_PACKED: return packed_at(p, row, col);
     default: return fp8_at(p, row, col);
     }
 }

@@ -1,10 +1,12 @@
 #include "engine.h"
 
 #include "../../kernels/params.h"
+#include "choose.h"
 
 _Static_assert((int)QL_WEIGHT_GPTQ == (int)QL_FORMAT_GPTQ && (int)QL_WEIGHT_AWQ == (int)QL_FORMAT_AWQ &&
                    (int)QL_WEIGHT_EETQ == (int)QL_FORMAT_EETQ && (int)QL_WEIGHT_INT8 == (int)QL_FORMAT_INT8 &&
-                   (int)QL_WEIGHT_FOURBIT == (int)QL_FORMAT_FOURBIT && (int)QL_WEIGHT_FP8 == (int)QL_FORMAT_FP8,
+                   (int)QL_WEIGHT_FOURBIT == (int)QL_FORMAT_FOURBIT && (int)QL_WEIGHT_FP8 == (int)QL_FORMAT_FP8 &&
+                   (int)QL_WEIGHT_PACKED == (int)QL_FORMAT_PACKED,
                "the kernels number the formats as the host does");
 _Static_assert((int)QL_VALUE_F32 == (int)QL_F32 && (int)QL_VALUE_F16 == (int)QL_F16 &&
                    (int)QL_VALUE_BF16 == (int)QL_BF16,
@@ -63,8 +65,55 @@ static ql_linear_params params_of(const ql_weight *weight) {
         p.block_k = weight->fp8.block_k;
         p.scale_stride = weight->fp8.scale_stride;
         break;
+    case QL_FORMAT_PACKED: {
+        const ql_packed *packed = &weight->packed;
+        p.codes = packed->codes;
+        p.zeros = packed->zeros;
+        p.scales = packed->nested_table ? packed->nested_absmax : packed->scales;
+        p.scales_type = (int32_t)packed->spec.scales_dtype;
+        p.index = packed->inverse;
+        p.table = packed->table;
+        p.nested = packed->nested_table ? packed->scales : NULL;
+        p.nested_table = packed->nested_table;
+        p.offset = packed->spec.nested_offset;
+        p.group_size = packed->spec.group_size;
+        p.groups = packed->spec.groups;
+        p.nested_blocksize = packed->spec.nested_blocksize;
+        p.code = packed->spec.code;
+        break;
+    }
     }
     return p;
+}
+
+/* What the kernels made for packed weights take, of a product as the base kernels take it. */
+static ql_packed_params packed_params_of(const ql_linear_params *p, const ql_packed *packed) {
+    return (ql_packed_params){
+        .out = p->out,
+        .x = p->x,
+        .bias = p->bias,
+        .codes = packed->codes,
+        .scales = packed->scales,
+        .zeros = packed->zeros,
+        .table = packed->table,
+        .nested_table = packed->nested_table,
+        .nested_absmax = packed->nested_absmax,
+        .order = packed->order,
+        .m = p->m,
+        .n = p->n,
+        .k = p->k,
+        .x_stride = p->x_stride,
+        .bias_stride = p->bias_stride,
+        .group_size = packed->spec.group_size,
+        .groups = packed->spec.groups,
+        .nested_blocksize = packed->spec.nested_blocksize,
+        .nested_offset = packed->spec.nested_offset,
+        .code = packed->spec.code,
+        .scales_type = (int32_t)packed->spec.scales_dtype,
+        .bias_type = p->bias_type,
+        .x_type = p->x_type,
+        .out_type = p->out_type,
+    };
 }
 
 static bool quantizes_activations(const ql_weight *weight) {
@@ -75,6 +124,7 @@ static bool quantizes_activations(const ql_weight *weight) {
 /* Scratch: row_absmax fp32 [m], then for INT8 the outlier flags [k], for FP8 the rounded activations fp32 [m, k]. */
 int64_t ql_cuda_linear_scratch(int64_t m, const ql_weight *weight) {
     int64_t rows, rest = weight->k, bytes;
+    if (weight->format == QL_FORMAT_PACKED) return ql_cuda_packed_scratch(m, weight);
     if (!quantizes_activations(weight)) return 0;
     if (__builtin_mul_overflow(m, (int64_t)sizeof(float), &rows)) return -1;
     if (weight->format == QL_FORMAT_FP8 && __builtin_mul_overflow(weight->k, rows, &rest)) return -1;
@@ -181,8 +231,14 @@ int ql_cuda_linear(const ql_cuda_place *place, void *out, const void *x, int64_t
     p.bias_stride = bias->stride;
     ql_cuda_guard guard;
     if (ql_cuda_enter(&guard, place->device, message) < 0) return -1;
-    int result;
-    if (weight->format == QL_FORMAT_INT8) {
+    int result = QL_CUDA_BASE;
+    if (weight->format == QL_FORMAT_PACKED) {
+        ql_packed_params params = packed_params_of(&p, &weight->packed);
+        result = ql_cuda_packed_linear(&guard, place->stream, &params, scratch, message);
+    }
+    if (result != QL_CUDA_BASE) {
+        /* done, or failed */
+    } else if (weight->format == QL_FORMAT_INT8) {
         result = launch_int8(&guard, place->stream, &p, weight, scratch, message);
     } else if (quantizes_activations(weight)) {
         result = launch_fp8(&guard, place->stream, &p, weight, scratch, message);

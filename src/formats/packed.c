@@ -192,6 +192,8 @@ int ql_packed_from_numbers(ql_packed_spec *spec, const int64_t numbers[QL_PACKED
 /* ------------------------------------------------------------------------------------------------------------------
  * The layout */
 
+int ql_packed_bits(const ql_packed_spec *spec) { return QL_CODE_BITS(spec->code); }
+
 static bool has_nibbles(const ql_packed_spec *spec) { return spec->code != QL_CODE_INT8; }
 
 /* Words of the checkpoint, and whether codes or zeros end inside one. */

@@ -50,6 +50,9 @@ int ql_packed_describe(ql_packed_spec *spec, const ql_weight *weight, const int3
  * or its sizes do not fit int64. */
 int ql_packed_lay_out(ql_packed_layout *layout, const ql_packed_spec *spec, char reason[QL_PACKED_REASON]);
 
+/* Bits of a code. */
+int ql_packed_bits(const ql_packed_spec *spec);
+
 /* The weight that reads `data`, layout->bytes bytes at a multiple of 16. */
 ql_weight ql_packed_weight(const ql_packed_spec *spec, const ql_packed_layout *layout, const uint8_t *data);
 

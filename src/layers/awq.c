@@ -77,7 +77,7 @@ int ql_awq_add_type(PyObject *module) {
     return ql_layer_make_type(module, "_qlinear.AWQLinear", ql_awq_new,
                               "AWQLinear(qweight, qzeros, scales, bias=None, *, group_size)\n--\n\nA linear layer of "
                               "AWQ's GEMM storage, 4 bit.",
-                              NULL);
+                              NULL, NULL);
 }
 
 /* ------------------------------------------------------------------------------------------------------------------

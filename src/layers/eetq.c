@@ -238,5 +238,5 @@ int ql_eetq_add_type(PyObject *module) {
     return ql_layer_make_type(module, "_qlinear.EETQLinear", eetq_new,
                               "EETQLinear(weight, weight_scales, bias=None)\n--\n\n"
                               "int8 weights in EETQ's interleaved layout, one scale an output channel.",
-                              NULL);
+                              NULL, NULL);
 }

@@ -182,7 +182,7 @@ PyDoc_STRVAR(fourbit_doc,
              "float32 of a block each or uint8 with nested_absmax and nested_code [256], code float32 [16].");
 
 int ql_fourbit_add_type(PyObject *module) {
-    return ql_layer_make_type(module, "_qlinear.Linear4bit", fourbit_new, fourbit_doc, NULL);
+    return ql_layer_make_type(module, "_qlinear.Linear4bit", fourbit_new, fourbit_doc, NULL, NULL);
 }
 
 /* ------------------------------------------------------------------------------------------------------------------

@@ -224,7 +224,7 @@ PyDoc_STRVAR(
     "'token' or 'group' (of 128 columns). Scales in fp32 are read where they lie.");
 
 int ql_fp8_add_type(PyObject *module) {
-    return ql_layer_make_type(module, "_qlinear.Fp8Linear", fp8_new, fp8_doc, NULL);
+    return ql_layer_make_type(module, "_qlinear.Fp8Linear", fp8_new, fp8_doc, NULL, NULL);
 }
 
 /* ------------------------------------------------------------------------------------------------------------------

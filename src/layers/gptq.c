@@ -270,7 +270,7 @@ int ql_gptq_add_type(PyObject *module) {
                               "QuantLinear(qweight, qzeros, scales, g_idx=None, bias=None, *, bits, group_size, "
                               "zero_format='auto', in_features=None)\n--\n\nA linear layer of the GPTQ family, 2, 3, 4 "
                               "or 8 bit. g_idx, and the zeros for zero_format='auto', are read when the layer is made.",
-                              ql_gptq_getset);
+                              NULL, ql_gptq_getset);
 }
 
 /* ------------------------------------------------------------------------------------------------------------------

@@ -190,5 +190,5 @@ int ql_int8_add_type(PyObject *module) {
                               "Linear8bitLt(CB, SCB, bias=None, *, threshold=0.0)\n--\n\n"
                               "LLM.int8(): int8 weights [N, K] with their rows' absmax; activations are quantized\n"
                               "row by row, but for columns with an entry of magnitude >= threshold (> 0).",
-                              NULL);
+                              NULL, NULL);
 }

@@ -1,6 +1,7 @@
 #include "layer.h"
 
 #include "call.h"
+#include "packed.h"
 
 #include <stddef.h>
 #include <stdlib.h>
@@ -118,6 +119,16 @@ static PyObject *ql_layer_dequantize(PyObject *self, PyObject *const *args, Py_s
     return ql_call_dequantize((ql_layer *)self, dtype);
 }
 
+static PyObject *ql_layer_pack_method(PyObject *self, PyObject *unused) {
+    (void)unused;
+    return ql_layer_pack((ql_layer *)self);
+}
+
+static PyObject *ql_layer_obstacle(PyObject *self, void *unused) {
+    (void)unused;
+    return ql_layer_pack_obstacle((ql_layer *)self);
+}
+
 static PyObject *ql_layer_in_features(PyObject *self, void *unused) {
     (void)unused;
     return PyLong_FromLongLong(((ql_layer *)self)->weight.k);
@@ -180,6 +191,8 @@ static PyMethodDef ql_layer_methods[] = {
      "grad_input(grad_output)\n--\n\nThe gradient to the input: [..., out_features] -> [..., in_features]."},
     {"dequantize", QL_METHOD(ql_layer_dequantize), METH_FASTCALL | METH_KEYWORDS,
      "dequantize(dtype='float32')\n--\n\nThe weight [out_features, in_features]."},
+    {"pack", ql_layer_pack_method, METH_NOARGS,
+     "pack()\n--\n\n(packed, spec) for PackedLinear, or None where its layout does not hold this layer."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -187,6 +200,7 @@ static PyGetSetDef ql_layer_getset[] = {
     {"in_features", ql_layer_in_features, NULL, "K, the size of the input's last dimension.", NULL},
     {"out_features", ql_layer_out_features, NULL, "N, the size of the output's last dimension.", NULL},
     {"nbytes", ql_layer_nbytes, NULL, "Bytes of all the tensors held.", NULL},
+    {"pack_obstacle", ql_layer_obstacle, NULL, "Why pack() gives None; empty where it does not.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 
@@ -219,11 +233,14 @@ int ql_layer_add_type(PyObject *module) {
     return PyModule_AddObjectRef(module, "Layer", type);
 }
 
-int ql_layer_make_type(PyObject *module, const char *name, newfunc new, const char *doc, PyGetSetDef *getset) {
+int ql_layer_make_type(PyObject *module, const char *name, newfunc new, const char *doc, PyMethodDef *methods,
+                       PyGetSetDef *getset) {
     static PyGetSetDef none[] = {{NULL, NULL, NULL, NULL, NULL}};
+    static PyMethodDef no_methods[] = {{NULL, NULL, 0, NULL}};
     PyType_Slot slots[] = {
         {Py_tp_new, QL_SLOT(new)},
         {Py_tp_doc, (void *)(uintptr_t)doc},
+        {Py_tp_methods, methods ? methods : no_methods},
         {Py_tp_getset, getset ? getset : none},
         {Py_tp_traverse, QL_SLOT(ql_layer_traverse)},
         {Py_tp_dealloc, QL_SLOT(ql_layer_dealloc)},

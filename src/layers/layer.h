@@ -60,8 +60,10 @@ static inline const ql_tensor *ql_layer_tensor(const ql_layer *layer, int index)
     return layer->held[index].object ? &layer->held[index].tensor : NULL;
 }
 
-/* Makes the heap type `name` ("_qlinear.QuantLinear") as a subclass of Layer and adds it to the module. 0, or -1. */
-int ql_layer_make_type(PyObject *module, const char *name, newfunc new, const char *doc, PyGetSetDef *getset);
+/* Makes the heap type `name` ("_qlinear.QuantLinear") as a subclass of Layer and adds it to the module; methods and getset
+ * of its own, or NULL. 0, or -1. */
+int ql_layer_make_type(PyObject *module, const char *name, newfunc new, const char *doc, PyMethodDef *methods,
+                       PyGetSetDef *getset);
 
 /* ---- arguments ---- */
 
@@ -100,6 +102,7 @@ int ql_awq_add_type(PyObject *module);
 int ql_int8_add_type(PyObject *module);
 int ql_fourbit_add_type(PyObject *module);
 int ql_fp8_add_type(PyObject *module);
+int ql_packed_add_type(PyObject *module);
 
 extern PyMethodDef ql_eetq_methods[];
 extern PyMethodDef ql_gptq_methods[];

@@ -7,12 +7,21 @@
 
 static void describe_devices(ql_cuda_description *description, const ql_cuda_driver *driver) {
     int count = 0;
-    if (driver->device_get_count(&count) != QL_CU_SUCCESS) return;
+    ql_cu_result result = driver->device_get_count(&count);
     for (int i = 0; i < count && i < QL_CUDA_MAX_DEVICES; i++) {
         ql_cu_device handle;
         ql_cuda_properties *found = &description->devices[description->device_count];
-        if (ql_cuda_device_ask(found, &handle, driver, i) == QL_CU_SUCCESS) description->device_count++;
+        ql_cu_result asked = ql_cuda_device_ask(found, &handle, driver, i);
+        if (asked == QL_CU_SUCCESS)
+            description->device_count++;
+        else
+            result = asked;
     }
+    if (result != QL_CU_SUCCESS)
+        snprintf(description->missing, sizeof description->missing, "the NVIDIA driver does not tell its GPUs: %s.",
+                 ql_cuda_error(driver, result));
+    else if (count == 0)
+        snprintf(description->missing, sizeof description->missing, "the NVIDIA driver finds no GPU.");
 }
 
 static void describe_kernels(ql_cuda_description *description, const ql_cuda_driver *driver) {

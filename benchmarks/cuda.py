@@ -19,9 +19,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import qlinear._qlinear as _qlinear
-from benchmarks import bars, cuda_report, report, timing
+from benchmarks import bars, cuda_report, report
 from benchmarks.cuda_layers import DEVIATION, SUBJECTS, Layer
 from benchmarks.floor import FloorError, Reader
+from qlinear import timing
 
 SHAPES = ((4096, 6144), (4096, 28672), (14336, 4096), (8192, 10240), (8192, 57344), (28672, 8192))
 MS = (1, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import bars, plot, report, timing
+from benchmarks import bars, plot, report
+from qlinear import timing
 
 
 def judged(content: dict) -> dict:

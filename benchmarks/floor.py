@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import timing
+from qlinear import timing
 
 SOURCE = Path(__file__).with_name("floor.cu")
 

@@ -1,20 +1,46 @@
-/* Which kernel multiplies with a packed weight: the one place that knows all of them. */
+/* Which kernel multiplies with a packed weight: the one place that knows all engines of such kernels.
+ *
+ * The choice is what was set from outside (choices.h), or else the table's: the first of the engines that take the product,
+ * in the order that is best for its rows, with what that engine prefers. What no engine takes, and everything with
+ * QLINEAR_KERNELS=base in the environment, is left to the base kernels. */
 #ifndef QL_CUDA_CHOOSE_H
 #define QL_CUDA_CHOOSE_H
 
 #include "../../kernels/params.h"
-#include "../formats/weight.h"
+#include "choices.h"
 #include "launch.h"
 
-/* What ql_cuda_packed_linear returns where the base kernels, which take every call, are to do it. */
-enum { QL_CUDA_BASE = 1 };
+/* An engine: kernels of one design with their host side. Each has one of these in its header. None of the functions but
+ * launch may be slow: each call asks them. */
+typedef struct ql_cuda_product_engine {
+    /* The most rows of x that it is meant for, where the table chooses; it takes more if candidates says so. */
+    int64_t most_rows;
+    /* What it could run the problem with on this GPU, its own preference first, at most `room`; how many. 0: nothing, as for
+     * a code or an architecture that it has no kernels for. */
+    int (*candidates)(ql_cuda_choice *out, int room, const ql_cuda_device *device, const ql_cuda_problem *problem);
+    /* Whether it can run this very product with a choice of its kernels: shapes, alignment of x, shared memory. */
+    bool (*takes)(const ql_cuda_device *device, const ql_packed_params *params, ql_cuda_choice choice);
+    /* Bytes of scratch for it, which may hold anything; -1 where they do not fit int64. */
+    int64_t (*scratch)(const ql_cuda_device *device, const ql_packed_params *params, ql_cuda_choice choice);
+    /* Launches it on the stream. 0, or -1 with a sentence in message. */
+    int (*launch)(const ql_cuda_guard *guard, void *stream, const ql_packed_params *params, ql_cuda_choice choice,
+                  void *scratch, char message[QL_CUDA_MESSAGE]);
+} ql_cuda_product_engine;
 
-/* Bytes of device memory that ql_cuda_packed_linear needs as scratch for m rows of x. -1 where it does not fit int64. */
-int64_t ql_cuda_packed_scratch(int64_t m, const ql_weight *weight);
+/* How a product will run: found once, so that scratch and launch agree whatever is set in between. */
+typedef struct ql_cuda_plan {
+    const ql_cuda_product_engine *engine; /* NULL: the base kernels */
+    ql_cuda_choice choice;
+    int64_t scratch_bytes;
+} ql_cuda_plan;
 
-/* Launches the product on the place's stream, between enter and leave: 0, or -1 with a sentence in message; or launches
- * nothing and returns QL_CUDA_BASE. With QLINEAR_KERNELS=base in the environment it always does. */
-int ql_cuda_packed_linear(const ql_cuda_guard *guard, void *stream, const ql_packed_params *params, void *scratch,
-                          char message[QL_CUDA_MESSAGE]);
+/* The plan for a product on this GPU, of which out, bias and their types are not looked at. */
+ql_cuda_plan ql_cuda_choose(const ql_cuda_device *device, const ql_packed_params *params);
+
+enum { QL_CUDA_MOST_CANDIDATES = 64 };
+
+/* All choices for the problem on this GPU, the table's own first; how many. */
+int ql_cuda_candidates(ql_cuda_choice out[QL_CUDA_MOST_CANDIDATES], const ql_cuda_device *device,
+                       const ql_cuda_problem *problem);
 
 #endif

@@ -1,7 +1,6 @@
 #include "engine.h"
 
 #include "../../kernels/params.h"
-#include "choose.h"
 
 _Static_assert((int)QL_WEIGHT_GPTQ == (int)QL_FORMAT_GPTQ && (int)QL_WEIGHT_AWQ == (int)QL_FORMAT_AWQ &&
                    (int)QL_WEIGHT_EETQ == (int)QL_FORMAT_EETQ && (int)QL_WEIGHT_INT8 == (int)QL_FORMAT_INT8 &&
@@ -121,10 +120,10 @@ static bool quantizes_activations(const ql_weight *weight) {
            (weight->format == QL_FORMAT_FP8 && weight->fp8.activation != QL_FP8_NONE);
 }
 
-/* Scratch: row_absmax fp32 [m], then for INT8 the outlier flags [k], for FP8 the rounded activations fp32 [m, k]. */
-int64_t ql_cuda_linear_scratch(int64_t m, const ql_weight *weight) {
+/* Scratch of the layers that quantize x: row_absmax fp32 [m], then for INT8 the outlier flags [k], for FP8 the rounded
+ * activations fp32 [m, k]. -1 where it does not fit int64. */
+static int64_t base_scratch(int64_t m, const ql_weight *weight) {
     int64_t rows, rest = weight->k, bytes;
-    if (weight->format == QL_FORMAT_PACKED) return ql_cuda_packed_scratch(m, weight);
     if (!quantizes_activations(weight)) return 0;
     if (__builtin_mul_overflow(m, (int64_t)sizeof(float), &rows)) return -1;
     if (weight->format == QL_FORMAT_FP8 && __builtin_mul_overflow(weight->k, rows, &rest)) return -1;
@@ -218,33 +217,51 @@ static int launch_fp8(const ql_cuda_guard *guard, void *stream, ql_linear_params
     return launch_products(guard, stream, kernel, *p, p->n, tokens, message);
 }
 
-int ql_cuda_linear(const ql_cuda_place *place, void *out, const void *x, int64_t x_stride, ql_dtype dtype, int64_t m,
-                   const ql_weight *weight, const ql_cuda_bias *bias, void *scratch, char message[QL_CUDA_MESSAGE]) {
-    ql_linear_params p = params_of(weight);
-    p.out = out;
-    p.x = x;
-    p.m = m;
-    p.x_stride = x_stride;
-    p.x_type = p.out_type = (int32_t)dtype;
-    p.bias = bias->data;
-    p.bias_type = (int32_t)bias->dtype;
-    p.bias_stride = bias->stride;
+static ql_linear_params product_params(const ql_cuda_product *product) {
+    ql_linear_params p = params_of(product->weight);
+    p.out = product->out;
+    p.x = product->x;
+    p.m = product->m;
+    p.x_stride = product->x_stride;
+    p.x_type = p.out_type = (int32_t)product->dtype;
+    p.bias = product->bias.data;
+    p.bias_type = (int32_t)product->bias.dtype;
+    p.bias_stride = product->bias.stride;
+    return p;
+}
+
+int ql_cuda_linear_plan(ql_cuda_plan *plan, const ql_cuda_place *place, const ql_cuda_product *product,
+                        char message[QL_CUDA_MESSAGE]) {
+    *plan = (ql_cuda_plan){0};
+    if (product->weight->format == QL_FORMAT_PACKED) {
+        const ql_cuda_device *device = ql_cuda_device_get(place->device, message);
+        if (!device) return -1;
+        ql_linear_params p = product_params(product);
+        ql_packed_params packed = packed_params_of(&p, &product->weight->packed);
+        *plan = ql_cuda_choose(device, &packed);
+        return 0;
+    }
+    plan->scratch_bytes = base_scratch(product->m, product->weight);
+    return 0;
+}
+
+int ql_cuda_linear(const ql_cuda_place *place, const ql_cuda_product *product, const ql_cuda_plan *plan, void *scratch,
+                   char message[QL_CUDA_MESSAGE]) {
+    const ql_weight *weight = product->weight;
+    ql_linear_params p = product_params(product);
     ql_cuda_guard guard;
     if (ql_cuda_enter(&guard, place->device, message) < 0) return -1;
-    int result = QL_CUDA_BASE;
-    if (weight->format == QL_FORMAT_PACKED) {
-        ql_packed_params params = packed_params_of(&p, &weight->packed);
-        result = ql_cuda_packed_linear(&guard, place->stream, &params, scratch, message);
-    }
-    if (result != QL_CUDA_BASE) {
-        /* done, or failed */
+    int result;
+    if (plan->engine) {
+        ql_packed_params packed = packed_params_of(&p, &weight->packed);
+        result = plan->engine->launch(&guard, place->stream, &packed, plan->choice, scratch, message);
     } else if (weight->format == QL_FORMAT_INT8) {
         result = launch_int8(&guard, place->stream, &p, weight, scratch, message);
     } else if (quantizes_activations(weight)) {
         result = launch_fp8(&guard, place->stream, &p, weight, scratch, message);
     } else {
         int64_t tokens;
-        ql_cuda_kernel kernel = by_tokens(m, &tokens);
+        ql_cuda_kernel kernel = by_tokens(p.m, &tokens);
         result = launch_products(&guard, place->stream, kernel, p, p.n, tokens, message);
     }
     ql_cuda_leave(&guard);

@@ -5,7 +5,7 @@
 #define QL_CUDA_ENGINE_H
 
 #include "../formats/weight.h"
-#include "launch.h"
+#include "choose.h"
 
 /* A bias on the device: [n], stride elements apart, fp32, fp16 or bf16. */
 typedef struct ql_cuda_bias {
@@ -14,13 +14,23 @@ typedef struct ql_cuda_bias {
     int64_t stride;
 } ql_cuda_bias;
 
-/* Bytes of device memory that ql_cuda_linear needs as scratch for m rows; 0 for the formats that leave x as it is. -1
- * where it does not fit int64. */
-int64_t ql_cuda_linear_scratch(int64_t m, const ql_weight *weight);
+/* A product: out[m][n] = x @ W^T + bias, as ql_cpu_linear; every pointer, also those of weight, is device memory. */
+typedef struct ql_cuda_product {
+    void *out;
+    const void *x;
+    int64_t x_stride, m;
+    ql_dtype dtype; /* of x and out */
+    const ql_weight *weight;
+    ql_cuda_bias bias;
+} ql_cuda_product;
 
-/* out[m][n] = x @ W^T + bias, as ql_cpu_linear; every pointer, also those of weight, is device memory. */
-int ql_cuda_linear(const ql_cuda_place *place, void *out, const void *x, int64_t x_stride, ql_dtype dtype, int64_t m,
-                   const ql_weight *weight, const ql_cuda_bias *bias, void *scratch, char message[QL_CUDA_MESSAGE]);
+/* How it will run, and the bytes of device memory that this takes as scratch, -1 where they do not fit int64. */
+int ql_cuda_linear_plan(ql_cuda_plan *plan, const ql_cuda_place *place, const ql_cuda_product *product,
+                        char message[QL_CUDA_MESSAGE]);
+
+/* Launches it. */
+int ql_cuda_linear(const ql_cuda_place *place, const ql_cuda_product *product, const ql_cuda_plan *plan, void *scratch,
+                   char message[QL_CUDA_MESSAGE]);
 
 /* out[m][k] = g @ W. */
 int ql_cuda_linear_grad(const ql_cuda_place *place, void *out, const void *g, int64_t g_stride, ql_dtype dtype,

@@ -152,20 +152,27 @@ static int ql_run_cpu_grad(const ql_call *call) {
 /* A launch takes a microsecond or two, less than giving the GIL away and taking it back costs others. */
 static int ql_run_cuda_linear(const ql_call *call) {
     const ql_tensor *bias = ql_layer_tensor(call->layer, call->layer->bias);
-    ql_cuda_bias description = {0};
-    if (bias) description = (ql_cuda_bias){bias->data, bias->dtype, bias->stride[0]};
-    int64_t bytes = ql_cuda_linear_scratch(call->rows->rows, &call->weight);
+    ql_cuda_product product = {.out = call->output->view.data,
+                               .x = call->rows->data,
+                               .x_stride = call->rows->stride,
+                               .m = call->rows->rows,
+                               .dtype = call->x->dtype,
+                               .weight = &call->weight};
+    if (bias) product.bias = (ql_cuda_bias){bias->data, bias->dtype, bias->stride[0]};
     ql_cuda_place place;
+    ql_cuda_plan plan;
     ql_output scratch = {0};
+    char message[QL_CUDA_MESSAGE];
     if (ql_place_of(&place, call->object, call->x) < 0) return -1;
-    if (bytes < 0) {
+    if (ql_cuda_linear_plan(&plan, &place, &product, message) < 0) return ql_cuda_failed(message);
+    if (plan.scratch_bytes < 0) {
         PyErr_SetString(PyExc_ValueError, "x has too many rows: the scratch for them is out of range");
         return -1;
     }
-    if (bytes > 0 && ql_output_begin_beside(&scratch, call->object, call->x, QL_U8, 1, &bytes) < 0) return -1;
-    char message[QL_CUDA_MESSAGE];
-    int result = ql_cuda_linear(&place, call->output->view.data, call->rows->data, call->rows->stride, call->x->dtype,
-                                call->rows->rows, &call->weight, &description, scratch.view.data, message);
+    if (plan.scratch_bytes > 0 &&
+        ql_output_begin_beside(&scratch, call->object, call->x, QL_U8, 1, &plan.scratch_bytes) < 0)
+        return -1;
+    int result = ql_cuda_linear(&place, &product, &plan, scratch.view.data, message);
     ql_output_abandon(&scratch);
     return result < 0 ? ql_cuda_failed(message) : 0;
 }

@@ -5,6 +5,7 @@
 #include "cuda/image.h"
 #include "cuda/launch.h"
 #include "dlpack_array.h"
+#include "layers/choices.h"
 #include "layers/layer.h"
 
 static PyObject *ql_cpu_info(PyObject *module, PyObject *unused) {
@@ -104,11 +105,12 @@ static PyMethodDef ql_module_methods[] = {
 
 static int ql_module_exec(PyObject *module) {
     static int (*const add_type[])(PyObject *) = {
-        ql_dlpack_array_add_type, ql_layer_add_type, ql_eetq_add_type,    ql_gptq_add_type,
-        ql_awq_add_type,          ql_int8_add_type,  ql_fourbit_add_type, ql_fp8_add_type,  ql_packed_add_type,
+        ql_dlpack_array_add_type, ql_layer_add_type,   ql_eetq_add_type, ql_gptq_add_type,   ql_awq_add_type,
+        ql_int8_add_type,         ql_fourbit_add_type, ql_fp8_add_type,  ql_packed_add_type,
     };
     static PyMethodDef *const functions[] = {
-        ql_eetq_methods, ql_gptq_methods, ql_awq_methods, ql_int8_methods, ql_fourbit_methods, ql_fp8_methods,
+        ql_eetq_methods,    ql_gptq_methods, ql_awq_methods,    ql_int8_methods,
+        ql_fourbit_methods, ql_fp8_methods,  ql_choice_methods,
     };
     for (size_t i = 0; i < sizeof add_type / sizeof *add_type; i++)
         if (add_type[i](module) < 0) return -1;

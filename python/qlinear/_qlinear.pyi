@@ -223,3 +223,22 @@ def cuda_initialized() -> bool:
 def set_cuda_overlap(allowed: bool, /) -> bool:
     """Whether products may start as the kernel before them ends (programmatic dependent launch), in this process; True
     from the start. Gives what held before: for measurements of single launches."""
+
+# The choice between kernels for packed weights. code: "int2", "int3", "int4", "int8", "table4" or "e4m3"; n, k and
+# group_size are the weight's (group_size k where it has one group), dtype is that of x, m its rows.
+
+Code = Literal["int2", "int3", "int4", "int8", "table4", "e4m3"]
+
+def choice_bucket(m: int, /) -> int:
+    """The rows up to which a choice for m rows of x counts."""
+
+def candidates(
+    device: int, code: Code, n: int, k: int, group_size: int, dtype: Dtype, m: int
+) -> list[tuple[str, int]]:
+    """What can run such products on this GPU: (kernel, launch parameter), the table's own choice first."""
+
+def set_choice(
+    device: int, code: Code, n: int, k: int, group_size: int, dtype: Dtype, m: int, kernel: str | None, parameter: int
+) -> None:
+    """From now on such products run so, in this process; kernel None: as the table says. ValueError for a kernel that is
+    not among the candidates."""

@@ -63,6 +63,7 @@ ql_cuda_plan ql_cuda_choose(const ql_cuda_device *device, const ql_packed_params
 int ql_cuda_candidates(ql_cuda_choice out[QL_CUDA_MOST_CANDIDATES], const ql_cuda_device *device,
                        const ql_cuda_problem *problem) {
     int count = 0;
+    if (problem->x_type == QL_VALUE_F32) return 0;
     for (int meant = 1; meant >= 0; meant--)
         for (int i = 0; engines[i]; i++)
             if ((problem->m <= engines[i]->most_rows) == meant)

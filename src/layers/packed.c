@@ -4,6 +4,7 @@
 #include "../cuda/pack.h"
 #include "../formats/dynamic_map.h"
 #include "../formats/packed.h"
+#include "choices.h"
 #include "device.h"
 #include "grouped.h"
 
@@ -265,6 +266,17 @@ static PyObject *packed_unpack(PyObject *self, PyObject *unused) {
     return NULL;
 }
 
+static PyObject *packed_problem(PyObject *self, void *unused) {
+    (void)unused;
+    return ql_packed_problem(&((ql_layer *)self)->weight.packed.spec);
+}
+
+static PyGetSetDef packed_getset[] = {
+    {"problem", packed_problem, NULL,
+     "(code, n, k, group_size): what a kernel is chosen for, beside the dtype and the rows of x.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
 int ql_packed_add_type(PyObject *module) {
     static PyMethodDef methods[] = {
         {"unpack", packed_unpack, METH_NOARGS,
@@ -277,5 +289,5 @@ int ql_packed_add_type(PyObject *module) {
         module, "_qlinear.PackedLinear", packed_new,
         "PackedLinear(packed, spec, bias=None)\n--\n\nA linear layer as pack() of the other types "
         "left it: in the layout of the GPU's kernels. A CPU reads it slowly.",
-        methods, NULL);
+        methods, packed_getset);
 }

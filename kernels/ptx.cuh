@@ -1,0 +1,160 @@
+/* Instructions that CUDA C has no name for, one function each. `type` is QL_VALUE_F16 or QL_VALUE_BF16, a constant of the
+ * kernel. */
+#ifndef QL_KERNELS_PTX_CUH
+#define QL_KERNELS_PTX_CUH
+
+#include "params.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+/* ---- launches that overlap: nothing before the wait may read what an earlier kernel writes, or write at all ---- */
+
+static __device__ __forceinline__ void wait_for_previous_kernel(void) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+static __device__ __forceinline__ void start_next_kernel(void) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+/* ---- memory ---- */
+
+static __device__ __forceinline__ uint32_t shared_address(const void *shared) {
+    return (uint32_t)__cvta_generic_to_shared(shared);
+}
+
+/* Bytes that are read once: past the first-level cache. */
+static __device__ __forceinline__ uint4 load_stream_16(const void *from) {
+    uint4 value;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "l"(from));
+    return value;
+}
+
+static __device__ __forceinline__ uint2 load_stream_8(const void *from) {
+    uint2 value;
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "l"(from));
+    return value;
+}
+
+/* 16 bytes of shared memory from `bytes` (0 to 16) of global memory, the rest zeros. */
+static __device__ __forceinline__ void cp_async_16(uint32_t to, const void *from, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+/* The same for 4 bytes (0 or 4 of them from global memory). */
+static __device__ __forceinline__ void cp_async_4(uint32_t to, const void *from, int bytes) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+static __device__ __forceinline__ void cp_async_commit(void) { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+/* Until all but the last `pending` groups have arrived: a constant, up to 6. The instruction takes a literal. */
+static __device__ __forceinline__ void cp_async_wait(int pending) {
+    switch (pending) {
+    case 0: asm volatile("cp.async.wait_group 0;" ::: "memory"); break;
+    case 1: asm volatile("cp.async.wait_group 1;" ::: "memory"); break;
+    case 2: asm volatile("cp.async.wait_group 2;" ::: "memory"); break;
+    case 3: asm volatile("cp.async.wait_group 3;" ::: "memory"); break;
+    case 4: asm volatile("cp.async.wait_group 4;" ::: "memory"); break;
+    case 5: asm volatile("cp.async.wait_group 5;" ::: "memory"); break;
+    default: asm volatile("cp.async.wait_group 6;" ::: "memory"); break;
+    }
+}
+
+static __device__ __forceinline__ void store_release(uint64_t *to, uint64_t value) {
+    asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(value) : "memory");
+}
+
+static __device__ __forceinline__ uint64_t load_acquire(const uint64_t *from) {
+    uint64_t value;
+    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(from) : "memory");
+    return value;
+}
+
+/* ---- matrices ---- */
+
+/* Four 8 x 8 matrices of 16-bit values, each lane giving the address of a row: lanes 0-7 those of low[0], and so on. */
+static __device__ __forceinline__ void load_matrices(uint32_t low[2], uint32_t high[2], uint32_t row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(low[0]), "=r"(low[1]), "=r"(high[0]), "=r"(high[1])
+                 : "r"(row)
+                 : "memory");
+}
+
+/* sum += a b: 16 x 16 by 16 x 8, in fp32. */
+static __device__ __forceinline__ void multiply_16816(float sum[4], const uint32_t a[4], const uint32_t b[2],
+                                                      int type) {
+    if (type == QL_VALUE_F16)
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    else
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+/* ---- pairs of 16-bit numbers in a register, the first in the low half ---- */
+
+static __device__ __forceinline__ uint32_t fma_half2(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t result;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+    return result;
+}
+
+static __device__ __forceinline__ uint32_t add_half2(uint32_t a, uint32_t b) {
+    uint32_t result;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+    return result;
+}
+
+static __device__ __forceinline__ uint32_t mul_half2(uint32_t a, uint32_t b) {
+    uint32_t result;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+    return result;
+}
+
+static __device__ __forceinline__ uint32_t fma_bf162(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t result;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+    return result;
+}
+
+/* sm_80 has the fused form alone. */
+static __device__ __forceinline__ uint32_t mul_bf162(uint32_t a, uint32_t b) { return fma_bf162(a, b, 0x80008000u); }
+static __device__ __forceinline__ uint32_t add_bf162(uint32_t a, uint32_t b) { return fma_bf162(a, 0x3f803f80u, b); }
+static __device__ __forceinline__ uint32_t sub_bf162(uint32_t a, uint32_t b) { return fma_bf162(b, 0xbf80bf80u, a); }
+
+static __device__ __forceinline__ float2 half2_values(uint32_t pair) {
+    __half2_raw raw;
+    raw.x = (uint16_t)pair;
+    raw.y = (uint16_t)(pair >> 16);
+    return __half22float2(__half2(raw));
+}
+
+/* To nearest even. */
+static __device__ __forceinline__ uint32_t round16_pair(float first, float second, int type) {
+    uint32_t result;
+    if (type == QL_VALUE_F16)
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(second), "f"(first));
+    else
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(second), "f"(first));
+    return result;
+}
+
+static __device__ __forceinline__ uint16_t round16(float value, int type) {
+    return type == QL_VALUE_F16 ? __half_as_ushort(__float2half_rn(value))
+                                : __bfloat16_as_ushort(__float2bfloat16_rn(value));
+}
+
+#endif

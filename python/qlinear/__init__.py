@@ -16,6 +16,7 @@ _HOMES = {
     "layers.fp8": ("Fp8Linear", "apply_fp8_linear"),
     "layers.linear": ("FastLinear", "get_linear"),
     "model": ("Report", "dequantize", "replace_linear", "to_linear"),
+    "tuning": ("autotune",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = ("functional", "layers", "model", "ops")
@@ -31,6 +32,7 @@ __all__ = [
     "QuantLinearFunction",
     "Report",
     "apply_fp8_linear",
+    "autotune",
     "dequantize",
     "functional",
     "get_linear",
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from .layers.gptq import QuantLinear, QuantLinearFunction
     from .layers.linear import FastLinear, get_linear
     from .model import Report, dequantize, replace_linear, to_linear
+    from .tuning import autotune
 
 
 def __getattr__(name: str):

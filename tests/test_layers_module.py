@@ -312,7 +312,7 @@ def test_replaced_and_changed_tensors_are_seen(case):
 def test_no_cycle_keeps_a_layer_alive(case):
     layer = make(case)
     layer(inputs(1, K))
-    gone = [weakref.ref(layer), weakref.ref(layer.engine()), weakref.ref(getattr(layer, layer.packed[0]))]
+    gone = [weakref.ref(layer), weakref.ref(layer.engine()), weakref.ref(getattr(layer, layer.fixed[0]))]
     gc.disable()
     try:
         del layer

@@ -30,6 +30,27 @@ class Layer:
         """grad_output [..., N] -> [..., K], grad_output @ W, in grad_output's dtype."""
     def dequantize(self, dtype: Dtype = "float32") -> Tensor:
         """W [N, K] in dtype, in the framework of the first tensor held."""
+    def pack(self) -> tuple[Tensor, tuple[int, ...]] | None:
+        """(packed uint8 [bytes], spec) for PackedLinear, new memory on the same device; None where there is an obstacle.
+        On a GPU it waits until the packing is done. Bytes between the sections of packed are nobody's."""
+    @property
+    def pack_obstacle(self) -> str:
+        """Why pack() gives None; empty where it does not."""
+
+class PackedLinear(Layer):
+    """EETQLinear, QuantLinear, AWQLinear or Linear4bit in the layout of the GPU's kernels. A CPU reads it slowly."""
+
+    def __init__(self, packed: Tensor, spec: tuple[int, ...], bias: Tensor | None = None) -> None:
+        """packed and spec as pack() gave them."""
+    def unpack(self) -> tuple[Tensor, ...]:
+        """The checkpoint's tensors, bit for bit: (qweight, qzeros, scales) of GPTQ and AWQ, (weight, weight_scales) of
+        EETQ, (weight, absmax, code[, nested_absmax, nested_code]) of Linear4bit."""
+    @property
+    def zero_format(self) -> Literal["gptq", "gptq_v2"]:
+        """QuantLinear's; AttributeError where the layer was none."""
+    @property
+    def problem(self) -> tuple[str, int, int, int]:
+        """(code, n, k, group_size): what a kernel is chosen for, beside the dtype and the rows of x."""
 
 class EETQLinear(Layer):
     def __init__(self, weight: Tensor, weight_scales: Tensor, bias: Tensor | None = None) -> None:

@@ -114,6 +114,8 @@ def _weights_of_attention(model: nn.Module) -> dict[int, str]:
 
 
 def _nbytes(module: nn.Module) -> int:
+    if isinstance(module, QuantizedLinear):
+        return module.nbytes
     tensors = (*module.parameters(), *module.buffers())
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 

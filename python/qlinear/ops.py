@@ -144,6 +144,11 @@ FORMATS = {
         lambda *arguments: (arguments[7], arguments[6]),
     ),
     "fp8": Format(
+    "packed": Format(
+        "Tensor packed, Tensor? bias, int[] spec",
+        lambda packed, bias, spec: _qlinear.PackedLinear(packed, spec, bias),
+        lambda packed, bias, spec: (spec[4], spec[3]),
+    ),
         "Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? input_scale, Tensor? input_scale_ub, "
         "str activation, int block_n, int block_k",
         _make_fp8,
@@ -157,7 +162,7 @@ _live: weakref.WeakValueDictionary[tuple, Any] = weakref.WeakValueDictionary()
 
 def _identity(argument: Any) -> Any:
     if not isinstance(argument, Tensor):
-        return argument
+        return tuple(argument) if isinstance(argument, list) else argument
     return id(argument) if _HAS_EXCHANGE_API else (id(argument), argument.data_ptr())
 
 

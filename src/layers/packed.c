@@ -271,7 +271,16 @@ static PyObject *packed_problem(PyObject *self, void *unused) {
     return ql_packed_problem(&((ql_layer *)self)->weight.packed.spec);
 }
 
+static PyObject *packed_zero_format(PyObject *self, void *unused) {
+    (void)unused;
+    const ql_packed_spec *spec = &((ql_layer *)self)->weight.packed.spec;
+    if (spec->source == QL_FORMAT_GPTQ) return PyUnicode_FromString(spec->zero_offset ? "gptq" : "gptq_v2");
+    PyErr_SetString(PyExc_AttributeError, "only a layer of the GPTQ family has a zero_format");
+    return NULL;
+}
+
 static PyGetSetDef packed_getset[] = {
+    {"zero_format", packed_zero_format, NULL, "QuantLinear's, where the layer was one.", NULL},
     {"problem", packed_problem, NULL,
      "(code, n, k, group_size): what a kernel is chosen for, beside the dtype and the rows of x.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
@@ -280,9 +289,8 @@ static PyGetSetDef packed_getset[] = {
 int ql_packed_add_type(PyObject *module) {
     static PyMethodDef methods[] = {
         {"unpack", packed_unpack, METH_NOARGS,
-         "unpack()\n--\n\nThe checkpoint's tensors, bit for bit: (qweight, qzeros, scales), (weight, weight_scales), "
-         "or\n"
-         "(weight, absmax, code[, nested_absmax, nested_code])."},
+         "unpack()\n--\n\nThe checkpoint's tensors, bit for bit: (qweight, qzeros, scales), (weight, weight_scales),\n"
+         "or (weight, absmax, code[, nested_absmax, nested_code])."},
         {NULL, NULL, 0, NULL},
     };
     return ql_layer_make_type(

@@ -8,14 +8,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from .. import ops
-
-
-def is_real(*tensors: Tensor | None) -> bool:
-    """Whether every tensor has data that C can read: no meta, fake or wrapped one among them."""
-    return all(t is None or (type(t) in (Tensor, Parameter) and t.device.type != "meta") for t in tensors)
+from ._packing import PackingModule, is_real, lock
 
 
 def frozen(tensor: Tensor | None) -> Tensor | None:
@@ -47,17 +42,16 @@ def _is_float8(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.is_floating_point() and tensor.itemsize == 1
 
 
-class QuantizedLinear(torch.nn.Module):
+class QuantizedLinear(PackingModule):
     """A linear layer on a checkpoint's own tensors.
 
     The tensors are buffers (the weight of the bitsandbytes layers is a Parameter without gradient) under the names that
-    they have in the checkpoint. The C layer beside them holds references, is made at the first call, made anew when a
-    tensor was replaced, and is never copied or pickled.
+    they have in the checkpoint, or packed on a GPU. The C layer beside them holds references, is made at the first
+    call, made anew when a tensor was replaced, and is never copied or pickled.
     """
 
-    operator: ClassVar[str]
     # The tensors whose dtype and bytes the checkpoint fixes: all but the bias. The first of them always exists.
-    packed: ClassVar[tuple[str, ...]]
+    fixed: ClassVar[tuple[str, ...]]
     # Of those: the ones that a checkpoint may have or lack, and the ones whose shape the file decides.
     optional: ClassVar[frozenset[str]] = frozenset()
     flexible: ClassVar[frozenset[str]] = frozenset()
@@ -68,20 +62,8 @@ class QuantizedLinear(torch.nn.Module):
         super().__init__()
         # What the weight was before it was quantized here, for dequantize(); a checkpoint does not tell.
         self.weight_dtype = None
-        self._forget()
 
     # The call
-
-    def _arguments(self) -> tuple:
-        """The operator's arguments after x, as ops.FORMATS has them."""
-        raise NotImplementedError
-
-    def _forget(self) -> None:
-        self.__dict__["_made"] = None
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        self._forget()
 
     def engine(self) -> Any:
         """The C layer of the tensors that the module has now."""
@@ -89,19 +71,26 @@ class QuantizedLinear(torch.nn.Module):
         tensors = (*self._parameters.values(), *self._buffers.values())
         # Buffers may be replaced past __setattr__: functional_call and loading do.
         if made is None or not all(map(is_, tensors, made[1])):
-            # One tuple, so that a thread never sees the layer of one weight beside the tensors of another.
-            made = self.__dict__["_made"] = (ops.engine(self.operator, self._arguments()), tensors)
+            with lock:
+                self._settle_own()
+                tensors = (*self._parameters.values(), *self._buffers.values())
+                # One tuple, so that a thread never sees the layer of one weight beside the tensors of another.
+                made = self.__dict__["_made"] = (ops.engine(*self._operands()), tensors)
         return made[0]
 
     def _check(self) -> None:
         """Makes the C layer now, so that wrong tensors are refused at construction; those without data wait."""
-        if is_real(*(getattr(self, name) for name in self.packed), self._buffers["bias"]):
+        if is_real(*map(self._raw, self.fixed), self._buffers["bias"]):
+            self._settle()
             self.engine()
 
     def forward(self, x: Tensor) -> Tensor:
         if ops.is_plain(x):
             return self.engine()(x)
-        return ops.linear(self.operator, x, self._arguments())
+        if self._unsettled is not None and not torch.compiler.is_compiling():
+            self._settle_own()
+        operator, arguments = self._operands()
+        return ops.linear(operator, x, arguments)
 
     # What is known of it
 
@@ -124,12 +113,14 @@ class QuantizedLinear(torch.nn.Module):
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors held, the bias among them."""
+        away = () if self._packing is None else map(self._raw, filter(self._is_away, self._packing.forms))
+        placeholders = set(map(id, away))
         tensors = (*self._parameters.values(), *self._buffers.values())
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None and id(t) not in placeholders)
 
     @property
     def device(self) -> torch.device:
-        return getattr(self, self.packed[0]).device
+        return (self._raw(self.fixed[0]) if self._packing is None else self._buffers["packed"]).device
 
     def extra_repr(self) -> str:
         bias = self._buffers["bias"] is not None
@@ -138,9 +129,15 @@ class QuantizedLinear(torch.nn.Module):
     # Casts and moves
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
-        fixed = {id(tensor) for name in self.packed if (tensor := getattr(self, name)) is not None}
+        if self._packing is not None:
+            self._packed_move(fn(self._buffers["packed"].new_empty(0)).device)
+        away = () if self._packing is None else (*self._packing.forms, "packed")
+        kept = {id(self._raw(name)) for name in away}
+        fixed = {id(tensor) for name in self.fixed if (tensor := self._raw(name)) is not None}
 
         def spare(tensor: Tensor) -> Tensor:
+            if id(tensor) in kept:
+                return tensor
             if id(tensor) not in fixed:
                 return fn(tensor)
             # An empty tensor tells what fn does to the dtype without casting the whole weight to throw it away.
@@ -151,14 +148,14 @@ class QuantizedLinear(torch.nn.Module):
             return super()._apply(spare, recurse)
         finally:
             self._forget()
+            self._try_to_settle()
 
     def __getstate__(self) -> dict:
-        state = dict(self.__dict__)
-        del state["_made"]
+        state = self._unpacked_state()
         # pickle cannot write a float8 tensor in every torch: its bytes go instead.
-        eight_bit = {name: tensor for name, tensor in self._buffers.items() if _is_float8(tensor)}
+        eight_bit = {name: tensor for name, tensor in state["_buffers"].items() if _is_float8(tensor)}
         if eight_bit:
-            state["_buffers"] = self._buffers | {
+            state["_buffers"] = state["_buffers"] | {
                 name: (tensor.view(torch.uint8), tensor.dtype) for name, tensor in eight_bit.items()
             }
         return state
@@ -168,22 +165,17 @@ class QuantizedLinear(torch.nn.Module):
         for name, value in buffers.items():
             if isinstance(value, tuple):
                 buffers[name] = value[0].view(value[1])
+        self._start()
         super().__setstate__(state)
-        self._forget()
+        self._try_to_settle()
 
     # Loading
 
-    def _place(self, name: str, tensor: Tensor | None) -> None:
-        if name in self._parameters and tensor is not None:
-            self._parameters[name] = Parameter(tensor, requires_grad=False)
-        else:
-            self._buffers[name] = tensor
-
     def _adopt(self, state_dict: dict, prefix: str, assign: bool) -> None:
         """Makes room for the file's tensors where it has others than the module: nn.Module would cast them."""
-        if f"{prefix}{self.packed[0]}" not in state_dict:
+        if f"{prefix}{self.fixed[0]}" not in state_dict:
             return
-        for name in (*self.packed, "bias"):
+        for name in (*self.fixed, "bias"):
             here = getattr(self, name)
             there = state_dict.get(f"{prefix}{name}")
             if there is None:
@@ -204,8 +196,10 @@ class QuantizedLinear(torch.nn.Module):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
+        self._unpack()
         self._adopt(state_dict, prefix, bool(local_metadata.get("assign_to_params_buffers", False)))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self._forget()
+        self._try_to_settle()

@@ -57,7 +57,8 @@ class AWQLinear(QuantizedLinear):
     """
 
     operator = "awq"
-    packed = ("qweight", "qzeros", "scales")
+    fixed = ("qweight", "qzeros", "scales")
+    packs = fixed
     flexible = frozenset({"qzeros"})
 
     def __init__(
@@ -139,11 +140,11 @@ class AWQLinear(QuantizedLinear):
         )
 
     def _arguments(self) -> tuple:
-        buffers = self._buffers
-        return (buffers["qweight"], buffers["qzeros"], buffers["scales"], buffers["bias"], self.group_size)
+        tensors = self._tensors()
+        return (tensors["qweight"], tensors["qzeros"], tensors["scales"], tensors["bias"], self.group_size)
 
     def _adopt(self, state_dict: dict, prefix: str, assign: bool) -> None:
-        names = {name: f"{prefix}{name}" for name in self.packed}
+        names = {name: f"{prefix}{name}" for name in self.fixed}
         qweight, scales = state_dict.get(names["qweight"]), state_dict.get(names["scales"])
         if qweight is not None and scales is not None and qweight.shape != self.qweight.shape:
             try:
@@ -155,7 +156,7 @@ class AWQLinear(QuantizedLinear):
         super()._adopt(state_dict, prefix, assign)
 
     def _scale_dtype(self) -> torch.dtype:
-        return self.scales.dtype
+        return self._buffers["scales"].dtype
 
     @property
     def weight(self) -> Tensor:

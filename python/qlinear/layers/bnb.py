@@ -114,7 +114,7 @@ class Linear8bitLt(QuantizedLinear):
     """
 
     operator = "int8"
-    packed = ("weight", "SCB", "weight_format")
+    fixed = ("weight", "SCB", "weight_format")
     # Files from before bitsandbytes wrote it have no weight_format; it is 0, row-major, in all the others.
     optional = frozenset({"weight_format"})
 
@@ -264,7 +264,8 @@ class Linear4bit(QuantizedLinear):
     """
 
     operator = "fourbit"
-    packed = ("weight", "absmax", "quant_map", "nested_absmax", "nested_quant_map", "packed_state")
+    fixed = ("weight", "absmax", "quant_map", "nested_absmax", "nested_quant_map", "packed_state")
+    packs = fixed[:-1]
 
     def __init__(
         self,
@@ -372,14 +373,14 @@ class Linear4bit(QuantizedLinear):
         return cls.from_tensors(tensors, made, compute_dtype=compute_dtype)
 
     def _arguments(self) -> tuple:
-        buffers = self._buffers
+        tensors = self._tensors()
         return (
-            self._parameters["weight"],
-            buffers["absmax"],
-            buffers["quant_map"],
-            buffers["bias"],
-            buffers["nested_absmax"],
-            buffers["nested_quant_map"],
+            tensors["weight"],
+            tensors["absmax"],
+            tensors["quant_map"],
+            tensors["bias"],
+            tensors["nested_absmax"],
+            tensors["nested_quant_map"],
             self.out_features,
             self.in_features,
             self.blocksize,
@@ -417,12 +418,15 @@ class Linear4bit(QuantizedLinear):
 
     @property
     def quant_storage(self) -> torch.dtype:
-        return self.weight.dtype
+        return self._parameters["weight"].dtype
 
     # The names with a dot cannot be those of buffers, so the state dict is written and read here.
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+    def _state_key(self, name):
+        return next((key for key, buffer in _STATE_KEYS.items() if buffer == name), name)
+
+    def _write_state(self, destination, prefix, keep_vars):
+        super()._write_state(destination, prefix, keep_vars)
         for key, name in (*_STATE_KEYS.items(), (f"{_PREFIX}{self.quant_type}", "packed_state")):
             tensor = self._buffers[name]
             if tensor is not None:
@@ -431,6 +435,7 @@ class Linear4bit(QuantizedLinear):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
+        self._unpack()
         own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
         found = {key[len(prefix) :]: own.pop(key) for key in list(own) if key[len(prefix) :].startswith("weight.")}
         markers = [key for key in found if key.startswith(_PREFIX)]

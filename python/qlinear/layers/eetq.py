@@ -18,7 +18,8 @@ class EETQLinear(QuantizedLinear):
     """
 
     operator = "eetq"
-    packed = ("weight", "weight_scales")
+    fixed = ("weight", "weight_scales")
+    packs = fixed
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         check_weight(weight)
@@ -54,11 +55,11 @@ class EETQLinear(QuantizedLinear):
         )
 
     def _arguments(self) -> tuple:
-        buffers = self._buffers
-        return (buffers["weight"], buffers["weight_scales"], buffers["bias"])
+        tensors = self._tensors()
+        return (tensors["weight"], tensors["weight_scales"], tensors["bias"])
 
     def _scale_dtype(self) -> torch.dtype:
-        return self.weight_scales.dtype
+        return self._buffers["weight_scales"].dtype
 
     @property
     def scale(self) -> Tensor:
@@ -66,8 +67,8 @@ class EETQLinear(QuantizedLinear):
 
     @property
     def in_features(self) -> int:
-        return self.weight.shape[0]
+        return self._buffers["weight"].shape[0]
 
     @property
     def out_features(self) -> int:
-        return self.weight.shape[1]
+        return self._buffers["weight"].shape[1]

@@ -48,7 +48,7 @@ class Fp8Linear(QuantizedLinear):
     """
 
     operator = "fp8"
-    packed = ("weight", "weight_scale", "input_scale")
+    fixed = ("weight", "weight_scale", "input_scale")
     optional = frozenset({"input_scale"})
     flexible = frozenset({"weight_scale", "input_scale"})
 

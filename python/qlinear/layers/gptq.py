@@ -50,7 +50,8 @@ class QuantLinear(QuantizedLinear):
     """
 
     operator = "gptq"
-    packed = ("qweight", "qzeros", "scales", "g_idx")
+    fixed = ("qweight", "qzeros", "scales", "g_idx")
+    packs = ("qweight", "qzeros", "scales")
     optional = frozenset({"g_idx"})
 
     def __init__(
@@ -200,13 +201,13 @@ class QuantLinear(QuantizedLinear):
         self._check()
 
     def _arguments(self) -> tuple:
-        buffers = self._buffers
+        tensors = self._tensors()
         return (
-            buffers["qweight"],
-            buffers["qzeros"],
-            buffers["scales"],
-            buffers["g_idx"],
-            buffers["bias"],
+            tensors["qweight"],
+            tensors["qzeros"],
+            tensors["scales"],
+            tensors["g_idx"],
+            tensors["bias"],
             self.bits,
             self.groupsize,
             self.zero_format,
@@ -215,7 +216,7 @@ class QuantLinear(QuantizedLinear):
         )
 
     def _scale_dtype(self) -> torch.dtype:
-        return self.scales.dtype
+        return self._buffers["scales"].dtype
 
     @property
     def in_features(self) -> int:

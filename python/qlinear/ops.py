@@ -143,12 +143,12 @@ FORMATS = {
         _make_fourbit,
         lambda *arguments: (arguments[7], arguments[6]),
     ),
-    "fp8": Format(
     "packed": Format(
         "Tensor packed, Tensor? bias, int[] spec",
         lambda packed, bias, spec: _qlinear.PackedLinear(packed, spec, bias),
         lambda packed, bias, spec: (spec[4], spec[3]),
     ),
+    "fp8": Format(
         "Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? input_scale, Tensor? input_scale_ub, "
         "str activation, int block_n, int block_k",
         _make_fp8,

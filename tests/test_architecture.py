@@ -13,7 +13,7 @@ MODULES = sorted((ROOT / "python" / "qlinear").rglob("*.py"))
 
 # The parts of src/, and which parts each may include. Tensors, the module and the layers are the ones that know Python.
 MAY_INCLUDE = {
-    "formats": {"formats"},
+    "formats": {"formats", "kernels"},
     "cpu": {"cpu", "formats"},
     "cuda": {"cuda", "formats", "kernels"},
     "tensor": {"tensor", "formats", "cuda"},

@@ -64,6 +64,10 @@ def _mark(met: bool) -> str:
     return "✓" if met else "✗"
 
 
+def _asked(entry: dict) -> str:
+    return f"{entry['bound']:.2f} {_mark(entry['met'])}" if "bound" in entry else ""
+
+
 def tables(content: dict) -> list[report.Table]:
     """Of a run's results, as its JSON has them."""
     verdicts = content["verdicts"]
@@ -75,7 +79,7 @@ def tables(content: dict) -> list[report.Table]:
         for row in content["chains"]:
             bar = asked.get((row["k"], row["n"], row["format"]))
             times = [f"{row[key]:.1f}" for key in ("floor_us", "alone_us", "us")]
-            judged = f"{bar['bound']:.2f} {_mark(bar['met'])}" if bar else ""
+            judged = _asked(bar or {})
             size = f"{row['bytes'] / 1e6:.1f}"
             cells.append([row["format"], f"{row['k']}x{row['n']}", size, *times, f"{row['x_floor']:.2f}", judged])
         made.append(report.Table("Layers in a chain, M=1, each may start as the one before ends", header, cells, 2))
@@ -84,7 +88,7 @@ def tables(content: dict) -> list[report.Table]:
         cells = [
             [
                 *(p["what"], p["format"], f"{p['k']}x{p['n']}", str(p["m"])),
-                *(f"{p['plain_us']:.1f}", f"{p['us']:.1f}", f"{p['ratio']:.3f}", f"{p['bound']:.2f} {_mark(p['met'])}"),
+                *(f"{p['plain_us']:.1f}", f"{p['us']:.1f}", f"{p['ratio']:.3f}", _asked(p)),
             ]
             for p in content["pairs"]
         ]
@@ -92,20 +96,10 @@ def tables(content: dict) -> list[report.Table]:
     if content["host"]:
         header = ["format", "F.linear us", "us", "ratio", "asked"]
         cells = [
-            [
-                h["format"],
-                f"{h['linear_us']:.2f}",
-                f"{h['us']:.2f}",
-                f"{h['ratio']:.2f}",
-                f"{h['bound']:.2f} {_mark(h['met'])}",
-            ]
+            [h["format"], *(f"{h[key]:.2f}" for key in ("linear_us", "us", "ratio")), _asked(h)]
             for h in content["host"]
         ]
-        made.append(
-            report.Table(
-                f"Host time of a call, {content['host'][0]['k']}x{content['host'][0]['n']}, M=1", header, cells
-            )
-        )
+        made.append(report.Table("Host time of a call at M=1", header, cells))
     if verdicts:
         made.append(_missed_table(verdicts))
     return made

@@ -69,8 +69,17 @@ typedef struct ql_activation_params {
     float threshold, input_scale, upper_bound, least_scale;
 } ql_activation_params;
 
-/* The outputs of a block of the mma.sync product, its threads, and how many stages of x it holds. */
-enum { QL_MMA_ROWS = 128, QL_MMA_THREADS = 256, QL_MMA_STAGES = 4 };
+/* The outputs of a block of the mma.sync product and its threads. */
+enum { QL_MMA_ROWS = 128, QL_MMA_THREADS = 256, QL_MMA_BUDGET = 80 * 1024, QL_MMA_TABLE_BYTES = 64 };
+
+/* The columns of a stage: a tile, or two where tiles are short. Its bytes: x, then codes. How many stages a block holds: as
+ * many as fit what GPUs of compute capability 8.6 let it have, but no more than help. */
+#define QL_MMA_STAGE_K(code) (QL_TILE_K(code) < 64 ? 64 : QL_TILE_K(code))
+#define QL_MMA_STAGE_BYTES(code, tokens)                                                                               \
+    ((tokens) * QL_MMA_STAGE_K(code) * 2 +                                                                             \
+     QL_MMA_ROWS / 16 * (QL_MMA_STAGE_K(code) / QL_TILE_K(code)) * QL_TILE_BYTES(code))
+#define QL_MMA_STAGES(code, tokens)                                                                                    \
+    (QL_MMA_BUDGET / QL_MMA_STAGE_BYTES(code, tokens) > 8 ? 8 : QL_MMA_BUDGET / QL_MMA_STAGE_BYTES(code, tokens))
 
 /* A product whose K is split over blocks: tiles are numbered along n first, and split s of tile t is block t * splits + s.
  * x: 16-byte aligned rows of which each starts at a multiple of 8 elements. */

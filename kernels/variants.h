@@ -10,6 +10,30 @@
     X(ql_linear_many, linear, false, 16)                                                                               \
     X(ql_linear_grad, linear, true, 16)
 
+/* X(name, source, code, type of x, wide, tokens a block): products with a packed weight on mma.sync. wide: fp16 x with
+ * scales that are not fp16. Stages of 2 and 3 bit are twice as deep and leave no registers for 128 tokens. */
+#define QL_MMA_INTEGERS(X, code, name, tokens)                                                                         \
+    X(ql_mma_##name##_f16_##tokens, mma, code, QL_VALUE_F16, false, tokens)                                            \
+    X(ql_mma_##name##_f16_wide_##tokens, mma, code, QL_VALUE_F16, true, tokens)                                        \
+    X(ql_mma_##name##_bf16_##tokens, mma, code, QL_VALUE_BF16, false, tokens)
+#define QL_MMA_TABLE(X, tokens)                                                                                        \
+    X(ql_mma_table4_f16_##tokens, mma, QL_CODE_TABLE4, QL_VALUE_F16, false, tokens)                                    \
+    X(ql_mma_table4_bf16_##tokens, mma, QL_CODE_TABLE4, QL_VALUE_BF16, false, tokens)
+#define QL_MMA_VARIANTS(X)                                                                                             \
+    QL_MMA_INTEGERS(X, QL_CODE_INT2, int2, 16)                                                                         \
+    QL_MMA_INTEGERS(X, QL_CODE_INT2, int2, 64)                                                                         \
+    QL_MMA_INTEGERS(X, QL_CODE_INT3, int3, 16)                                                                         \
+    QL_MMA_INTEGERS(X, QL_CODE_INT3, int3, 64)                                                                         \
+    QL_MMA_INTEGERS(X, QL_CODE_INT4, int4, 16)                                                                         \
+    QL_MMA_INTEGERS(X, QL_CODE_INT4, int4, 64)                                                                         \
+    QL_MMA_INTEGERS(X, QL_CODE_INT4, int4, 128)                                                                        \
+    QL_MMA_INTEGERS(X, QL_CODE_INT8, int8, 16)                                                                         \
+    QL_MMA_INTEGERS(X, QL_CODE_INT8, int8, 64)                                                                         \
+    QL_MMA_INTEGERS(X, QL_CODE_INT8, int8, 128)                                                                        \
+    QL_MMA_TABLE(X, 16)                                                                                                \
+    QL_MMA_TABLE(X, 64)                                                                                                \
+    QL_MMA_TABLE(X, 128)
+
 /* X(name, source): the kernels that have one form. */
 #define QL_SINGLE_KERNELS(X)                                                                                           \
     X(ql_dequantize, linear)                                                                                           \
@@ -54,6 +78,7 @@
 /* X(name, source, ...): all of them, in the order of the host's table. */
 #define QL_KERNELS(X)                                                                                                  \
     QL_LINEAR_VARIANTS(X)                                                                                              \
+    QL_MMA_VARIANTS(X)                                                                                                 \
     QL_SINGLE_KERNELS(X)
 
 #endif

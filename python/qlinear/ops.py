@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from . import _qlinear, host
+from . import _qlinear, choices, host
 
 DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -77,6 +77,12 @@ def _make_fourbit(
         nested_offset=nested_offset,
         nested_blocksize=nested_blocksize,
     )
+
+
+def _make_packed(packed, bias, spec):
+    if packed.is_cuda:
+        choices.load(packed.device.index)
+    return _qlinear.PackedLinear(packed, spec, bias)
 
 
 def exportable(tensor: Tensor) -> Tensor:
@@ -145,7 +151,7 @@ FORMATS = {
     ),
     "packed": Format(
         "Tensor packed, Tensor? bias, int[] spec",
-        lambda packed, bias, spec: _qlinear.PackedLinear(packed, spec, bias),
+        _make_packed,
         lambda packed, bias, spec: (spec[4], spec[3]),
     ),
     "fp8": Format(

@@ -107,6 +107,17 @@ typedef struct ql_pack_params {
     int32_t format, code, scale_size, zero_offset; /* format: of the checkpoint; scale_size: in bytes */
 } ql_pack_params;
 
+enum { QL_ARRANGE_THREADS = 256, QL_ARRANGE_ALIGNMENT = 256 };
+
+/* x of 16 bit in the columns' order of a packed weight: out[m][j] = x[m][order[j]], or x[m][j] without an order; zeros from
+ * k up to out_stride, a multiple of 8. ql_arrange_ordered takes k * 2 bytes of shared memory, rounded up to 16. */
+typedef struct ql_arrange_params {
+    void *out; /* [m, out_stride], 16-byte aligned */
+    const void *x;
+    const int32_t *order; /* [k] in [0, k), or NULL */
+    int64_t m, k, x_stride, out_stride;
+} ql_arrange_params;
+
 enum { QL_COPY_DIMS = 16 };
 
 /* A strided tensor of `count` elements, to be laid out without gaps; fp64 becomes fp32. */

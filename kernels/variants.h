@@ -42,6 +42,8 @@
     X(ql_row_absmax, activation)                                                                                       \
     X(ql_fp8_activation, activation)                                                                                   \
     X(ql_copy, activation)                                                                                             \
+    X(ql_arrange, arrange)                                                                                             \
+    X(ql_arrange_ordered, arrange)                                                                                     \
     X(ql_pack_codes, pack)                                                                                             \
     X(ql_pack_entries, pack)                                                                                           \
     X(ql_pack_order, pack)                                                                                             \

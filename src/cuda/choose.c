@@ -35,14 +35,37 @@ static bool has_candidate(const ql_cuda_product_engine *engine, const ql_cuda_de
     return false;
 }
 
+/* What a row of arranged x takes: whole pieces of 16 bytes. */
+static int64_t arranged_stride(int64_t k) { return (k + 7) / 8 * 8; }
+
+/* The product once x is arranged at `x`. */
+static ql_packed_params arranged(const ql_packed_params *params, const void *x) {
+    ql_packed_params result = *params;
+    result.x = x;
+    result.x_stride = arranged_stride(params->k);
+    result.order = NULL;
+    return result;
+}
+
 /* A plan with an engine, or with none where it does not take the product. */
 static ql_cuda_plan plan_with(const ql_cuda_product_engine *engine, const ql_cuda_device *device,
                               const ql_packed_params *params, ql_cuda_choice choice) {
     ql_cuda_plan plan = {0};
-    if (!engine->takes(device, params, choice)) return plan;
-    plan.scratch_bytes = engine->scratch(device, params, choice);
+    ql_packed_params taken = *params;
+    if (!engine->takes(device, &taken, choice)) {
+        /* Scratch is aligned to more than any engine asks for, so any such address stands for it. */
+        taken = arranged(params, (const void *)(uintptr_t)QL_ARRANGE_ALIGNMENT);
+        if (!engine->takes(device, &taken, choice)) return plan;
+        if (__builtin_mul_overflow(params->m, taken.x_stride * 2, &plan.arranged_bytes) ||
+            __builtin_add_overflow(plan.arranged_bytes, QL_ARRANGE_ALIGNMENT - 1, &plan.arranged_bytes))
+            return (ql_cuda_plan){0};
+        plan.arranged_bytes -= plan.arranged_bytes % QL_ARRANGE_ALIGNMENT;
+    }
+    const int64_t scratch = engine->scratch(device, &taken, choice);
+    if (scratch < 0 || __builtin_add_overflow(plan.arranged_bytes, scratch, &plan.scratch_bytes))
+        return (ql_cuda_plan){0};
     plan.choice = choice;
-    if (plan.scratch_bytes >= 0) plan.engine = engine;
+    plan.engine = engine;
     return plan;
 }
 
@@ -60,6 +83,36 @@ ql_cuda_plan ql_cuda_choose(const ql_cuda_device *device, const ql_packed_params
         if (problem.m <= engines[i]->most_rows && engines[i]->candidates(&choice, 1, device, &problem) > 0)
             plan = plan_with(engines[i], device, params, choice);
     return plan;
+}
+
+static int launch_arrange(const ql_cuda_guard *guard, void *stream, void *out, const ql_packed_params *params,
+                          char message[QL_CUDA_MESSAGE]) {
+    const ql_arrange_params p = {.out = out,
+                                 .x = params->x,
+                                 .order = params->order,
+                                 .m = params->m,
+                                 .k = params->k,
+                                 .x_stride = params->x_stride,
+                                 .out_stride = arranged_stride(params->k)};
+    ql_cuda_grid grid = {.y = 1, .threads = QL_ARRANGE_THREADS, .overlaps = true};
+    const int64_t row_bytes = (p.k * 2 + 15) / 16 * 16, pieces = p.m * (p.out_stride / 8);
+    const bool fits = row_bytes <= guard->properties->shared_bytes;
+    if (p.order && fits) {
+        grid.shared_bytes = (int)row_bytes;
+        grid.x = p.m < 4096 ? p.m : 4096;
+        return ql_cuda_launch(guard, QL_KERNEL_ql_arrange_ordered, stream, &grid, &p, message);
+    }
+    grid.x = (pieces + QL_ARRANGE_THREADS - 1) / QL_ARRANGE_THREADS;
+    grid.x = grid.x < 65536 ? grid.x : 65536;
+    return ql_cuda_launch(guard, QL_KERNEL_ql_arrange, stream, &grid, &p, message);
+}
+
+int ql_cuda_run(const ql_cuda_guard *guard, void *stream, const ql_cuda_plan *plan, const ql_packed_params *params,
+                void *scratch, char message[QL_CUDA_MESSAGE]) {
+    if (!plan->arranged_bytes) return plan->engine->launch(guard, stream, params, plan->choice, scratch, message);
+    if (launch_arrange(guard, stream, scratch, params, message) < 0) return -1;
+    const ql_packed_params taken = arranged(params, scratch);
+    return plan->engine->launch(guard, stream, &taken, plan->choice, (char *)scratch + plan->arranged_bytes, message);
 }
 
 int ql_cuda_candidates(ql_cuda_choice out[QL_CUDA_MOST_CANDIDATES], const ql_cuda_device *device,

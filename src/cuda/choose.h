@@ -31,11 +31,16 @@ typedef struct ql_cuda_product_engine {
 typedef struct ql_cuda_plan {
     const ql_cuda_product_engine *engine; /* NULL: the base kernels */
     ql_cuda_choice choice;
+    int64_t arranged_bytes; /* of scratch, at its start: x laid out anew for an engine that does not take it as it is */
     int64_t scratch_bytes;
 } ql_cuda_plan;
 
 /* The plan for a product on this GPU, of which out, bias and their types are not looked at. */
 ql_cuda_plan ql_cuda_choose(const ql_cuda_device *device, const ql_packed_params *params);
+
+/* Launches a product by its plan, which has an engine. 0, or -1 with a sentence in message. */
+int ql_cuda_run(const ql_cuda_guard *guard, void *stream, const ql_cuda_plan *plan, const ql_packed_params *params,
+                void *scratch, char message[QL_CUDA_MESSAGE]);
 
 enum { QL_CUDA_MOST_CANDIDATES = 64 };
 

@@ -254,7 +254,7 @@ int ql_cuda_linear(const ql_cuda_place *place, const ql_cuda_product *product, c
     int result;
     if (plan->engine) {
         ql_packed_params packed = packed_params_of(&p, &weight->packed);
-        result = plan->engine->launch(&guard, place->stream, &packed, plan->choice, scratch, message);
+        result = ql_cuda_run(&guard, place->stream, plan, &packed, scratch, message);
     } else if (weight->format == QL_FORMAT_INT8) {
         result = launch_int8(&guard, place->stream, &p, weight, scratch, message);
     } else if (quantizes_activations(weight)) {

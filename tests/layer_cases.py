@@ -1,7 +1,7 @@
 """The layer classes as test cases, and independent decoders of their formats: float64 from a state dict's bytes."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch
 
 import qlinear
 from qlinear import functional
+from qlinear.layers import _packing
 
 FP_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -111,6 +112,8 @@ class Case:
     decode: Any
     # How x is seen by the product: itself, or what the format's activation quantizer makes of it.
     see: Any = see_plain
+    # Whether its layers are to be packed, as they are on a GPU.
+    packed: bool = False
 
     def __repr__(self):
         return self.name
@@ -223,7 +226,18 @@ CASES = (
     ),
 )
 
+PACKED_CASES = tuple(
+    replace(case, name=f"{case.name}-packed", packed=True)
+    for case in CASES
+    if case.name.startswith(("eetq", "gptq", "awq", "nf4", "fp4"))
+)
+
 K, N = 128, 48
+
+
+def pack_on_the_cpu(monkeypatch):
+    """Has layers pack themselves here as they do on a GPU: the CPU reads them too, slowly."""
+    monkeypatch.setattr(_packing, "wanted", lambda device: device.type == "cpu")
 
 
 def make(case, bias=True, dtype=torch.float32, K=K, N=N, seed=0):

@@ -87,9 +87,12 @@ class QuantizedLinear(PackingModule):
     def forward(self, x: Tensor) -> Tensor:
         if ops.is_plain(x):
             return self.engine()(x)
-        if self._unsettled is not None and not torch.compiler.is_compiling():
-            self._settle_own()
-        operator, arguments = self._operands()
+        if torch.compiler.is_compiling():
+            operator, arguments = self._operands()
+        else:
+            with lock:
+                self._settle_own()
+                operator, arguments = self._operands()
         return ops.linear(operator, x, arguments)
 
     # What is known of it

@@ -14,7 +14,8 @@ from torch.nn import Parameter
 
 from .. import _qlinear, ops
 
-# Layers change from one form to the other under it; calls do not take it.
+# Held while a layer changes from one form to the other, and by those who read what belongs together. A call takes it
+# only where its C layer has to be made.
 lock = threading.RLock()
 
 
@@ -62,6 +63,8 @@ class PackingModule(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._start()
+        if self.packs:
+            self.register_buffer("packed", None, persistent=False)
 
     def _start(self) -> None:
         # _unsettled: who the tensors are that are still to be packed. If the module holds others by then, as inside
@@ -150,7 +153,6 @@ class PackingModule(torch.nn.Module):
     def _put_away(self, packed: Tensor, spec: tuple[int, ...]) -> None:
         forms = {name: (t.dtype, t.shape) for name in self.packs if (t := self._raw(name)) is not None}
         self._buffers["packed"] = packed
-        self._non_persistent_buffers_set.add("packed")
         self.__dict__["_packing"] = Packing(spec, forms)
         for name, (dtype, shape) in forms.items():
             self._place(name, torch.empty(shape, dtype=dtype, device="meta"))
@@ -158,8 +160,7 @@ class PackingModule(torch.nn.Module):
 
     def _drop_packed(self) -> None:
         """Leaves the layer with what stands in `_buffers` and `_parameters` now."""
-        del self._buffers["packed"]
-        self._non_persistent_buffers_set.discard("packed")
+        self._buffers["packed"] = None
         self.__dict__["_packing"] = None
         self._forget()
 
@@ -181,9 +182,10 @@ class PackingModule(torch.nn.Module):
             # Whoever lists the buffers and then asks for each of them (torch.export does) asks for both forms.
             self._settle_own()
         value = super().__getattr__(name)
-        if name in self.packs and self.__dict__.get("_packing") is not None and self._is_away(name):
-            self._unpack()
-            return super().__getattr__(name)
+        if name in self.packs and isinstance(value, Tensor) and value.device.type == "meta":
+            with lock:
+                self._unpack()
+                return super().__getattr__(name)
         return value
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -212,18 +214,16 @@ class PackingModule(torch.nn.Module):
 
     def _unpacked_state(self) -> dict:
         """__dict__ as an unpacked layer has it, to be copied or pickled."""
-        state = dict(self.__dict__)
-        if self._packing is not None:
-            tensors = self._unpacked()
-            parameters, buffers = dict(self._parameters), dict(self._buffers)
-            del buffers["packed"]
-            for name, tensor in tensors.items():
-                if name in parameters:
-                    parameters[name] = Parameter(tensor, requires_grad=False)
-                else:
-                    buffers[name] = tensor
-            state["_parameters"], state["_buffers"] = parameters, buffers
-            state["_non_persistent_buffers_set"] = self._non_persistent_buffers_set - {"packed"}
+        with lock:
+            state = dict(self.__dict__)
+            if self._packing is not None:
+                parameters, buffers = dict(self._parameters), {**self._buffers, "packed": None}
+                for name, tensor in self._unpacked().items():
+                    if name in parameters:
+                        parameters[name] = Parameter(tensor, requires_grad=False)
+                    else:
+                        buffers[name] = tensor
+                state["_parameters"], state["_buffers"] = parameters, buffers
         for name in ("_made", "_packing", "_unsettled"):
             del state[name]
         return state
@@ -237,12 +237,12 @@ class PackingModule(torch.nn.Module):
         torch.nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        self._write_state(destination, prefix, keep_vars)
-        if self._packing is None:
-            return
-        for name, tensor in self._unpacked().items():
-            if not self._is_away(name):
-                continue
-            if keep_vars and name in self._parameters:
-                tensor = Parameter(tensor, requires_grad=False)
-            destination[f"{prefix}{self._state_key(name)}"] = tensor
+        with lock:
+            self._write_state(destination, prefix, keep_vars)
+            if self._packing is None:
+                return
+            for name, tensor in self._unpacked().items():
+                if not self._is_away(name):
+                    continue
+                kept = Parameter(tensor, requires_grad=False) if keep_vars and name in self._parameters else tensor
+                destination[f"{prefix}{self._state_key(name)}"] = kept

@@ -118,7 +118,8 @@ int ql_cuda_run(const ql_cuda_guard *guard, void *stream, const ql_cuda_plan *pl
 int ql_cuda_candidates(ql_cuda_choice out[QL_CUDA_MOST_CANDIDATES], const ql_cuda_device *device,
                        const ql_cuda_problem *problem) {
     int count = 0;
-    if (problem->x_type == QL_VALUE_F32) return 0;
+    pthread_once(&wish_read, read_wish);
+    if (base_wanted || problem->x_type == QL_VALUE_F32) return 0;
     for (int meant = 1; meant >= 0; meant--)
         for (int i = 0; engines[i]; i++)
             if ((problem->m <= engines[i]->most_rows) == meant)

@@ -85,27 +85,35 @@ def _cold_ring(layers: list[QuantizedLinear]) -> list[QuantizedLinear]:
     return [*layers[:wanted], *(copy.deepcopy(layers[0]) for _ in range(wanted - len(layers)))]
 
 
-def _try(device: int, problem: Problem, ring: list[QuantizedLinear], x: Tensor) -> Tried | None:
-    """None where there is nothing to choose. The best candidate is in force afterwards, or on an error none."""
-    m = x.shape[0]
-    candidates = _qlinear.candidates(device, *problem, m)
-    if len(candidates) < 2:
-        return None
+def measure(
+    device: int, problem: Problem, ring: list[QuantizedLinear], x: Tensor, rounds: int = ROUNDS
+) -> list[tuple[Choice, float]]:
+    """Microseconds of a call with each candidate, the table's choice first. No choice is in force afterwards."""
     calls = [lambda layer=layer: layer(x) for layer in ring]
+    m = x.shape[0]
+    candidates = [Choice(problem, m, *candidate) for candidate in _qlinear.candidates(device, *problem, m)]
     try:
         replays = []
         for candidate in candidates:
-            choices.apply(device, Choice(problem, m, *candidate))
+            choices.apply(device, candidate)
             replays.append(timing.Replay(calls, keep=x))
     finally:
         _qlinear.set_choice(device, *problem, m, None, 0)
-    times = [timing.median(us) for us in timing.alternate(replays, ROUNDS)]
-    best = min(range(len(times)), key=times.__getitem__)
-    if times[best] > times[0] * (1 - GAIN):
-        best = 0
-    choice = Choice(problem, m, *candidates[best])
+    times = timing.alternate(replays, rounds)
+    return [(candidate, timing.median(us)) for candidate, us in zip(candidates, times, strict=True)]
+
+
+def _try(device: int, problem: Problem, ring: list[QuantizedLinear], x: Tensor) -> Tried | None:
+    """None where there is nothing to choose. The best candidate is in force afterwards, or on an error none."""
+    if len(_qlinear.candidates(device, *problem, x.shape[0])) < 2:
+        return None
+    measured = measure(device, problem, ring, x)
+    default, default_us = measured[0]
+    choice, us = min(measured, key=lambda one: one[1])
+    if us > default_us * (1 - GAIN):
+        choice, us = measured[0]
     choices.apply(device, choice)
-    return Tried(choice, tuple(candidates[0]), times[0], times[best], len(candidates))
+    return Tried(choice, (default.kernel, default.parameter), default_us, us, len(measured))
 
 
 def _buckets(batch_sizes: Iterable[int]) -> list[int]:

@@ -89,6 +89,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) ql_copy(const __grid_const
         }
         if (p.type == QL_VALUE_F32)
             ((uint32_t *)p.out)[i] = ((const uint32_t *)p.from)[offset];
+        else if (p.type == QL_VALUE_F64)
+            ((float *)p.out)[i] = __double2float_rn(((const double *)p.from)[offset]);
         else
             ((uint16_t *)p.out)[i] = ((const uint16_t *)p.from)[offset];
     }

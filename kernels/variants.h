@@ -81,6 +81,7 @@
 #define QL_KERNELS(X)                                                                                                  \
     QL_LINEAR_VARIANTS(X)                                                                                              \
     QL_MMA_VARIANTS(X)                                                                                                 \
-    QL_SINGLE_KERNELS(X)
+    QL_SINGLE_KERNELS(X)                                                                                               \
+    QL_QUANTIZE_KERNELS(X)
 
 #endif

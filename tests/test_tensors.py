@@ -297,7 +297,6 @@ HOSTILE = {
     "another device": ({"device": (8, 0)}, NotImplementedError),
     "no device": ({"device": (0, 0)}, NotImplementedError),
     "negative device": ({"device": (-5, 0)}, NotImplementedError),
-    "CUDA": ({"device": (2, 0)}, NotImplementedError),
 }
 
 
@@ -307,6 +306,14 @@ def test_hostile_descriptions(kind, versioned):
     fields, error = HOSTILE[kind]
     made = HandMade(versioned=versioned, **fields)
     with pytest.raises(error, match=r"^codes\b"):
+        _qlinear.eetq_pack(made)
+    assert made.deleted == 1
+
+
+@pytest.mark.parametrize("versioned", [True, False])
+def test_a_gpu_that_is_not_there(versioned):
+    made = HandMade(versioned=versioned, device=(2, 31))
+    with pytest.raises(RuntimeError, match="^CUDA: "):
         _qlinear.eetq_pack(made)
     assert made.deleted == 1
 

@@ -1,9 +1,9 @@
 """The C extension: six layer types and the quantizers and packers of their formats.
 
 Every tensor argument may be any DLPack tensor (torch, NumPy, JAX, CuPy, ...); results come back in the framework of the
-first tensor argument. N = out_features, K = in_features, G = groups. Errors: TypeError for an argument of a wrong kind
-or dtype, ValueError for a wrong shape, device or value, NotImplementedError for what no engine here can do; each names
-the argument, what came and what is taken.
+first tensor argument and on its device, where the work is done. N = out_features, K = in_features, G = groups. Errors:
+TypeError for an argument of a wrong kind or dtype, ValueError for a wrong shape, device or value, NotImplementedError for
+what no engine here can do; each names the argument, what came and what is taken.
 """
 
 from typing import Any, Literal
@@ -211,6 +211,8 @@ def quantize_blockwise(x: Tensor, code: Tensor, *, blocksize: int) -> tuple[Tens
     """x float of any shape, code fp32 [256] ascending -> (uint8 of x's shape, absmax fp32 [blocks])."""
 
 def dequantize_blockwise(x: Tensor, absmax: Tensor, code: Tensor, *, blocksize: int, dtype: Dtype) -> Tensor: ...
+def absmax_mean(absmax: Tensor) -> Tensor:
+    """The mean of a contiguous float32 tensor, [], summed in fp64 in one order: what double quantization takes off."""
 
 # FP8
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _qlinear, host, ops, search
+from . import _qlinear, ops, search
 
 NESTED_BLOCKSIZE = 256
 
@@ -41,16 +41,18 @@ def quant_weights(
         raise TypeError(f"quant_type must be torch.int8, got {quant_type}")
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         raise ValueError("weight must be a 2-D tensor [in_features, out_features]")
-    codes, scales = host.eetq_codes(weight.detach().t())
-    processed = host.eetq_pack(codes)
-    return [codes, processed, scales] if return_unprocessed else [processed, scales]
+    rows = weight.detach().t()
+    if not return_unprocessed:
+        return list(_qlinear.eetq_quantize(rows))
+    codes, scales = _qlinear.eetq_codes(rows)
+    return [codes, _qlinear.eetq_pack(codes), scales]
 
 
 def preprocess_weights(weight: Tensor, is_int4: bool = False) -> Tensor:
     """Codes int8 [K, N] -> EETQ's interleaved bytes, int8 [K, N]."""
     if is_int4:
         raise NotImplementedError("preprocess_weights: 4-bit weights are not implemented, 8-bit ones are")
-    return host.eetq_pack(weight)
+    return _qlinear.eetq_pack(weight)
 
 
 def w8_a16_gemm(input: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
@@ -215,8 +217,10 @@ def quantize_blockwise(
     nested: bool = False,
 ) -> tuple[Tensor, QuantState]:
     """A float of any shape -> (uint8 of A's shape, its state); code: 256 ascending values, None the dynamic map."""
-    code = create_dynamic_map().to(A.device) if code is None else code
-    codes, stats = host.quantize_blockwise(A.detach(), code, blocksize=blocksize)
+    # The kernel takes the map from the host: one that is there already is not waited for.
+    code = create_dynamic_map() if code is None else code
+    codes, stats = _qlinear.quantize_blockwise(A.detach(), code, blocksize=blocksize)
+    code = code.to(A.device)
     state = QuantState(absmax=_store(absmax, stats, "absmax"), code=code, blocksize=blocksize, dtype=A.dtype)
     if nested:
         state.absmax, state.offset, state.state2 = _nest(stats)
@@ -240,13 +244,13 @@ def dequantize_blockwise(
         quant_state = QuantState(absmax=absmax, code=code, blocksize=blocksize, dtype=torch.float32)
     stats = _flat_absmax(quant_state)
     name = _dtype_name(quant_state.dtype, "quant_state.dtype")
-    result = host.dequantize_blockwise(A, stats, quant_state.code, blocksize=quant_state.blocksize, dtype=name)
+    result = _qlinear.dequantize_blockwise(A, stats, quant_state.code, blocksize=quant_state.blocksize, dtype=name)
     return _store(out, result.reshape(A.shape))
 
 
 def _nest(absmax: Tensor) -> tuple[Tensor, Tensor, QuantState]:
     """Double quantization: (uint8 absmax, their offset, the state of the 8-bit code)."""
-    offset = absmax.mean()
+    offset = _qlinear.absmax_mean(absmax)
     codes, state = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKSIZE)
     return codes, offset, state
 
@@ -277,7 +281,7 @@ def quantize_4bit(
     if search_scales:
         packed, stats = search.quantize_4bit(A, code, blocksize=blocksize)
     else:
-        packed, stats = host.quantize_4bit(A.detach(), quant_type=quant_type, blocksize=blocksize)
+        packed, stats = _qlinear.quantize_4bit(A.detach(), quant_type=quant_type, blocksize=blocksize)
     if quant_storage != torch.uint8:
         if packed.numel() % quant_storage.itemsize:
             raise ValueError(f"{packed.numel()} packed bytes are no whole number of {quant_storage}")
@@ -315,7 +319,7 @@ def dequantize_4bit(
             quant_type=quant_type,
             dtype=out.dtype,
         )
-    flat = host.dequantize_4bit(
+    flat = _qlinear.dequantize_4bit(
         ops.packed_bytes(A),
         _flat_absmax(quant_state),
         quant_state.code,
@@ -344,7 +348,7 @@ def dequantize_fp4(A, quant_state=None, absmax=None, out=None, blocksize=None):
 
 def int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
     """A float [..., C] -> (codes int8 of A's shape, absmax fp32 [rows], outlier columns int64, None at threshold 0)."""
-    codes, stats, outliers = host.int8_quantize(A.detach().reshape(-1, A.shape[-1]), threshold=threshold)
+    codes, stats, outliers = _qlinear.int8_quantize(A.detach().reshape(-1, A.shape[-1]), threshold=threshold)
     return codes.reshape(A.shape), stats, outliers
 
 
@@ -391,4 +395,8 @@ def scaled_mm(
 ) -> Tensor:
     """a e4m3 [M, K] @ b e4m3 [K, N], any strides, scale_a of 1 or M, scale_b of 1 or N -> [M, N] in out_dtype."""
     name = _dtype_name(out_dtype, "out_dtype")
-    return host.fp8_matmul(ops.exportable(a), ops.exportable(b), scale_a, scale_b, bias, dtype=name)
+    if a.device.type == "cpu":
+        return _qlinear.fp8_matmul(ops.exportable(a), ops.exportable(b), scale_a, scale_b, bias, dtype=name)
+    # In fp32 as on the CPU: a by rows of activations, b as the weight of a layer.
+    x = a.view(torch.float8_e4m3fn).float() * scale_a.float().reshape(-1, 1)
+    return ops.engine("fp8", (b.t(), scale_b, bias, None, None, "none", 128, 128))(x).to(out_dtype)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from . import _qlinear, choices, host
+from . import _qlinear, choices
 
 DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -94,15 +94,16 @@ def exportable(tensor: Tensor) -> Tensor:
 
 
 def fp8_quantize(x: Tensor, scale: Tensor | None, *, mode: str, scale_ub: Tensor | None) -> tuple[Tensor, Tensor]:
-    """host.fp8_quantize with codes in float8_e4m3fn under every torch."""
+    """_qlinear.fp8_quantize with codes in float8_e4m3fn under every torch."""
     x = x.detach()
     if _HAS_EXCHANGE_API:
-        return host.fp8_quantize(x, scale, mode=mode, scale_ub=scale_ub)
-    # As NumPy arrays: there a torch refuses to import 8-bit floats, too.
-    given = (None if t is None else t.detach().float().numpy() for t in (x, scale, scale_ub))
+        return _qlinear.fp8_quantize(x, scale, mode=mode, scale_ub=scale_ub)
+    # As NumPy arrays, on the host: there a torch refuses to import 8-bit floats, too.
+    given = (None if t is None else t.detach().float().cpu().numpy() for t in (x, scale, scale_ub))
     array, scale, scale_ub = given
-    codes, scale = host.fp8_quantize(array, scale, mode=mode, scale_ub=scale_ub)
-    return torch.from_numpy(codes.view("uint8")).view(torch.float8_e4m3fn), torch.from_numpy(scale)
+    codes, scale = _qlinear.fp8_quantize(array, scale, mode=mode, scale_ub=scale_ub)
+    tensors = torch.from_numpy(codes.view("uint8")).view(torch.float8_e4m3fn), torch.from_numpy(scale)
+    return tuple(tensor.to(x.device) for tensor in tensors)
 
 
 def _make_fp8(weight, weight_scale, bias, input_scale, input_scale_ub, activation, block_n, block_k):

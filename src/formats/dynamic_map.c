@@ -85,3 +85,25 @@ void ql_blockwise_dequantize(void *out, ql_dtype dtype, const uint8_t *codes, co
         for (int64_t i = begin; i < end; i++) ql_f32_store(out, dtype, i, map[codes[i]] * absmax[block]);
     }
 }
+
+/* The lanes' sum, in halves. */
+static double fold(double *lane) {
+    for (int half = QL_MEAN_LANES / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) lane[i] += lane[i + half];
+    return lane[0];
+}
+
+double ql_chunk_sum(const float *values, int64_t count) {
+    double lane[QL_MEAN_LANES] = {0};
+    for (int64_t i = 0; i < count; i += QL_MEAN_LANES) {
+        int64_t length = count - i < QL_MEAN_LANES ? count - i : QL_MEAN_LANES;
+        for (int64_t j = 0; j < length; j++) lane[j] += (double)values[i + j];
+    }
+    return fold(lane);
+}
+
+float ql_mean_of_sums(const double *sums, int64_t count) {
+    double lane[QL_MEAN_LANES] = {0};
+    for (int64_t i = 0; i < ql_group_count(count, QL_MEAN_CHUNK); i++) lane[i % QL_MEAN_LANES] += sums[i];
+    return (float)(fold(lane) / (double)count);
+}

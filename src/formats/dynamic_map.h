@@ -30,4 +30,12 @@ void ql_blockwise_quantize(uint8_t *codes, float *absmax, const ql_values *x, co
 void ql_blockwise_dequantize(void *out, ql_dtype dtype, const uint8_t *codes, const float *absmax, const float *map,
                              int64_t count, int64_t blocksize, int64_t block_begin, int64_t block_end);
 
+/* The mean that double quantization takes off the absmax: summed in fp64 in one order, whatever computes it, and rounded to
+ * fp32 once. Chunks of QL_MEAN_CHUNK values are summed by QL_MEAN_LANES lanes, value i by lane i % QL_MEAN_LANES; then the
+ * upper half of the lanes is added to the lower until one is left. The chunks' sums are summed in the same way. The sum of
+ * one chunk's values, and the mean of `count` values by the sums of their chunks, NaN of none. */
+enum { QL_MEAN_LANES = 256, QL_MEAN_CHUNK = 65536 };
+double ql_chunk_sum(const float *values, int64_t count);
+float ql_mean_of_sums(const double *sums, int64_t count);
+
 #endif

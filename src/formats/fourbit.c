@@ -44,6 +44,11 @@ static const uint8_t fp4_ascending[8] = {0, 1, 6, 7, 4, 5, 2, 3};
 
 const float *ql_fourbit_code(ql_fourbit_type type) { return type == QL_NF4 ? nf4_code : fp4_code; }
 
+const float *ql_fourbit_thresholds(ql_fourbit_type type, int *count) {
+    *count = type == QL_NF4 ? 15 : 7;
+    return type == QL_NF4 ? nf4_threshold : fp4_threshold;
+}
+
 /* nibbles[i] = the code of x[i] * inverse. The thresholds are the outer loop: then the inner one is a compare and an
  * addition that vectorize, where a search would branch at each value. */
 static void encode_nf4(uint8_t *nibbles, float *x, int64_t count, float inverse) {

@@ -20,6 +20,9 @@ typedef enum ql_fourbit_type { QL_NF4, QL_FP4 } ql_fourbit_type;
  * 8 is 0, as in the code that checkpoints carry. */
 const float *ql_fourbit_code(ql_fourbit_type type);
 
+/* The thresholds between neighbouring values, ascending: NF4's 15, and the 7 of FP4's magnitudes. */
+const float *ql_fourbit_thresholds(ql_fourbit_type type, int *count);
+
 /* Blocks [block_begin, block_end) of `count` values: packed [(count + 1) / 2], absmax [blocks]. */
 void ql_fourbit_quantize(uint8_t *packed, float *absmax, const ql_values *x, int64_t count, int64_t blocksize,
                          ql_fourbit_type type, int64_t block_begin, int64_t block_end);

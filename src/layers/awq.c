@@ -1,7 +1,10 @@
 /* The type AWQLinear and the functions of AWQ's storages. */
 #include "../formats/awq.h"
 #include "../cpu/threads.h"
+#include "../cuda/quantize.h"
+#include "../cuda/recode.h"
 #include "grouped.h"
+#include "quantize.h"
 
 #include <stdio.h>
 
@@ -88,6 +91,7 @@ typedef struct ql_awq_job {
     int64_t group_size, count;
     void *qweight, *qzeros, *scales; /* outputs, as far as the function has them */
     void (*convert)(int32_t *qweight, const ql_matrix *storage, int64_t begin, int64_t end);
+    ql_cuda_storage storage; /* what `convert` reads, for a GPU */
 } ql_awq_job;
 
 static void ql_quantize_body(void *context, int64_t begin, int64_t end) {
@@ -111,6 +115,29 @@ static void ql_awq_run(int64_t count, int64_t grain, void (*body)(void *, int64_
     Py_END_ALLOW_THREADS
 }
 
+/* Parameters in fp32 first, then what they give: codes, zeros and scales as they are stored. */
+static int ql_quantize_on_gpu(ql_awq_job *job, PyObject *object, const ql_tensor *weight) {
+    ql_cuda_place place;
+    ql_output copy = {0}, params = {0};
+    ql_cuda_encoding encoding = {.group_size = job->group_size, .bits = 4, .is_awq = true};
+    char message[QL_CUDA_MESSAGE];
+    int result = -1;
+    int64_t groups = ql_group_count(job->input.cols, job->group_size), count = job->input.rows * groups;
+    if (ql_place_of(&place, object, weight) == 0 &&
+        ql_device_rows(&encoding.rows, &copy, &place, object, weight) == 0 &&
+        ql_device_scratch(&params, object, weight, 2 * count * (int64_t)sizeof(float)) == 0) {
+        float *scales = params.view.data, *zeros = scales + count;
+        encoding.scales = (ql_matrix){scales, QL_F32, job->input.rows, groups, groups, 1};
+        encoding.zeros = (ql_matrix){zeros, QL_F32, job->input.rows, groups, groups, 1};
+        result = ql_cuda_group_params(&place, scales, zeros, &encoding.rows, job->group_size, 4, QL_CUDA_AWQ, message);
+        if (result == 0) result = ql_cuda_encode(&place, job->qweight, job->qzeros, job->scales, &encoding, message);
+        result = ql_cuda_result(result, message);
+    }
+    ql_output_abandon(&copy);
+    ql_output_abandon(&params);
+    return result;
+}
+
 static PyObject *ql_awq_quantize_py(PyObject *module, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames) {
     (void)module;
     static const char *const names[] = {"weight", "group_size"};
@@ -129,15 +156,35 @@ static PyObject *ql_awq_quantize_py(PyObject *module, PyObject *const *args, Py_
     job.group_size = ql_group_columns(job.group_size, job.input.cols);
     int64_t words = ql_awq_words(job.input.rows), groups = ql_group_count(job.input.cols, job.group_size);
     const int64_t shapes[][2] = {{job.input.cols, words}, {groups, words}, {groups, job.input.rows}};
-    if (ql_check_float(&weight, "weight", true) == 0 && ql_outputs_begin(outputs, values[0], 3, dtypes, shapes) == 0) {
+    if (ql_check_float(&weight, "weight", true) == 0 &&
+        ql_outputs_begin(outputs, values[0], &weight, 3, dtypes, shapes) == 0) {
         job.qweight = outputs[0].view.data;
         job.qzeros = outputs[1].view.data;
         job.scales = outputs[2].view.data;
-        ql_awq_run(words, 2, ql_quantize_body, &job);
-        result = ql_outputs_finish(outputs, 3);
+        int failed = 0;
+        if (ql_is_on_gpu(&weight))
+            failed = ql_quantize_on_gpu(&job, values[0], &weight);
+        else
+            ql_awq_run(words, 2, ql_quantize_body, &job);
+        if (failed)
+            ql_outputs_abandon(outputs, 3);
+        else
+            result = ql_outputs_finish(outputs, 3);
     }
     ql_tensor_release(&weight);
     return result;
+}
+
+/* words [k, words of n] by job->convert, or on a GPU from job->storage. */
+static int ql_awq_gather(ql_awq_job *job, PyObject *object, const ql_tensor *tensor, int64_t n, int64_t k) {
+    if (!ql_is_on_gpu(tensor)) {
+        ql_awq_run(k, ql_row_grain(job->input.cols), ql_convert_body, job);
+        return 0;
+    }
+    ql_cuda_place place;
+    char message[QL_CUDA_MESSAGE];
+    if (ql_place_of(&place, object, tensor) < 0) return -1;
+    return ql_cuda_result(ql_cuda_awq_gather(&place, job->qweight, job->storage, &job->input, n, k, message), message);
 }
 
 static PyObject *ql_awq_pack_py(PyObject *module, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames) {
@@ -153,14 +200,27 @@ static PyObject *ql_awq_pack_py(PyObject *module, PyObject *const *args, Py_ssiz
     ql_output output;
     ql_awq_job job = {.input = ql_matrix_of(&codes), .convert = ql_awq_pack};
     const int64_t shape[] = {job.input.rows, ql_awq_words(job.input.cols)};
-    if (ql_check_dtype(&codes, "codes", 1, taken) == 0 && ql_check_codes(&job.input, "codes", QL_AWQ_MAX) == 0 &&
-        ql_output_begin(&output, values[0], QL_I32, 2, shape) == 0) {
+    if (ql_check_dtype(&codes, "codes", 1, taken) == 0 && ql_check_codes(values[0], &codes, "codes", QL_AWQ_MAX) == 0 &&
+        ql_output_begin_beside(&output, values[0], &codes, QL_I32, 2, shape) == 0) {
         job.qweight = output.view.data;
-        ql_awq_run(job.input.rows, ql_row_grain(job.input.cols), ql_convert_body, &job);
-        result = ql_output_finish(&output);
+        if (ql_awq_gather(&job, values[0], &codes, job.input.cols, job.input.rows) == 0)
+            result = ql_output_finish(&output);
+        else
+            ql_output_abandon(&output);
     }
     ql_tensor_release(&codes);
     return result;
+}
+
+static int ql_awq_unpack_codes(ql_awq_job *job, PyObject *object, const ql_tensor *packed) {
+    if (!ql_is_on_gpu(packed)) {
+        ql_awq_run(job->input.rows, ql_row_grain(job->input.cols), ql_unpack_body, job);
+        return 0;
+    }
+    ql_cuda_place place;
+    char message[QL_CUDA_MESSAGE];
+    if (ql_place_of(&place, object, packed) < 0) return -1;
+    return ql_cuda_result(ql_cuda_awq_unpack(&place, job->qweight, job->count, &job->input, message), message);
 }
 
 static PyObject *ql_awq_unpack_py(PyObject *module, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames) {
@@ -181,18 +241,20 @@ static PyObject *ql_awq_unpack_py(PyObject *module, PyObject *const *args, Py_ss
     const int64_t packed_shape[] = {-1, ql_awq_words(job.count)}, shape[] = {job.input.rows, job.count};
     if (ql_check_dtype(&packed, "packed", 1, ql_words_only) == 0 &&
         ql_check_shape(&packed, "packed", 2, packed_shape) == 0 &&
-        ql_output_begin(&output, values[0], QL_U8, 2, shape) == 0) {
+        ql_output_begin_beside(&output, values[0], &packed, QL_U8, 2, shape) == 0) {
         job.qweight = output.view.data;
-        ql_awq_run(job.input.rows, ql_row_grain(job.input.cols), ql_unpack_body, &job);
-        result = ql_output_finish(&output);
+        if (ql_awq_unpack_codes(&job, values[0], &packed) == 0)
+            result = ql_output_finish(&output);
+        else
+            ql_output_abandon(&output);
     }
     ql_tensor_release(&packed);
     return result;
 }
 
-/* Copies elements of one size: out [rows, cols] contiguous from `from`, whose element (row, col) lies at column
- * source(col, rows) of its row; NULL takes the columns as they are. */
-static void ql_copy_params(const ql_output *output, const ql_matrix *from, int64_t (*source)(int64_t, int64_t)) {
+/* Copies elements of one size on the CPU: element (row, col) of out from column source(col, rows) of its row; NULL takes
+ * the columns as they are. */
+static void ql_copy_params_on_cpu(const ql_output *output, const ql_matrix *from, int64_t (*source)(int64_t, int64_t)) {
     int64_t rows = output->view.shape[0], cols = output->view.shape[1];
     for (int64_t row = 0; row < rows; row++) {
         for (int64_t col = 0; col < cols; col++) {
@@ -203,6 +265,35 @@ static void ql_copy_params(const ql_output *output, const ql_matrix *from, int64
                 ((uint32_t *)output->view.data)[row * cols + col] = ((const uint32_t *)from->data)[at];
         }
     }
+}
+
+/* out [rows, cols] contiguous from `from`, by rows or, where it is Marlin's, in the order of its columns. */
+static int ql_copy_params(const ql_output *output, PyObject *like, const ql_matrix *from, bool is_marlin) {
+    if (!ql_is_on_gpu(&output->view)) {
+        ql_copy_params_on_cpu(output, from, is_marlin ? ql_awq_marlin_scale_column : NULL);
+        return 0;
+    }
+    ql_cuda_place place;
+    char message[QL_CUDA_MESSAGE];
+    if (ql_place_of(&place, like, &output->view) < 0) return -1;
+    return ql_cuda_result(ql_cuda_awq_params(&place, output->view.data, output->view.shape[0], output->view.shape[1],
+                                             from, is_marlin, message),
+                          message);
+}
+
+/* Marlin's zeros, 8 everywhere: words [groups, words of n]. */
+static int ql_fill_eights(const ql_output *output, PyObject *like) {
+    int32_t *words = output->view.data;
+    if (!ql_is_on_gpu(&output->view)) {
+        for (int64_t i = 0; i < ql_tensor_numel(&output->view); i++) words[i] = (int32_t)0x88888888u;
+        return 0;
+    }
+    ql_cuda_place place;
+    char message[QL_CUDA_MESSAGE];
+    int64_t n = output->view.shape[1] * QL_AWQ_NIBBLES;
+    if (ql_place_of(&place, like, &output->view) < 0) return -1;
+    return ql_cuda_result(ql_cuda_awq_gather(&place, words, QL_CUDA_EIGHTS, NULL, n, output->view.shape[0], message),
+                          message);
 }
 
 /* ValueError unless the tensor's dimension has at least `least` entries: storages pad their groups. */
@@ -229,14 +320,29 @@ static int ql_awq_expand(int64_t *size, int64_t count, int64_t factor, const cha
 }
 
 /* What a conversion makes: begins qweight [k, words], qzeros and scales [groups, n] and converts the codes. */
-static int ql_awq_convert(ql_output *outputs, ql_awq_job *job, PyObject *like, int64_t n, int64_t k, ql_dtype zeros,
-                          ql_dtype scales) {
+static int ql_awq_convert(ql_output *outputs, ql_awq_job *job, PyObject *like, const ql_tensor *qweight, int64_t n,
+                          int64_t k, ql_dtype zeros, ql_dtype scales) {
     int64_t groups = ql_group_count(k, job->group_size), words = ql_awq_words(n);
     const ql_dtype dtypes[] = {QL_I32, zeros, scales};
     const int64_t shapes[][2] = {{k, words}, {groups, zeros == QL_I32 ? words : n}, {groups, n}};
-    if (ql_outputs_begin(outputs, like, 3, dtypes, shapes) < 0) return -1;
+    if (ql_outputs_begin(outputs, like, qweight, 3, dtypes, shapes) < 0) return -1;
     job->qweight = outputs[0].view.data;
-    ql_awq_run(k, ql_row_grain(job->input.cols), ql_convert_body, job);
+    if (ql_awq_gather(job, like, qweight, n, k) == 0) return 0;
+    ql_outputs_abandon(outputs, 3);
+    return -1;
+}
+
+static PyObject *ql_awq_converted(ql_output *outputs, int failed) {
+    if (!failed) return ql_outputs_finish(outputs, 3);
+    ql_outputs_abandon(outputs, 3);
+    return NULL;
+}
+
+/* GEMV's zeros, codes of the groups: on the CPU in one go, they are few. */
+static int ql_gemv_zeros(const ql_output *output, PyObject *like, const ql_tensor *qzeros, int64_t groups) {
+    ql_awq_job job = {.input = ql_matrix_of(qzeros), .storage = QL_CUDA_GEMV, .qweight = output->view.data};
+    if (ql_is_on_gpu(qzeros)) return ql_awq_gather(&job, like, qzeros, job.input.rows, groups);
+    ql_awq_from_gemv_zeros(output->view.data, &job.input, 0, groups);
     return 0;
 }
 
@@ -248,7 +354,7 @@ static PyObject *ql_from_gemv(const ql_tensor *tensors, int64_t group_size, PyOb
         ql_check_dtype(qzeros, "qzeros", 1, ql_words_only) < 0 || ql_check_float(scales, "scales", false) < 0 ||
         ql_awq_expand(&k, qweight->shape[1], QL_AWQ_NIBBLES, "qweight") < 0)
         return NULL;
-    ql_awq_job job = {.input = ql_matrix_of(qweight), .convert = ql_awq_from_gemv_codes};
+    ql_awq_job job = {.input = ql_matrix_of(qweight), .convert = ql_awq_from_gemv_codes, .storage = QL_CUDA_GEMV};
     job.group_size = ql_group_columns(group_size, k);
     int64_t groups = ql_group_count(k, job.group_size);
     if (ql_check_shape(qzeros, "qzeros", 2, params_shape) < 0 ||
@@ -256,14 +362,12 @@ static PyObject *ql_from_gemv(const ql_tensor *tensors, int64_t group_size, PyOb
         ql_check_shape(scales, "scales", 2, params_shape) < 0 || ql_check_at_least(scales, "scales", 1, groups) < 0)
         return NULL;
     ql_output outputs[3];
-    if (ql_awq_convert(outputs, &job, like, n, k, QL_I32, scales->dtype) < 0) return NULL;
-    ql_matrix zeros = ql_matrix_of(qzeros), rows = ql_matrix_of(scales);
-    ql_awq_from_gemv_zeros(outputs[1].view.data, &zeros, 0, groups);
-    ql_matrix transposed = rows;
-    transposed.row_stride = rows.col_stride;
-    transposed.col_stride = rows.row_stride;
-    ql_copy_params(&outputs[2], &transposed, NULL);
-    return ql_outputs_finish(outputs, 3);
+    if (ql_awq_convert(outputs, &job, like, qweight, n, k, QL_I32, scales->dtype) < 0) return NULL;
+    ql_matrix transposed = ql_matrix_of(scales);
+    transposed.row_stride = scales->stride[1];
+    transposed.col_stride = scales->stride[0];
+    return ql_awq_converted(outputs, ql_gemv_zeros(&outputs[1], like, qzeros, groups) < 0 ||
+                                         ql_copy_params(&outputs[2], like, &transposed, false) < 0);
 }
 
 static PyObject *ql_from_gemv_fast(const ql_tensor *tensors, int64_t group_size, PyObject *like) {
@@ -274,7 +378,8 @@ static PyObject *ql_from_gemv_fast(const ql_tensor *tensors, int64_t group_size,
         ql_check_dtype(qzeros, "qzeros", 1, &scales->dtype) < 0 ||
         ql_awq_expand(&n, qweight->shape[0], 4, "qweight") < 0 || ql_check_multiple("qweight", "columns", k, 64) < 0)
         return NULL;
-    ql_awq_job job = {.input = ql_matrix_of(qweight), .convert = ql_awq_from_gemv_fast_codes};
+    ql_awq_job job = {
+        .input = ql_matrix_of(qweight), .convert = ql_awq_from_gemv_fast_codes, .storage = QL_CUDA_GEMV_FAST};
     job.group_size = ql_group_columns(group_size, k);
     int64_t groups = ql_group_count(k, job.group_size);
     const int64_t params_shape[] = {-1, n};
@@ -282,11 +387,10 @@ static PyObject *ql_from_gemv_fast(const ql_tensor *tensors, int64_t group_size,
         ql_check_shape(scales, "scales", 2, params_shape) < 0 || ql_check_at_least(scales, "scales", 0, groups) < 0)
         return NULL;
     ql_output outputs[3];
-    if (ql_awq_convert(outputs, &job, like, n, k, scales->dtype, scales->dtype) < 0) return NULL;
+    if (ql_awq_convert(outputs, &job, like, qweight, n, k, scales->dtype, scales->dtype) < 0) return NULL;
     ql_matrix zeros = ql_matrix_of(qzeros), rows = ql_matrix_of(scales);
-    ql_copy_params(&outputs[1], &zeros, NULL);
-    ql_copy_params(&outputs[2], &rows, NULL);
-    return ql_outputs_finish(outputs, 3);
+    return ql_awq_converted(outputs, ql_copy_params(&outputs[1], like, &zeros, false) < 0 ||
+                                         ql_copy_params(&outputs[2], like, &rows, false) < 0);
 }
 
 static PyObject *ql_from_marlin(const ql_tensor *tensors, int64_t group_size, PyObject *like) {
@@ -296,17 +400,15 @@ static PyObject *ql_from_marlin(const ql_tensor *tensors, int64_t group_size, Py
         ql_awq_expand(&k, qweight->shape[0], 16, "qweight") < 0 ||
         ql_check_multiple("qweight", "columns", qweight->shape[1], 128) < 0)
         return NULL;
-    ql_awq_job job = {.input = ql_matrix_of(qweight), .convert = ql_awq_from_marlin_codes};
+    ql_awq_job job = {.input = ql_matrix_of(qweight), .convert = ql_awq_from_marlin_codes, .storage = QL_CUDA_MARLIN};
     job.group_size = ql_group_columns(group_size, k);
     const int64_t scales_shape[] = {ql_group_count(k, job.group_size), n};
     if (ql_check_shape(scales, "scales", 2, scales_shape) < 0) return NULL;
     ql_output outputs[3];
-    if (ql_awq_convert(outputs, &job, like, n, k, QL_I32, scales->dtype) < 0) return NULL;
+    if (ql_awq_convert(outputs, &job, like, qweight, n, k, QL_I32, scales->dtype) < 0) return NULL;
     ql_matrix rows = ql_matrix_of(scales);
-    int32_t *zeros = outputs[1].view.data;
-    for (int64_t i = 0; i < ql_tensor_numel(&outputs[1].view); i++) zeros[i] = (int32_t)0x88888888u;
-    ql_copy_params(&outputs[2], &rows, ql_awq_marlin_scale_column);
-    return ql_outputs_finish(outputs, 3);
+    return ql_awq_converted(outputs, ql_fill_eights(&outputs[1], like) < 0 ||
+                                         ql_copy_params(&outputs[2], like, &rows, true) < 0);
 }
 
 /* Parses `tensor_count` tensors and group_size, and hands them to the conversion. */

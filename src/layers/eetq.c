@@ -1,7 +1,10 @@
 /* EETQLinear, and EETQ's quantizer and tile packing as functions. */
 #include "../formats/eetq.h"
 #include "../cpu/threads.h"
+#include "../cuda/quantize.h"
+#include "../cuda/recode.h"
 #include "layer.h"
+#include "quantize.h"
 
 enum { PAIRS_A_RANGE = 16, ROWS_A_RANGE = 2 * PAIRS_A_RANGE };
 
@@ -80,7 +83,7 @@ static void quantize_channels(void *context, int64_t begin, int64_t end) {
 
 static int read_weight(ql_tensor *weight, PyObject *object, bool tiled) {
     static const int64_t any[] = {-1, -1};
-    if (ql_tensor_read_cpu(weight, object, "weight") < 0) return -1;
+    if (ql_tensor_read(weight, object, "weight") < 0) return -1;
     if (ql_check_float(weight, "weight", true) == 0 && ql_check_shape(weight, "weight", 2, any) == 0 &&
         ql_check_aligned(weight, "weight") == 0 &&
         (!tiled || check_tiles("weight", weight->shape[1], weight->shape[0]) == 0))
@@ -94,8 +97,8 @@ static int read_weight(ql_tensor *weight, PyObject *object, bool tiled) {
 static int begin_quantized(ql_output *codes, ql_output *scales, PyObject *like, const ql_tensor *weight) {
     const int64_t shape[] = {weight->shape[1], weight->shape[0]};
     ql_dtype scales_dtype = weight->dtype == QL_F64 ? QL_F32 : weight->dtype;
-    if (ql_output_begin(codes, like, QL_I8, 2, shape) < 0) return -1;
-    if (ql_output_begin(scales, like, scales_dtype, 1, shape + 1) == 0) return 0;
+    if (ql_output_begin_beside(codes, like, weight, QL_I8, 2, shape) < 0) return -1;
+    if (ql_output_begin_beside(scales, like, weight, scales_dtype, 1, shape + 1) == 0) return 0;
     ql_output_abandon(codes);
     return -1;
 }
@@ -110,30 +113,57 @@ static PyObject *finish_quantized(ql_output *codes, ql_output *scales) {
     return both;
 }
 
+static void quantize_on_cpu(quantize_work *work, const ql_tensor *weight, bool tiled) {
+    work->source = (ql_matrix){.data = weight->data,
+                               .dtype = weight->dtype,
+                               .rows = weight->shape[0],
+                               .cols = weight->shape[1],
+                               .row_stride = weight->stride[0],
+                               .col_stride = weight->stride[1]};
+    Py_BEGIN_ALLOW_THREADS
+    if (tiled)
+        ql_cpu_parallel(work->source.rows / 2, PAIRS_A_RANGE, quantize_pairs, work);
+    else
+        ql_cpu_parallel(work->source.rows, ROWS_A_RANGE, quantize_channels, work);
+    Py_END_ALLOW_THREADS
+}
+
+static int quantize_on_gpu(const quantize_work *work, PyObject *object, const ql_tensor *weight, bool tiled) {
+    ql_cuda_place place;
+    ql_matrix rows;
+    ql_output copy = {0}, absmax = {0};
+    char message[QL_CUDA_MESSAGE];
+    int result = -1;
+    if (ql_place_of(&place, object, weight) == 0 && ql_device_rows(&rows, &copy, &place, object, weight) == 0) {
+        if (tiled)
+            result = ql_cuda_result(
+                ql_cuda_eetq_quantize(&place, work->codes, work->scales, work->scales_dtype, &rows, message), message);
+        else if (ql_device_scratch(&absmax, object, weight, rows.rows * (int64_t)sizeof(float)) == 0)
+            result = ql_cuda_result(ql_cuda_eetq_codes(&place, work->codes, work->scales, work->scales_dtype, &rows,
+                                                       absmax.view.data, message),
+                                    message);
+    }
+    ql_output_abandon(&copy);
+    ql_output_abandon(&absmax);
+    return result;
+}
+
 static PyObject *quantize(PyObject *object, bool tiled) {
     ql_tensor weight;
     if (read_weight(&weight, object, tiled) < 0) return NULL;
     ql_output codes, scales;
     PyObject *result = NULL;
     if (begin_quantized(&codes, &scales, object, &weight) == 0) {
-        quantize_work work = {
-            .source = {.data = weight.data,
-                       .dtype = weight.dtype,
-                       .rows = weight.shape[0],
-                       .cols = weight.shape[1],
-                       .row_stride = weight.stride[0],
-                       .col_stride = weight.stride[1]},
-            .codes = codes.view.data,
-            .scales = scales.view.data,
-            .scales_dtype = scales.view.dtype,
-        };
-        Py_BEGIN_ALLOW_THREADS
-        if (tiled)
-            ql_cpu_parallel(work.source.rows / 2, PAIRS_A_RANGE, quantize_pairs, &work);
-        else
-            ql_cpu_parallel(work.source.rows, ROWS_A_RANGE, quantize_channels, &work);
-        Py_END_ALLOW_THREADS
-        result = finish_quantized(&codes, &scales);
+        quantize_work work = {.codes = codes.view.data, .scales = scales.view.data, .scales_dtype = scales.view.dtype};
+        if (!ql_is_on_gpu(&weight)) {
+            quantize_on_cpu(&work, &weight, tiled);
+            result = finish_quantized(&codes, &scales);
+        } else if (quantize_on_gpu(&work, object, &weight, tiled) == 0) {
+            result = finish_quantized(&codes, &scales);
+        } else {
+            ql_output_abandon(&codes);
+            ql_output_abandon(&scales);
+        }
     }
     ql_tensor_release(&weight);
     return result;
@@ -174,21 +204,45 @@ static void unpack_pairs(void *context, int64_t begin, int64_t end) {
     ql_eetq_unpack(work->to, weight->data, weight->shape[0], weight->shape[1], begin, end);
 }
 
-/* int8 [K, N] of any strides -> int8 [K, N] by `pairs`. */
+static int pack_on_gpu(const ql_cuda_place *place, void *to, const ql_tensor *from, char *message) {
+    ql_matrix codes = {from->data, from->dtype, from->shape[0], from->shape[1], from->stride[0], from->stride[1]};
+    return ql_cuda_eetq_pack(place, to, &codes, message);
+}
+
+static int unpack_on_gpu(const ql_cuda_place *place, void *to, const ql_tensor *from, char *message) {
+    return ql_cuda_eetq_unpack(place, to, from->data, from->shape[0], from->shape[1], message);
+}
+
+typedef int (*retile_on_gpu)(const ql_cuda_place *, void *, const ql_tensor *, char *);
+
+static int run_retile(PyObject *object, const ql_tensor *from, void *to, void (*pairs)(void *, int64_t, int64_t),
+                      retile_on_gpu on_gpu) {
+    if (ql_is_on_gpu(from)) {
+        ql_cuda_place place;
+        char message[QL_CUDA_MESSAGE];
+        if (ql_place_of(&place, object, from) < 0) return -1;
+        return ql_cuda_result(on_gpu(&place, to, from, message), message);
+    }
+    retile_work work = {.from = from, .to = to};
+    Py_BEGIN_ALLOW_THREADS
+    ql_cpu_parallel(from->shape[1] / 2, PAIRS_A_RANGE, pairs, &work);
+    Py_END_ALLOW_THREADS
+    return 0;
+}
+
+/* int8 [K, N] of any strides -> int8 [K, N] by `pairs`, or on a GPU by its counterpart. */
 static PyObject *retile(PyObject *object, const ql_tensor *from, const char *name,
-                        void (*pairs)(void *, int64_t, int64_t)) {
+                        void (*pairs)(void *, int64_t, int64_t), retile_on_gpu on_gpu) {
     static const ql_dtype taken[] = {QL_I8};
     static const int64_t any[] = {-1, -1};
     ql_output output;
     if (ql_check_dtype(from, name, 1, taken) < 0 || ql_check_shape(from, name, 2, any) < 0 ||
         check_tiles(name, from->shape[0], from->shape[1]) < 0 ||
-        ql_output_begin(&output, object, QL_I8, 2, from->shape) < 0)
+        ql_output_begin_beside(&output, object, from, QL_I8, 2, from->shape) < 0)
         return NULL;
-    retile_work work = {.from = from, .to = output.view.data};
-    Py_BEGIN_ALLOW_THREADS
-    ql_cpu_parallel(from->shape[1] / 2, PAIRS_A_RANGE, pairs, &work);
-    Py_END_ALLOW_THREADS
-    return ql_output_finish(&output);
+    if (run_retile(object, from, output.view.data, pairs, on_gpu) == 0) return ql_output_finish(&output);
+    ql_output_abandon(&output);
+    return NULL;
 }
 
 static PyObject *eetq_pack(PyObject *module, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames) {
@@ -197,9 +251,9 @@ static PyObject *eetq_pack(PyObject *module, PyObject *const *args, Py_ssize_t n
     PyObject *object;
     ql_tensor codes;
     (void)module;
-    if (ql_args_fast(&object, &signature, args, nargs, kwnames) < 0 || ql_tensor_read_cpu(&codes, object, "codes") < 0)
+    if (ql_args_fast(&object, &signature, args, nargs, kwnames) < 0 || ql_tensor_read(&codes, object, "codes") < 0)
         return NULL;
-    PyObject *result = retile(object, &codes, "codes", pack_pairs);
+    PyObject *result = retile(object, &codes, "codes", pack_pairs, pack_on_gpu);
     ql_tensor_release(&codes);
     return result;
 }
@@ -210,12 +264,12 @@ static PyObject *eetq_unpack(PyObject *module, PyObject *const *args, Py_ssize_t
     PyObject *object;
     ql_tensor weight;
     (void)module;
-    if (ql_args_fast(&object, &signature, args, nargs, kwnames) < 0 ||
-        ql_tensor_read_cpu(&weight, object, "weight") < 0)
+    if (ql_args_fast(&object, &signature, args, nargs, kwnames) < 0 || ql_tensor_read(&weight, object, "weight") < 0)
         return NULL;
     /* Strides mean nothing between tiles, so only the bytes as they lie can be a weight. */
-    PyObject *result =
-        ql_check_contiguous(&weight, "weight") < 0 ? NULL : retile(object, &weight, "weight", unpack_pairs);
+    PyObject *result = ql_check_contiguous(&weight, "weight") < 0
+                           ? NULL
+                           : retile(object, &weight, "weight", unpack_pairs, unpack_on_gpu);
     ql_tensor_release(&weight);
     return result;
 }

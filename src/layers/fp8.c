@@ -3,7 +3,9 @@
 #include "../formats/fp8.h"
 #include "../cpu/engine.h"
 #include "../cpu/threads.h"
+#include "../cuda/quantize.h"
 #include "grouped.h"
+#include "quantize.h"
 #include "scales.h"
 
 #include <math.h>
@@ -238,9 +240,9 @@ typedef struct quantize_task {
     ql_matrix x;
     uint8_t *codes;
     float *scales; /* as they are returned */
-    float *absmax; /* [rows], of MODE_TENSOR */
+    float *absmax; /* [rows], of MODE_TENSOR on the CPU */
     quantize_mode mode;
-    float upper_bound;
+    ql_cuda_number scale, bound; /* of MODE_STATIC, MODE_TOKEN; on the CPU values */
 } quantize_task;
 
 static void run_absmax(void *context, int64_t begin, int64_t end) {
@@ -257,7 +259,7 @@ static void run_quantize_tokens(void *context, int64_t begin, int64_t end) {
     const quantize_task *task = context;
     ql_fp8_absmax_rows(task->scales, &task->x, begin, end);
     for (int64_t row = begin; row < end; row++)
-        task->scales[row] = ql_fp8_token_scale(task->scales[row], task->upper_bound);
+        task->scales[row] = ql_fp8_token_scale(task->scales[row], task->bound.value);
     ql_fp8_quantize_rows(task->codes, &task->x, task->scales, 1, false, begin, end);
 }
 
@@ -284,49 +286,90 @@ static void run_quantize(quantize_task *task) {
 }
 
 /* The shape of the scales; its number of dimensions. */
-static int scales_shape(int64_t *shape, const quantize_task *task) {
-    shape[0] = task->mode == MODE_BLOCK ? ql_group_count(task->x.rows, QL_FP8_GROUP_SIZE) : task->x.rows;
-    shape[1] = task->mode == MODE_TOKEN ? 1 : ql_group_count(task->x.cols, QL_FP8_GROUP_SIZE);
+static int scales_shape(int64_t *shape, const quantize_task *task, const ql_tensor *x) {
+    shape[0] = task->mode == MODE_BLOCK ? ql_group_count(x->shape[0], QL_FP8_GROUP_SIZE) : x->shape[0];
+    shape[1] = task->mode == MODE_TOKEN ? 1 : ql_group_count(x->shape[1], QL_FP8_GROUP_SIZE);
     if (task->mode != MODE_STATIC && task->mode != MODE_TENSOR) return 2;
     shape[0] = 1;
     return 1;
 }
 
-static PyObject *quantize_matrix(PyObject *object, quantize_task *task, float given_scale) {
+static int quantize_on_cpu(quantize_task *task, const ql_tensor *x) {
+    task->x = ql_matrix_of(x);
+    if (task->mode == MODE_STATIC) task->scales[0] = task->scale.value;
+    if (task->mode == MODE_TENSOR && task->x.rows && !(task->absmax = alloc_floats(NULL, task->x.rows, 1))) return -1;
+    Py_BEGIN_ALLOW_THREADS
+    run_quantize(task);
+    Py_END_ALLOW_THREADS
+    free(task->absmax);
+    return 0;
+}
+
+static int launch_quantize(const quantize_task *task, const ql_cuda_place *place, const ql_matrix *rows, float *absmax,
+                           char *message) {
+    switch (task->mode) {
+    case MODE_STATIC: return ql_cuda_fp8_static(place, task->codes, task->scales, rows, &task->scale, message);
+    case MODE_TENSOR: return ql_cuda_fp8_tensor(place, task->codes, task->scales, rows, absmax, message);
+    case MODE_TOKEN: return ql_cuda_fp8_tokens(place, task->codes, task->scales, rows, &task->bound, message);
+    case MODE_GROUP: return ql_cuda_fp8_blocks(place, task->codes, task->scales, rows, 1, message);
+    default: return ql_cuda_fp8_blocks(place, task->codes, task->scales, rows, QL_FP8_GROUP_SIZE, message);
+    }
+}
+
+static int quantize_on_gpu(const quantize_task *task, PyObject *object, const ql_tensor *x) {
+    ql_cuda_place place;
+    ql_matrix rows;
+    ql_output copy = {0}, absmax = {0};
+    char message[QL_CUDA_MESSAGE];
+    int result = -1;
+    int64_t scratch = task->mode == MODE_TENSOR ? x->shape[0] * (int64_t)sizeof(float) : 0;
+    if (ql_place_of(&place, object, x) == 0 && ql_device_rows(&rows, &copy, &place, object, x) == 0 &&
+        (scratch == 0 || ql_device_scratch(&absmax, object, x, scratch) == 0))
+        result = ql_cuda_result(launch_quantize(task, &place, &rows, absmax.view.data, message), message);
+    ql_output_abandon(&copy);
+    ql_output_abandon(&absmax);
+    return result;
+}
+
+static PyObject *quantize_matrix(PyObject *object, quantize_task *task, const ql_tensor *x) {
     ql_output outputs[2];
-    int64_t shape[2] = {task->x.rows, task->x.cols};
-    if (ql_output_begin(&outputs[0], object, QL_E4M3, 2, shape) < 0) return NULL;
-    int ndim = scales_shape(shape, task);
-    if (ql_output_begin(&outputs[1], object, QL_F32, ndim, shape) < 0) {
+    int64_t shape[2];
+    if (ql_output_begin_beside(&outputs[0], object, x, QL_E4M3, 2, x->shape) < 0) return NULL;
+    int ndim = scales_shape(shape, task, x);
+    if (ql_output_begin_beside(&outputs[1], object, x, QL_F32, ndim, shape) < 0) {
         ql_output_abandon(&outputs[0]);
         return NULL;
     }
     task->codes = outputs[0].view.data;
     task->scales = outputs[1].view.data;
-    if (task->mode == MODE_STATIC) task->scales[0] = given_scale;
-    if (task->mode == MODE_TENSOR && task->x.rows && !(task->absmax = alloc_floats(NULL, task->x.rows, 1))) {
-        for (int i = 0; i < 2; i++) ql_output_abandon(&outputs[i]);
-        return NULL;
+    int result = ql_is_on_gpu(x) ? quantize_on_gpu(task, object, x) : quantize_on_cpu(task, x);
+    if (result == 0) return ql_outputs_finish(outputs, 2);
+    for (int i = 0; i < 2; i++) ql_output_abandon(&outputs[i]);
+    return NULL;
+}
+
+/* A scale of one element: read by the kernel where it is on x's GPU and the kernel knows its dtype, else by the host.
+ * *tensor is to be released. */
+static int read_one_scale(ql_cuda_number *number, ql_tensor *tensor, PyObject *object, const char *name,
+                          const ql_tensor *x) {
+    if (ql_tensor_read(tensor, object, name) < 0) return -1;
+    if (check_one_scale(tensor, name) < 0) {
+        ql_tensor_release(tensor);
+        return -1;
     }
-    Py_BEGIN_ALLOW_THREADS
-    run_quantize(task);
-    Py_END_ALLOW_THREADS
-    free(task->absmax);
-    return ql_outputs_finish(outputs, 2);
-}
-
-static int read_one_scale(float *value, PyObject *object, const char *name) {
-    ql_tensor tensor;
-    if (ql_tensor_read_cpu(&tensor, object, name) < 0) return -1;
-    int result = check_one_scale(&tensor, name);
-    if (result == 0) *value = ql_f32_load(tensor.data, scale_dtype(&tensor), 0);
-    ql_tensor_release(&tensor);
-    return result;
-}
-
-static int read_bound(float *bound, PyObject *object, const char *name) {
-    if (ql_arg_is_none(object)) return 0;
-    return is_number(object) ? number_bound(bound, object, name) : read_one_scale(bound, object, name);
+    ql_dtype dtype = scale_dtype(tensor);
+    bool is_there = ql_is_on_gpu(x) && ql_is_on_gpu(tensor) && x->device_id == tensor->device_id;
+    if (is_there && dtype != QL_E8M0) {
+        *number = (ql_cuda_number){.data = tensor->data, .dtype = dtype};
+        return 0;
+    }
+    void *copy;
+    const void *contents = ql_host_contents(&copy, object, tensor, name);
+    if (contents) number->value = ql_f32_load(contents, dtype, 0);
+    free(copy);
+    if (contents) return 0;
+    ql_tensor_release(tensor);
+    return -1;
 }
 
 static int check_mode(quantize_mode mode, PyObject *scale, PyObject *bound) {
@@ -345,28 +388,40 @@ static int check_mode(quantize_mode mode, PyObject *scale, PyObject *bound) {
     return 0;
 }
 
+/* The scale or the bound that the mode takes, and the quantization itself. */
+static PyObject *quantize_checked(PyObject *const *values, quantize_task *task, const ql_tensor *x) {
+    ql_tensor tensor = {0};
+    PyObject *scale = values[1], *bound = values[3];
+    if (task->mode == MODE_STATIC) {
+        if (read_one_scale(&task->scale, &tensor, scale, "scale", x) < 0) return NULL;
+    } else if (!ql_arg_is_none(bound)) {
+        int result = is_number(bound) ? number_bound(&task->bound.value, bound, "scale_ub")
+                                      : read_one_scale(&task->bound, &tensor, bound, "scale_ub", x);
+        if (result < 0) return NULL;
+    }
+    PyObject *result = quantize_matrix(values[0], task, x);
+    ql_tensor_release(&tensor);
+    return result;
+}
+
 static PyObject *fp8_quantize(PyObject *module, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames) {
     enum { X, SCALE, MODE, SCALE_UB, COUNT };
     static const char *const names[] = {"x", "scale", "mode", "scale_ub"};
     static const ql_signature signature = {"fp8_quantize", COUNT, 2, 1, names};
     static const int64_t any[2] = {-1, -1};
     PyObject *values[COUNT], *result = NULL;
-    quantize_task task = {.upper_bound = INFINITY};
+    quantize_task task = {.bound.value = INFINITY};
     int mode = MODE_TOKEN;
-    float scale = 1.0f;
     ql_tensor x;
     (void)module;
     if (ql_args_fast(values, &signature, args, nargs, kwnames) < 0) return NULL;
     if (!values[MODE]) return PyErr_Format(PyExc_TypeError, "fp8_quantize: mode is missing");
     if (ql_arg_choice(&mode, values[MODE], "mode", mode_choices) < 0 ||
-        check_mode((quantize_mode)mode, values[SCALE], values[SCALE_UB]) < 0 ||
-        (mode == MODE_STATIC && read_one_scale(&scale, values[SCALE], "scale") < 0) ||
-        read_bound(&task.upper_bound, values[SCALE_UB], "scale_ub") < 0 || ql_tensor_read_cpu(&x, values[X], "x") < 0)
+        check_mode((quantize_mode)mode, values[SCALE], values[SCALE_UB]) < 0 || ql_tensor_read(&x, values[X], "x") < 0)
         return NULL;
     if (ql_check_float(&x, "x", true) == 0 && ql_check_aligned(&x, "x") == 0 && ql_check_shape(&x, "x", 2, any) == 0) {
         task.mode = (quantize_mode)mode;
-        task.x = ql_matrix_of(&x);
-        result = quantize_matrix(values[X], &task, scale);
+        result = quantize_checked(values, &task, &x);
     }
     ql_tensor_release(&x);
     return result;

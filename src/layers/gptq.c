@@ -1,8 +1,11 @@
 /* The type QuantLinear and the functions of the GPTQ storage. */
 #include "../formats/gptq.h"
 #include "../cpu/threads.h"
+#include "../cuda/quantize.h"
+#include "../cuda/recode.h"
 #include "../formats/bits.h"
 #include "grouped.h"
+#include "quantize.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -276,19 +279,31 @@ int ql_gptq_add_type(PyObject *module) {
 /* ------------------------------------------------------------------------------------------------------------------
  * The functions */
 
-/* What the parallel bodies need; each uses its part. */
+/* What a function works on; each uses its part. */
 typedef struct ql_gptq_job {
     ql_matrix input, scales, zeros;
-    const int32_t *g_idx;
+    const int32_t *g_idx; /* resolved, or NULL; on the CPU */
+    const ql_tensor *device_g_idx;
     int64_t group_size, count;
     int bits, zero_offset;
     bool sym;
-    void *output, *second_output;
+    void *output, *second_output, *third_output;
 } ql_gptq_job;
+
+/* How it is done: on the CPU `body` takes a range of what `grain` counts, on a GPU `launch` takes all. */
+typedef struct ql_gptq_work {
+    void (*body)(void *job, int64_t begin, int64_t end);
+    int (*launch)(const ql_cuda_place *place, const ql_gptq_job *job, char *message);
+} ql_gptq_work;
 
 static void ql_find_params_body(void *context, int64_t begin, int64_t end) {
     const ql_gptq_job *job = context;
     ql_gptq_find_params(job->output, job->second_output, &job->input, job->group_size, job->bits, job->sym, begin, end);
+}
+
+static int ql_find_params_launch(const ql_cuda_place *place, const ql_gptq_job *job, char *message) {
+    return ql_cuda_group_params(place, job->output, job->second_output, &job->input, job->group_size, job->bits,
+                                job->sym ? QL_CUDA_GPTQ_SYMMETRIC : QL_CUDA_GPTQ, message);
 }
 
 static void ql_pack_weight_body(void *context, int64_t begin, int64_t end) {
@@ -299,8 +314,23 @@ static void ql_pack_weight_body(void *context, int64_t begin, int64_t end) {
 
 static void ql_pack_params_body(void *context, int64_t begin, int64_t end) {
     const ql_gptq_job *job = context;
-    ql_gptq_pack_params(job->output, job->second_output, &job->scales, &job->zeros, job->bits, job->zero_offset, begin,
-                        end);
+    ql_gptq_pack_params(job->second_output, job->third_output, &job->scales, &job->zeros, job->bits, job->zero_offset,
+                        begin, end);
+}
+
+static int ql_pack_launch(const ql_cuda_place *place, const ql_gptq_job *job, char *message) {
+    ql_cuda_encoding encoding = {.rows = job->input,
+                                 .scales = job->scales,
+                                 .zeros = job->zeros,
+                                 .group_size = job->group_size,
+                                 .bits = job->bits,
+                                 .zero_offset = job->zero_offset};
+    if (job->device_g_idx) {
+        encoding.g_idx = job->device_g_idx->data;
+        encoding.g_idx_dtype = job->device_g_idx->dtype;
+        encoding.g_idx_stride = job->device_g_idx->stride[0];
+    }
+    return ql_cuda_encode(place, job->output, job->second_output, job->third_output, &encoding, message);
 }
 
 static void ql_pack_codes_body(void *context, int64_t begin, int64_t end) {
@@ -308,9 +338,17 @@ static void ql_pack_codes_body(void *context, int64_t begin, int64_t end) {
     ql_gptq_pack_codes(job->output, &job->input, job->bits, begin, end);
 }
 
+static int ql_pack_codes_launch(const ql_cuda_place *place, const ql_gptq_job *job, char *message) {
+    return ql_cuda_gptq_pack_codes(place, job->output, &job->input, job->bits, message);
+}
+
 static void ql_unpack_codes_body(void *context, int64_t begin, int64_t end) {
     const ql_gptq_job *job = context;
     ql_gptq_unpack_codes(job->output, job->count, &job->input, job->bits, begin, end);
+}
+
+static int ql_unpack_codes_launch(const ql_cuda_place *place, const ql_gptq_job *job, char *message) {
+    return ql_cuda_gptq_unpack_codes(place, job->output, job->count, &job->input, job->bits, message);
 }
 
 static void ql_unplanar_body(void *context, int64_t begin, int64_t end) {
@@ -318,10 +356,33 @@ static void ql_unplanar_body(void *context, int64_t begin, int64_t end) {
     ql_gptq_unplanar(job->output, &job->input, job->bits, begin, end);
 }
 
+static int ql_unplanar_launch(const ql_cuda_place *place, const ql_gptq_job *job, char *message) {
+    return ql_cuda_gptq_unplanar(place, job->output, &job->input, job->bits, message);
+}
+
+static const ql_gptq_work ql_find_params_work = {ql_find_params_body, ql_find_params_launch};
+static const ql_gptq_work ql_pack_codes_work = {ql_pack_codes_body, ql_pack_codes_launch};
+static const ql_gptq_work ql_unpack_codes_work = {ql_unpack_codes_body, ql_unpack_codes_launch};
+static const ql_gptq_work ql_unplanar_work = {ql_unplanar_body, ql_unplanar_launch};
+
 static void ql_gptq_run(int64_t count, int64_t grain, void (*body)(void *, int64_t, int64_t), ql_gptq_job *job) {
     Py_BEGIN_ALLOW_THREADS
     ql_cpu_parallel(count, grain, body, job);
     Py_END_ALLOW_THREADS
+}
+
+/* The launch on the GPU of `tensor`, whose values `as_rows` asks for as contiguous rows. */
+static int ql_gptq_launch(ql_gptq_job *job, PyObject *object, const ql_tensor *tensor, bool as_rows,
+                          int (*launch)(const ql_cuda_place *, const ql_gptq_job *, char *)) {
+    ql_cuda_place place;
+    ql_output copy = {0};
+    char message[QL_CUDA_MESSAGE];
+    int result = -1;
+    if (ql_place_of(&place, object, tensor) == 0 &&
+        (!as_rows || ql_device_rows(&job->input, &copy, &place, object, tensor) == 0))
+        result = ql_cuda_result(launch(&place, job, message), message);
+    ql_output_abandon(&copy);
+    return result;
 }
 
 static int ql_arg_bits(int *bits, PyObject *object) {
@@ -351,11 +412,18 @@ static PyObject *ql_gptq_find_params_py(PyObject *module, PyObject *const *args,
         int64_t groups = ql_group_count(job.input.cols, job.group_size);
         const int64_t shapes[][2] = {{job.input.rows, groups}, {job.input.rows, groups}};
         ql_output outputs[2];
-        if (ql_outputs_begin(outputs, values[0], 2, dtypes, shapes) == 0) {
+        if (ql_outputs_begin(outputs, values[0], &weight, 2, dtypes, shapes) == 0) {
             job.output = outputs[0].view.data;
             job.second_output = outputs[1].view.data;
-            ql_gptq_run(job.input.rows, ql_row_grain(job.input.cols), ql_find_params_body, &job);
-            result = ql_outputs_finish(outputs, 2);
+            int failed = 0;
+            if (ql_is_on_gpu(&weight))
+                failed = ql_gptq_launch(&job, values[0], &weight, true, ql_find_params_work.launch);
+            else
+                ql_gptq_run(job.input.rows, ql_row_grain(job.input.cols), ql_find_params_work.body, &job);
+            if (failed)
+                ql_outputs_abandon(outputs, 2);
+            else
+                result = ql_outputs_finish(outputs, 2);
         }
     }
     ql_tensor_release(&weight);
@@ -377,27 +445,49 @@ static PyObject *ql_gptq_pack_tensors(ql_gptq_job *job, const ql_tensor *tensors
     job->scales = ql_matrix_of(&tensors[1]);
     job->zeros = ql_matrix_of(&tensors[2]);
     ql_output outputs[3];
-    if (ql_outputs_begin(outputs, like, 3, dtypes, shapes) < 0) return NULL;
+    if (ql_outputs_begin(outputs, like, &tensors[0], 3, dtypes, shapes) < 0) return NULL;
     job->output = outputs[0].view.data;
-    ql_gptq_run(n, 16, ql_pack_weight_body, job);
-    job->output = outputs[1].view.data;
-    job->second_output = outputs[2].view.data;
-    ql_gptq_run(groups, 4, ql_pack_params_body, job);
+    job->second_output = outputs[1].view.data;
+    job->third_output = outputs[2].view.data;
+    if (!ql_is_on_gpu(&tensors[0])) {
+        ql_gptq_run(n, 16, ql_pack_weight_body, job);
+        ql_gptq_run(groups, 4, ql_pack_params_body, job);
+    } else if (ql_gptq_launch(job, like, &tensors[0], true, ql_pack_launch) < 0) {
+        ql_outputs_abandon(outputs, 3);
+        return NULL;
+    }
     return ql_outputs_finish(outputs, 3);
 }
 
-/* Reads, checks and resolves gptq_pack's g_idx; *copy is the caller's to free. */
-static int ql_gptq_read_g_idx(ql_g_idx_copy **copy, PyObject *object, int64_t group_size, int64_t k) {
+/* Checks gptq_pack's g_idx and resolves it on the host, on a GPU as well: only there an entry out of range can be told. */
+static int ql_gptq_read_g_idx(ql_g_idx_copy **copy, PyObject *object, const ql_tensor *g_idx, int64_t group_size,
+                              int64_t k) {
     static const ql_dtype index[] = {QL_I32, QL_I64};
-    static const char *const names[] = {"g_idx"};
-    *copy = NULL;
-    if (ql_arg_is_none(object)) return 0;
-    ql_tensor g_idx;
-    if (ql_tensors_read(&g_idx, &object, names, 1, 1) < 0) return -1;
     ql_gptq gptq = {.group_size = group_size, .groups = ql_group_count(k, group_size)};
-    int result = ql_check_dtype(&g_idx, "g_idx", 2, index);
-    if (result == 0) result = ql_check_shape(&g_idx, "g_idx", 1, &k);
-    if (result == 0) result = ql_gptq_copy_g_idx(copy, g_idx.data, &g_idx, &gptq, k);
+    if (ql_check_dtype(g_idx, "g_idx", 2, index) < 0 || ql_check_shape(g_idx, "g_idx", 1, &k) < 0) return -1;
+    void *read;
+    const void *contents = ql_host_contents(&read, object, g_idx, "g_idx");
+    if (!contents && PyErr_Occurred()) return -1;
+    int result = ql_gptq_copy_g_idx(copy, contents, g_idx, &gptq, k);
+    free(read);
+    return result;
+}
+
+/* gptq_pack after its tensors are read, with g_idx (None or not) read and resolved. */
+static PyObject *ql_gptq_pack_indexed(ql_gptq_job *job, const ql_tensor *tensors, PyObject *like, PyObject *object) {
+    static const char *const names[] = {"g_idx"};
+    if (ql_arg_is_none(object)) return ql_gptq_pack_tensors(job, tensors, like);
+    ql_tensor g_idx;
+    ql_g_idx_copy *copy = NULL;
+    PyObject *result = NULL;
+    if (ql_tensors_read(&g_idx, &object, names, 1, 1) < 0) return NULL;
+    if (ql_check_same_device(&g_idx, "g_idx", &tensors[0], "weight") == 0 &&
+        ql_gptq_read_g_idx(&copy, object, &g_idx, job->group_size, tensors[0].shape[1]) == 0) {
+        job->g_idx = copy ? copy->group : NULL;
+        job->device_g_idx = copy ? &g_idx : NULL;
+        result = ql_gptq_pack_tensors(job, tensors, like);
+    }
+    free(copy);
     ql_tensor_release(&g_idx);
     return result;
 }
@@ -418,26 +508,25 @@ static PyObject *ql_gptq_pack_py(PyObject *module, PyObject *const *args, Py_ssi
     job.zero_offset = stored + QL_ZEROS_V1 == QL_ZEROS_V1;
     ql_tensor tensors[3];
     if (ql_tensors_read(tensors, values, names, 3, 2) < 0) return NULL;
-    PyObject *result = NULL;
-    ql_g_idx_copy *g_idx;
     job.group_size = ql_group_columns(job.group_size, tensors[0].shape[1]);
-    if (ql_gptq_read_g_idx(&g_idx, values[3], job.group_size, tensors[0].shape[1]) == 0) {
-        job.g_idx = g_idx ? g_idx->group : NULL;
-        result = ql_gptq_pack_tensors(&job, tensors, values[0]);
-        free(g_idx);
-    }
+    PyObject *result = ql_gptq_pack_indexed(&job, tensors, values[0], values[3]);
     ql_tensors_release(tensors, 3);
     return result;
 }
 
-/* One 2-D tensor in, one of the same framework out: begins the output, runs the body over `chunks`, finishes. */
-static PyObject *ql_gptq_recode(ql_gptq_job *job, PyObject *like, ql_dtype dtype, int64_t rows, int64_t chunks,
-                                void (*body)(void *, int64_t, int64_t)) {
+/* One 2-D tensor in, one of the same framework out: begins the output, does the work over `chunks`, finishes. */
+static PyObject *ql_gptq_recode(ql_gptq_job *job, PyObject *like, const ql_tensor *tensor, ql_dtype dtype, int64_t rows,
+                                int64_t chunks, const ql_gptq_work *work) {
     ql_output output;
     const int64_t shape[] = {rows, job->input.cols};
-    if (ql_output_begin(&output, like, dtype, 2, shape) < 0) return NULL;
+    if (ql_output_begin_beside(&output, like, tensor, dtype, 2, shape) < 0) return NULL;
     job->output = output.view.data;
-    ql_gptq_run(chunks, 4, body, job);
+    if (!ql_is_on_gpu(tensor)) {
+        ql_gptq_run(chunks, 4, work->body, job);
+    } else if (ql_gptq_launch(job, like, tensor, false, work->launch) < 0) {
+        ql_output_abandon(&output);
+        return NULL;
+    }
     return ql_output_finish(&output);
 }
 
@@ -455,9 +544,9 @@ static PyObject *ql_gptq_pack_codes_py(PyObject *module, PyObject *const *args, 
     PyObject *result = NULL;
     job.input = ql_matrix_of(&codes);
     if (ql_check_dtype(&codes, "codes", 1, taken) == 0 &&
-        ql_check_codes(&job.input, "codes", (int)ql_code_mask(job.bits)) == 0)
-        result = ql_gptq_recode(&job, values[0], QL_I32, ql_code_words(job.input.rows, job.bits),
-                                ql_group_count(job.input.rows, QL_CHUNK), ql_pack_codes_body);
+        ql_check_codes(values[0], &codes, "codes", (int)ql_code_mask(job.bits)) == 0)
+        result = ql_gptq_recode(&job, values[0], &codes, QL_I32, ql_code_words(job.input.rows, job.bits),
+                                ql_group_count(job.input.rows, QL_CHUNK), &ql_pack_codes_work);
     ql_tensor_release(&codes);
     return result;
 }
@@ -480,8 +569,8 @@ static PyObject *ql_gptq_unpack_codes_py(PyObject *module, PyObject *const *args
     const int64_t shape[] = {ql_code_words(job.count, job.bits), -1};
     if (ql_check_dtype(&packed, "packed", 1, taken) == 0 && ql_check_shape(&packed, "packed", 2, shape) == 0) {
         job.input = ql_matrix_of(&packed);
-        result = ql_gptq_recode(&job, values[0], QL_U8, job.count, ql_group_count(job.count, QL_CHUNK),
-                                ql_unpack_codes_body);
+        result = ql_gptq_recode(&job, values[0], &packed, QL_U8, job.count, ql_group_count(job.count, QL_CHUNK),
+                                &ql_unpack_codes_work);
     }
     ql_tensor_release(&packed);
     return result;
@@ -504,7 +593,8 @@ static PyObject *ql_gptq_unplanar_py(PyObject *module, PyObject *const *args, Py
         PyErr_Format(PyExc_ValueError, "packed must have a multiple of %d rows for bits=%d, got %lld", job.bits,
                      job.bits, (long long)job.input.rows);
     else if (ql_check_dtype(&packed, "packed", 1, taken) == 0)
-        result = ql_gptq_recode(&job, values[0], QL_I32, job.input.rows, job.input.rows / job.bits, ql_unplanar_body);
+        result = ql_gptq_recode(&job, values[0], &packed, QL_I32, job.input.rows, job.input.rows / job.bits,
+                                &ql_unplanar_work);
     ql_tensor_release(&packed);
     return result;
 }

@@ -41,16 +41,17 @@ static inline void ql_tensors_release(ql_tensor *tensors, int count) {
     for (int i = 0; i < count; i++) ql_tensor_release(&tensors[i]);
 }
 
-/* Reads `count` aligned CPU tensors of `ndim` dimensions, all to be released, or none and -1. */
+/* Reads `count` aligned tensors of one device and of `ndim` dimensions, all to be released, or none and -1. */
 static inline int ql_tensors_read(ql_tensor *tensors, PyObject *const *objects, const char *const *names, int count,
                                   int ndim) {
     static const int64_t any[QL_MAX_DIMS] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
     for (int i = 0; i < count; i++) {
-        if (ql_tensor_read_cpu(&tensors[i], objects[i], names[i]) < 0) {
+        if (ql_tensor_read(&tensors[i], objects[i], names[i]) < 0) {
             ql_tensors_release(tensors, i);
             return -1;
         }
-        if (ql_check_aligned(&tensors[i], names[i]) < 0 || ql_check_shape(&tensors[i], names[i], ndim, any) < 0) {
+        if (ql_check_aligned(&tensors[i], names[i]) < 0 || ql_check_shape(&tensors[i], names[i], ndim, any) < 0 ||
+            ql_check_same_device(&tensors[i], names[i], &tensors[0], names[0]) < 0) {
             ql_tensors_release(tensors, i + 1);
             return -1;
         }
@@ -70,29 +71,20 @@ static inline ql_matrix ql_matrix_of(const ql_tensor *tensor) {
     };
 }
 
-/* ValueError for the first code above `largest`; codes are uint8, 2-D. */
-static inline int ql_check_codes(const ql_matrix *codes, const char *name, int largest) {
-    for (int64_t row = 0; row < codes->rows; row++) {
-        for (int64_t col = 0; col < codes->cols; col++) {
-            int code = ql_matrix_u8(codes, row, col);
-            if (code <= largest) continue;
-            PyErr_Format(PyExc_ValueError, "%s must be at most %d, got %d at [%lld, %lld]", name, largest, code,
-                         (long long)row, (long long)col);
-            return -1;
-        }
-    }
-    return 0;
-}
-
-/* A set of 2-D outputs in the framework of `like`: each begins as dtypes[i] of [shapes[i][0], shapes[i][1]]. */
-static inline int ql_outputs_begin(ql_output *outputs, PyObject *like, int count, const ql_dtype *dtypes,
-                                   const int64_t (*shapes)[2]) {
+/* A set of 2-D outputs in the framework of `like` and on the device of `beside`: each begins as dtypes[i] of
+ * [shapes[i][0], shapes[i][1]]. */
+static inline int ql_outputs_begin(ql_output *outputs, PyObject *like, const ql_tensor *beside, int count,
+                                   const ql_dtype *dtypes, const int64_t (*shapes)[2]) {
     for (int i = 0; i < count; i++) {
-        if (ql_output_begin(&outputs[i], like, dtypes[i], 2, shapes[i]) == 0) continue;
+        if (ql_output_begin_beside(&outputs[i], like, beside, dtypes[i], 2, shapes[i]) == 0) continue;
         while (i-- > 0) ql_output_abandon(&outputs[i]);
         return -1;
     }
     return 0;
+}
+
+static inline void ql_outputs_abandon(ql_output *outputs, int count) {
+    for (int i = 0; i < count; i++) ql_output_abandon(&outputs[i]);
 }
 
 /* The tuple of all of them; on failure nothing is left over. */

@@ -1,7 +1,9 @@
 /* Linear8bitLt, and the quantizer of LLM.int8() as a function. */
 #include "../formats/int8.h"
 #include "../cpu/threads.h"
+#include "../cuda/quantize.h"
 #include "layer.h"
+#include "quantize.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -125,10 +127,69 @@ static PyObject *take_outliers(quantize_work *work, PyObject *like) {
     return result;
 }
 
+/* Codes and absmax, and the outlier columns or None. */
+static PyObject *quantize_on_cpu(quantize_work *work, PyObject *object) {
+    Py_BEGIN_ALLOW_THREADS
+    ql_cpu_parallel(work->source.rows, ROWS_A_RANGE, quantize_rows, work);
+    Py_END_ALLOW_THREADS
+    return work->threshold > 0.0f ? take_outliers(work, object) : Py_NewRef(Py_None);
+}
+
+/* The columns that are flagged on the GPU. How many they are decides the size of a tensor, so the host waits for them. */
+static PyObject *take_device_outliers(const ql_cuda_place *place, const uint8_t *flags, const ql_tensor *x,
+                                      PyObject *object) {
+    int64_t cols = x->shape[1], count = 0;
+    char message[QL_CUDA_MESSAGE];
+    uint8_t *read = malloc(cols ? (size_t)cols : 1);
+    if (!read) return PyErr_NoMemory();
+    int result = 0;
+    if (cols) {
+        Py_BEGIN_ALLOW_THREADS
+        result = ql_cuda_read(read, flags, (size_t)cols, place, message);
+        Py_END_ALLOW_THREADS
+    }
+    for (int64_t col = 0; result == 0 && col < cols; col++) count += read[col];
+    free(read);
+    ql_output columns;
+    if (ql_cuda_result(result, message) < 0 || ql_output_begin_beside(&columns, object, x, QL_I64, 1, &count) < 0)
+        return NULL;
+    if (count == 0 ||
+        ql_cuda_result(ql_cuda_int8_columns(place, columns.view.data, flags, cols, message), message) == 0)
+        return ql_output_finish(&columns);
+    ql_output_abandon(&columns);
+    return NULL;
+}
+
+static PyObject *quantize_on_gpu(quantize_work *work, PyObject *object, const ql_tensor *x) {
+    ql_cuda_place place;
+    ql_matrix rows;
+    ql_output copy = {0}, flags = {0};
+    char message[QL_CUDA_MESSAGE];
+    PyObject *columns = NULL;
+    if (ql_place_of(&place, object, x) == 0 && ql_device_rows(&rows, &copy, &place, object, x) == 0) {
+        float threshold = work->threshold;
+        if (!(threshold > 0.0f))
+            columns = Py_NewRef(Py_None);
+        else if (ql_device_scratch(&flags, object, x, rows.cols) == 0 &&
+                 ql_cuda_result(ql_cuda_int8_outliers(&place, flags.view.data, &rows, threshold, message), message) ==
+                     0)
+            columns = take_device_outliers(&place, flags.view.data, x, object);
+        /* With one row the column of an outlier has nothing else. */
+        const uint8_t *zeroed = rows.rows > 1 ? flags.view.data : NULL;
+        if (columns &&
+            ql_cuda_result(ql_cuda_int8_quantize(&place, work->codes, work->absmax, &rows, threshold, zeroed, message),
+                           message) < 0)
+            Py_CLEAR(columns);
+    }
+    ql_output_abandon(&copy);
+    ql_output_abandon(&flags);
+    return columns;
+}
+
 static PyObject *quantize(PyObject *object, const ql_tensor *x, float threshold) {
     ql_output codes, absmax;
-    if (ql_output_begin(&codes, object, QL_I8, 2, x->shape) < 0) return NULL;
-    if (ql_output_begin(&absmax, object, QL_F32, 1, x->shape) < 0) {
+    if (ql_output_begin_beside(&codes, object, x, QL_I8, 2, x->shape) < 0) return NULL;
+    if (ql_output_begin_beside(&absmax, object, x, QL_F32, 1, x->shape) < 0) {
         ql_output_abandon(&codes);
         return NULL;
     }
@@ -143,10 +204,7 @@ static PyObject *quantize(PyObject *object, const ql_tensor *x, float threshold)
         .codes = codes.view.data,
         .absmax = absmax.view.data,
     };
-    Py_BEGIN_ALLOW_THREADS
-    ql_cpu_parallel(work.source.rows, ROWS_A_RANGE, quantize_rows, &work);
-    Py_END_ALLOW_THREADS
-    PyObject *columns = threshold > 0.0f ? take_outliers(&work, object) : Py_NewRef(Py_None);
+    PyObject *columns = ql_is_on_gpu(x) ? quantize_on_gpu(&work, object, x) : quantize_on_cpu(&work, object);
     PyObject *first = columns ? ql_output_finish(&codes) : NULL;
     PyObject *second = first ? ql_output_finish(&absmax) : NULL;
     PyObject *result = second ? PyTuple_Pack(3, first, second, columns) : NULL;
@@ -167,7 +225,7 @@ static PyObject *int8_quantize(PyObject *module, PyObject *const *args, Py_ssize
     ql_tensor x;
     (void)module;
     if (ql_args_fast(values, &signature, args, nargs, kwnames) < 0 || threshold_of(&threshold, values[1]) < 0 ||
-        ql_tensor_read_cpu(&x, values[0], "x") < 0)
+        ql_tensor_read(&x, values[0], "x") < 0)
         return NULL;
     PyObject *result = NULL;
     if (ql_check_float(&x, "x", false) == 0 && ql_check_shape(&x, "x", 2, any) == 0 && ql_check_aligned(&x, "x") == 0)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .. import host, search
+from .. import _qlinear, search
 from ._module import QuantizedLinear, check_bias, check_weight, frozen
 
 
@@ -22,16 +22,16 @@ def to_gemm(qweight: Tensor, qzeros: Tensor | None, scales: Tensor, group_size: 
     if qweight.dtype == torch.int16:
         if qzeros is None:
             raise ValueError("qzeros must be given with a GEMVFast qweight (int16)")
-        return host.awq_from_gemv_fast(qweight, qzeros, scales, group_size=group_size)
+        return _qlinear.awq_from_gemv_fast(qweight, qzeros, scales, group_size=group_size)
     if qweight.dtype != torch.int32:
         raise TypeError(f"qweight must be int32 (or GEMVFast's int16), got {qweight.dtype}")
     if qzeros is None:
-        return host.awq_from_marlin(qweight, scales, group_size=group_size)
+        return _qlinear.awq_from_marlin(qweight, scales, group_size=group_size)
     words, groups, columns = qweight.shape[1], scales.shape[0], scales.shape[1]
     if columns == 8 * words and qzeros.shape[0] == groups:
         return qweight, qzeros, scales
     if qweight.shape[0] == qzeros.shape[0] == groups and columns == 8 * qzeros.shape[1]:
-        return host.awq_from_gemv(qweight, qzeros, scales, group_size=group_size)
+        return _qlinear.awq_from_gemv(qweight, qzeros, scales, group_size=group_size)
     raise ValueError(
         f"qweight {tuple(qweight.shape)}, qzeros {tuple(qzeros.shape)} and scales {tuple(scales.shape)} are none of "
         "AWQ's storages: GEMM takes [K, N / 8], [G, N / 8] and [G, N]"
@@ -45,9 +45,9 @@ def _search(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
         raise ValueError(f"out_features must be a multiple of 8, got {n}")
     scales, zeros = search.find_params(weight, bits=4, group_size=group_size)
     options = {"bits": 4, "group_size": group_size, "zero_format": "gptq_v2"}
-    qweight, _, stored = host.gptq_pack(weight, scales, zeros, **options)
-    codes = host.gptq_unpack_codes(qweight, bits=4, count=k)
-    return host.awq_pack(codes), host.awq_pack(zeros.t().to(torch.uint8).contiguous()), stored
+    qweight, _, stored = _qlinear.gptq_pack(weight, scales, zeros, **options)
+    codes = _qlinear.gptq_unpack_codes(qweight, bits=4, count=k)
+    return _qlinear.awq_pack(codes), _qlinear.awq_pack(zeros.t().to(torch.uint8).contiguous()), stored
 
 
 class AWQLinear(QuantizedLinear):
@@ -98,7 +98,7 @@ class AWQLinear(QuantizedLinear):
         group's range, clipped or not, that leaves the least squared error."""
         check_weight(weight)
         weight = weight.detach()
-        quantize = _search if search_scales else host.awq_quantize
+        quantize = _search if search_scales else _qlinear.awq_quantize
         self = cls(4, group_size, *quantize(weight, group_size=group_size), bias)
         self.weight_dtype = weight.dtype
         return self

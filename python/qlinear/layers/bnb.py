@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .. import functional, host, ops
+from .. import _qlinear, functional, ops
 from ..functional import QuantState
 from ._module import QuantizedLinear, check_bias, check_weight, frozen, is_real
 
@@ -82,7 +82,7 @@ def _check_threshold(value: float) -> float:
 
 def quantize_int8_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A float weight [N, K] -> (CB, SCB), rounded to fp16 first as bitsandbytes does."""
-    CB, SCB, _ = host.int8_quantize(weight.detach().to(torch.float16))
+    CB, SCB, _ = _qlinear.int8_quantize(weight.detach().to(torch.float16))
     return CB, SCB
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .. import host
+from .. import _qlinear
 from ._module import QuantizedLinear, check_bias, check_weight, frozen
 
 
@@ -24,7 +24,7 @@ class EETQLinear(QuantizedLinear):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         check_weight(weight)
         check_bias(bias, weight.shape[0])
-        self._fill(*host.eetq_quantize(weight.detach().to(torch.float16)), bias)
+        self._fill(*_qlinear.eetq_quantize(weight.detach().to(torch.float16)), bias)
         self.weight_dtype = weight.dtype
 
     def _fill(self, weight: Tensor, weight_scales: Tensor, bias: Tensor | None) -> None:

@@ -12,8 +12,8 @@ from ._module import QuantizedLinear, check_bias, check_weight, frozen
 
 _MAX = 448.0
 _ACTIVATIONS = ("none", "static", "tensor", "token", "group")
-# Rows at a time where a float weight is quantized: its fp32 copy stays this many elements small.
-_CHUNK = 1 << 20
+# Elements at a time where a float weight is quantized, which bound its fp32 copies: on a GPU a launch wants more of them.
+_CHUNK, _GPU_CHUNK = 1 << 20, 1 << 26
 
 
 def _scalar(value: Tensor | float | None) -> Tensor | None:
@@ -92,7 +92,7 @@ class Fp8Linear(QuantizedLinear):
         n, k = weight.shape
         codes = torch.empty(n, k, dtype=torch.float8_e4m3fn, device=weight.device)
         scale = torch.empty(n, 1, dtype=torch.float32, device=weight.device)
-        step = max(1, _CHUNK // max(k, 1))
+        step = max(1, (_GPU_CHUNK if weight.is_cuda else _CHUNK) // max(k, 1))
         for start in range(0, n, step):
             rows = weight.detach()[start : start + step].float()
             absmax = rows.abs().amax(1, keepdim=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .. import functional, host, ops, search
+from .. import _qlinear, functional, ops, search
 from ._module import QuantizedLinear, check_bias, check_weight, frozen
 
 _BITS = (2, 3, 4, 8)
@@ -139,12 +139,12 @@ class QuantLinear(QuantizedLinear):
         _check_bits(bits)
         check_weight(weight)
         weight = weight.detach()
-        scales, zeros = host.gptq_find_params(weight, bits=bits, group_size=group_size, sym=sym)
+        scales, zeros = _qlinear.gptq_find_params(weight, bits=bits, group_size=group_size, sym=sym)
         if search_scales:
             if sym:
                 raise ValueError("search_scales finds zeros too: it excludes sym")
             scales, zeros = search.find_params(weight, bits=bits, group_size=group_size)
-        packed = host.gptq_pack(weight, scales, zeros, bits=bits, group_size=group_size)
+        packed = _qlinear.gptq_pack(weight, scales, zeros, bits=bits, group_size=group_size)
         size = weight.shape[1] if group_size == -1 else group_size
         g_idx = torch.arange(weight.shape[1], dtype=torch.int32, device=weight.device) // size
         self = cls(*packed, g_idx, bias, bits, group_size, zero_format="gptq")
@@ -188,8 +188,10 @@ class QuantLinear(QuantizedLinear):
         if (linear.bias is None) != (self.bias is None):
             raise ValueError("linear and this layer must both have a bias, or neither")
         g_idx = self.g_idx if g_idx is None else g_idx.to(torch.int32)
+        scales, zeros = scales.to(weight.device), zeros.to(weight.device)
+        g_idx = None if g_idx is None else g_idx.to(weight.device)
         zero_format = "gptq" if self.zero_format == "auto" else self.zero_format
-        qweight, qzeros, packed_scales = host.gptq_pack(
+        qweight, qzeros, packed_scales = _qlinear.gptq_pack(
             weight, scales, zeros, g_idx, bits=self.bits, group_size=self.groupsize, zero_format=zero_format
         )
         self.weight_dtype = weight.dtype

@@ -95,6 +95,7 @@ def tensors():
         "g": torch.randn(3, N, generator=generator),
         "bias": torch.zeros(N),
         "eetq": eetq,
+        "packed_eetq": _qlinear.EETQLinear(eetq, eetq_scales).pack()[0],
         "eetq_scales": eetq_scales,
         "codes": _qlinear.eetq_unpack(eetq),
         "CB": CB,
@@ -121,6 +122,8 @@ def tensors():
         "fp8_scale": fp8_scale,
     }
 
+
+_, SPEC = _qlinear.EETQLinear(*_qlinear.eetq_quantize(torch.zeros(N, K))).pack()
 
 # Entry point, tensors by name, keywords.
 ENTRIES = [
@@ -158,6 +161,7 @@ ENTRIES = [
     ("Linear8bitLt", ["CB", "SCB", "bias"], {"threshold": 2.0}),
     ("Linear4bit", ["packed", "absmax", "code", "bias"], {"shape": (N, K), "blocksize": 64}),
     ("Fp8Linear", ["fp8", "fp8_scale", "bias"], {}),
+    ("PackedLinear", ["packed_eetq"], {"spec": SPEC}),
 ]
 # Their arguments are other projects' layouts; the errors below go through them all the same.
 ONLY_ERRORS = ["awq_from_gemv", "awq_from_gemv_fast", "awq_from_marlin"]
@@ -203,6 +207,7 @@ def test_layer_calls(entry, framework):
     strided = held["x"][::2]
     check_no_leak(lambda: (layer(x), layer(strided), repr(layer), layer.nbytes, layer.in_features, layer.out_features))
     check_no_leak(lambda: (layer.dequantize(), layer.dequantize("float16"), layer.grad_input(g)), CALLS // 2)
+    check_no_leak(lambda: (layer.pack(), layer.pack_obstacle, getattr(layer, "unpack", layer.pack)()), CALLS // 2)
 
 
 @pytest.mark.parametrize("entry", LAYERS, ids=label)

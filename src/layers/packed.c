@@ -33,13 +33,15 @@ static int read_g_idx(const int32_t **g_idx, void **copy, const ql_layer *layer)
     return *g_idx ? 0 : -1;
 }
 
-/* On a GPU the kernels read words, which a tensor that was cut out of another need not be aligned to. */
+/* On a GPU the kernels read elements, and EETQ's bytes as words, which a tensor that was cut out of another need not be
+ * aligned to. */
 static bool is_aligned(const ql_layer *layer) {
+    bool words = layer->weight.format == QL_FORMAT_EETQ && (uintptr_t)layer->held[0].tensor.data % sizeof(uint32_t);
     for (int i = 0; i < layer->held_count; i++) {
         const ql_tensor *tensor = ql_layer_tensor(layer, i);
         if (tensor && i != layer->bias && (uintptr_t)tensor->data % ql_dtype_size(tensor->dtype)) return false;
     }
-    return true;
+    return !words;
 }
 
 /* 1 with a description, 0 with a reason why there is none, -1 with an exception. */
@@ -50,7 +52,7 @@ static int describe(ql_packed_spec *spec, ql_layer *layer, char reason[QL_PACKED
     int result = ql_packed_describe(spec, &layer->weight, g_idx, reason) == 0;
     free(copy);
     if (result == 1 && !is_aligned(layer)) {
-        snprintf(reason, QL_PACKED_REASON, "a tensor's data is not aligned to its elements");
+        snprintf(reason, QL_PACKED_REASON, "a tensor's data is not aligned");
         result = 0;
     }
     return result;

@@ -7,6 +7,7 @@
 #include "dlpack_array.h"
 #include "layers/choices.h"
 #include "layers/layer.h"
+#include "layers/shortcut.h"
 
 static PyObject *ql_cpu_info(PyObject *module, PyObject *unused) {
     (void)module, (void)unused;
@@ -106,7 +107,7 @@ static PyMethodDef ql_module_methods[] = {
 static int ql_module_exec(PyObject *module) {
     static int (*const add_type[])(PyObject *) = {
         ql_dlpack_array_add_type, ql_layer_add_type,   ql_eetq_add_type, ql_gptq_add_type,   ql_awq_add_type,
-        ql_int8_add_type,         ql_fourbit_add_type, ql_fp8_add_type,  ql_packed_add_type,
+        ql_int8_add_type,         ql_fourbit_add_type, ql_fp8_add_type,  ql_packed_add_type, ql_shortcut_add_type,
     };
     static PyMethodDef *const functions[] = {
         ql_eetq_methods,    ql_gptq_methods, ql_awq_methods,    ql_int8_methods,

@@ -278,10 +278,11 @@ const char *ql_tensor_describe(const ql_tensor *tensor, char *buffer, size_t siz
 }
 
 int ql_check_dtype(const ql_tensor *tensor, const char *name, int count, const ql_dtype *taken) {
+    for (int i = 0; i < count; i++)
+        if (tensor->dtype == taken[i]) return 0;
     char list[128];
     int used = 0;
     for (int i = 0; i < count; i++) {
-        if (tensor->dtype == taken[i]) return 0;
         const char *joint = i == 0 ? "" : i == count - 1 ? " or " : ", ";
         if (used < (int)sizeof list)
             used += snprintf(list + used, sizeof list - (size_t)used, "%s%s", joint, ql_dtype_name(taken[i]));
@@ -359,6 +360,13 @@ static void ql_allocator_failed(void *context, const char *kind, const char *mes
     PyErr_Format(PyExc_RuntimeError, "%s: %s", kind, message);
 }
 
+/* Only what ql_tensor_from_dltensor and the array of sizes do not set: a call's hot path. */
+static void ql_output_clear(ql_output *output, PyObject *like) {
+    output->like = like;
+    output->pending = output->view.managed = NULL;
+    output->view.readonly = output->view.versioned = output->view.borrowed = false;
+}
+
 static int ql_exchange_begin(ql_output *output, const DLPackExchangeAPI *api, DLDevice device, ql_dtype dtype, int ndim,
                              const int64_t *shape) {
     int64_t sizes[QL_MAX_DIMS];
@@ -393,7 +401,7 @@ int ql_output_begin_beside(ql_output *output, PyObject *like, const ql_tensor *b
                            const int64_t *shape) {
     if (beside->device_type == QL_DEVICE_CPU) return ql_output_begin(output, like, dtype, ndim, shape);
     if (ql_check_output_size(dtype, ndim, shape) < 0) return -1;
-    *output = (ql_output){.like = like};
+    ql_output_clear(output, like);
     const DLPackExchangeAPI *api = ql_exchange_of(like);
     if (api) return ql_exchange_begin(output, api, (DLDevice){kDLCUDA, beside->device_id}, dtype, ndim, shape);
     output->kind = QL_OUTPUT_IMPORT;
@@ -403,7 +411,7 @@ int ql_output_begin_beside(ql_output *output, PyObject *like, const ql_tensor *b
 
 int ql_output_begin(ql_output *output, PyObject *like, ql_dtype dtype, int ndim, const int64_t *shape) {
     if (ql_check_output_size(dtype, ndim, shape) < 0) return -1;
-    *output = (ql_output){.like = like};
+    ql_output_clear(output, like);
     const DLPackExchangeAPI *api = ql_exchange_of(like);
     if (api) return ql_exchange_begin(output, api, (DLDevice){kDLCPU, 0}, dtype, ndim, shape);
     int is_array = ql_numpy_check(like);

@@ -90,6 +90,8 @@ EXPORT int64_t fake_retained(void) { return retained; }
 /* ---- the calls ---- */
 
 static int answer(fake_call *call, const char *function, int result) {
+    /* Without a record and rules the driver takes next to no time, so that the time of a call is that of its caller. */
+    if (!records && !rule_count) return result;
     for (int i = 0; i < rule_count && result == SUCCESS; i++) {
         if (strcmp(rules[i].function, function) != 0) continue;
         int seen = rules[i].seen++;

@@ -16,7 +16,8 @@ typedef struct ql_rows {
     const void *data;
     int64_t rows, stride;
     void *copy;            /* on the CPU */
-    ql_output device_copy; /* on a GPU */
+    bool on_device;        /* the copy is device_copy, on a GPU */
+    ql_output device_copy; /* large: a call that makes no copy does not clear it */
 } ql_rows;
 
 /* Whether the leading dimensions step through memory as one, and each row is contiguous. */
@@ -68,6 +69,7 @@ static int ql_rows_copy_cuda(ql_rows *rows, PyObject *object, const ql_tensor *x
     if (ql_place_of(&place, object, x) < 0 ||
         ql_output_begin_beside(&rows->device_copy, object, x, x->dtype, x->ndim, x->shape) < 0)
         return -1;
+    rows->on_device = true;
     char message[QL_CUDA_MESSAGE];
     rows->data = rows->device_copy.view.data;
     int result =
@@ -77,6 +79,8 @@ static int ql_rows_copy_cuda(ql_rows *rows, PyObject *object, const ql_tensor *x
 
 /* 0, or -1; ql_rows_release in both cases. */
 static int ql_rows_of(ql_rows *rows, PyObject *object, const ql_tensor *x, int64_t width) {
+    rows->copy = NULL;
+    rows->on_device = false;
     rows->rows = 1;
     for (int i = 0; i < x->ndim - 1; i++) rows->rows *= x->shape[i];
     if (rows->rows == 0 || ql_rows_view(rows, x, width)) return 0;
@@ -86,7 +90,7 @@ static int ql_rows_of(ql_rows *rows, PyObject *object, const ql_tensor *x, int64
 
 static void ql_rows_release(ql_rows *rows) {
     free(rows->copy);
-    ql_output_abandon(&rows->device_copy);
+    if (rows->on_device) ql_output_abandon(&rows->device_copy);
 }
 
 /* ------------------------------------------------------------------------------------------------------------------
@@ -161,7 +165,8 @@ static int ql_run_cuda_linear(const ql_call *call) {
     if (bias) product.bias = (ql_cuda_bias){bias->data, bias->dtype, bias->stride[0]};
     ql_cuda_place place;
     ql_cuda_plan plan;
-    ql_output scratch = {0};
+    ql_output scratch;
+    scratch.pending = scratch.view.data = NULL;
     char message[QL_CUDA_MESSAGE];
     if (ql_place_of(&place, call->object, call->x) < 0) return -1;
     if (ql_cuda_linear_plan(&plan, &place, &product, message) < 0) return ql_cuda_failed(message);
@@ -203,20 +208,19 @@ static int ql_check_activation(const ql_layer *layer, const ql_tensor *x, const 
 typedef int (*ql_run)(const ql_call *);
 
 /* [..., width] -> [..., out_width], in the framework of `object`, by the engine of the layer's device. */
-static PyObject *ql_call_rows(ql_layer *layer, PyObject *object, const char *name, int64_t width, int64_t out_width,
-                              ql_run run_cpu, ql_run run_cuda) {
-    ql_tensor x;
-    if (ql_tensor_read(&x, object, name) < 0) return NULL;
+static PyObject *ql_call_rows(ql_layer *layer, PyObject *object, const ql_tensor *x, const char *name, int64_t width,
+                              int64_t out_width, ql_run run_cpu, ql_run run_cuda) {
+    if (ql_check_activation(layer, x, name, width) < 0) return NULL;
     PyObject *result = NULL;
-    ql_rows rows = {0};
-    if (ql_check_activation(layer, &x, name, width) == 0 && ql_rows_of(&rows, object, &x, width) == 0) {
+    ql_rows rows;
+    if (ql_rows_of(&rows, object, x, width) == 0) {
         int64_t shape[QL_MAX_DIMS];
-        memcpy(shape, x.shape, sizeof shape[0] * (size_t)x.ndim);
-        shape[x.ndim - 1] = out_width;
+        memcpy(shape, x->shape, sizeof shape[0] * (size_t)x->ndim);
+        shape[x->ndim - 1] = out_width;
         ql_output output;
-        if (ql_output_begin_beside(&output, object, &x, x.dtype, x.ndim, shape) == 0) {
-            ql_call call = {layer->weight, layer, object, &x, &rows, &output};
-            ql_run run = x.device_type == QL_DEVICE_CPU ? run_cpu : run_cuda;
+        if (ql_output_begin_beside(&output, object, x, x->dtype, x->ndim, shape) == 0) {
+            ql_call call = {layer->weight, layer, object, x, &rows, &output};
+            ql_run run = x->device_type == QL_DEVICE_CPU ? run_cpu : run_cuda;
             if (rows.rows == 0 || run(&call) == 0)
                 result = ql_output_finish(&output);
             else
@@ -224,19 +228,29 @@ static PyObject *ql_call_rows(ql_layer *layer, PyObject *object, const char *nam
         }
     }
     ql_rows_release(&rows);
-    ql_tensor_release(&x);
     return result;
 }
 
-PyObject *ql_call_linear(ql_layer *layer, PyObject *x) {
+PyObject *ql_call_linear_read(ql_layer *layer, PyObject *x, const ql_tensor *tensor) {
     if (ql_layer_refresh(layer) < 0) return NULL;
-    return ql_call_rows(layer, x, "x", layer->weight.k, layer->weight.n, ql_run_cpu_linear, ql_run_cuda_linear);
+    return ql_call_rows(layer, x, tensor, "x", layer->weight.k, layer->weight.n, ql_run_cpu_linear, ql_run_cuda_linear);
+}
+
+PyObject *ql_call_linear(ql_layer *layer, PyObject *x) {
+    ql_tensor tensor;
+    if (ql_tensor_read(&tensor, x, "x") < 0) return NULL;
+    PyObject *result = ql_call_linear_read(layer, x, &tensor);
+    ql_tensor_release(&tensor);
+    return result;
 }
 
 PyObject *ql_call_grad(ql_layer *layer, PyObject *grad_output) {
-    if (ql_layer_refresh(layer) < 0) return NULL;
-    return ql_call_rows(layer, grad_output, "grad_output", layer->weight.n, layer->weight.k, ql_run_cpu_grad,
-                        ql_run_cuda_grad);
+    ql_tensor tensor;
+    if (ql_layer_refresh(layer) < 0 || ql_tensor_read(&tensor, grad_output, "grad_output") < 0) return NULL;
+    PyObject *result = ql_call_rows(layer, grad_output, &tensor, "grad_output", layer->weight.n, layer->weight.k,
+                                    ql_run_cpu_grad, ql_run_cuda_grad);
+    ql_tensor_release(&tensor);
+    return result;
 }
 
 static int ql_dequantize_cpu(const ql_layer *layer, ql_tensor *out) {

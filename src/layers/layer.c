@@ -233,6 +233,10 @@ int ql_layer_add_type(PyObject *module) {
     return PyModule_AddObjectRef(module, "Layer", type);
 }
 
+ql_layer *ql_layer_check(PyObject *object) {
+    return PyObject_TypeCheck(object, ql_layer_base) ? (ql_layer *)object : NULL;
+}
+
 int ql_layer_make_type(PyObject *module, const char *name, newfunc new, const char *doc, PyMethodDef *methods,
                        PyGetSetDef *getset) {
     static PyGetSetDef none[] = {{NULL, NULL, NULL, NULL, NULL}};

@@ -60,6 +60,9 @@ static inline const ql_tensor *ql_layer_tensor(const ql_layer *layer, int index)
     return layer->held[index].object ? &layer->held[index].tensor : NULL;
 }
 
+/* The object as a layer, or NULL without an exception where it is none. */
+ql_layer *ql_layer_check(PyObject *object);
+
 /* Makes the heap type `name` ("_qlinear.QuantLinear") as a subclass of Layer and adds it to the module; methods and getset
  * of its own, or NULL. 0, or -1. */
 int ql_layer_make_type(PyObject *module, const char *name, newfunc new, const char *doc, PyMethodDef *methods,

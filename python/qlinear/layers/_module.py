@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ._packing import PackingModule, is_real, lock
+from ._shortcut import plain_forwards, shortcut
 
 
 def frozen(tensor: Tensor | None) -> Tensor | None:
@@ -83,6 +84,8 @@ class QuantizedLinear(PackingModule):
         if is_real(*map(self._raw, self.fixed), self._buffers["bias"]):
             self._settle()
             self.engine()
+
+    __call__ = shortcut()
 
     def forward(self, x: Tensor) -> Tensor:
         if ops.is_plain(x):
@@ -206,3 +209,6 @@ class QuantizedLinear(PackingModule):
         )
         self._forget()
         self._try_to_settle()
+
+
+plain_forwards.append(QuantizedLinear.forward)

@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from .. import _qlinear, functional, ops
 from ..functional import QuantState
 from ._module import QuantizedLinear, check_bias, check_weight, frozen, is_real
+from ._shortcut import plain_forwards
 
 _logger = logging.getLogger("qlinear")
 
@@ -497,3 +498,7 @@ class Linear4bit(QuantizedLinear):
 
 def _is_nested(numbers: dict[str, Any]) -> bool:
     return "nested_offset" in numbers
+
+
+# Both leave the short way where it is not theirs: weights that learn make no C layer, compute_dtype is asked for.
+plain_forwards += [Linear8bitLt.forward, Linear4bit.forward]

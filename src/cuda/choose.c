@@ -1,5 +1,6 @@
 #include "choose.h"
 
+#include "memo.h"
 #include "mma.h"
 
 #include <pthread.h>
@@ -26,13 +27,14 @@ static ql_cuda_problem problem_of(const ql_packed_params *params) {
                              .x_type = params->x_type};
 }
 
-static bool has_candidate(const ql_cuda_product_engine *engine, const ql_cuda_device *device,
-                          const ql_cuda_problem *problem, ql_cuda_choice choice) {
-    ql_cuda_choice found[QL_CUDA_MOST_CANDIDATES];
-    int count = engine->candidates(found, QL_CUDA_MOST_CANDIDATES, device, problem);
-    for (int i = 0; i < count; i++)
-        if (found[i].kernel == choice.kernel) return true;
-    return false;
+/* Whether the engine can run the problem by its own rule, and with what. */
+static bool preferred(ql_cuda_choice *choice, int engine, const ql_cuda_device *device,
+                      const ql_cuda_problem *problem) {
+    bool found;
+    if (ql_cuda_memo_find(&found, choice, engine, device->ordinal, problem)) return found;
+    found = engines[engine]->candidates(choice, 1, device, problem) > 0;
+    ql_cuda_memo_keep(found, *choice, engine, device->ordinal, problem);
+    return found;
 }
 
 /* What a row of arranged x takes: whole pieces of 16 bytes. */
@@ -74,13 +76,11 @@ ql_cuda_plan ql_cuda_choose(const ql_cuda_device *device, const ql_packed_params
     pthread_once(&wish_read, read_wish);
     if (base_wanted || params->x_type == QL_VALUE_F32) return plan;
     const ql_cuda_problem problem = problem_of(params);
-    ql_cuda_choice choice;
+    ql_cuda_choice choice = {0};
     if (ql_cuda_choice_find(&choice, device->ordinal, &problem))
-        for (int i = 0; engines[i] && !plan.engine; i++)
-            if (has_candidate(engines[i], device, &problem, choice))
-                plan = plan_with(engines[i], device, params, choice);
+        for (int i = 0; engines[i] && !plan.engine; i++) plan = plan_with(engines[i], device, params, choice);
     for (int i = 0; engines[i] && !plan.engine; i++)
-        if (problem.m <= engines[i]->most_rows && engines[i]->candidates(&choice, 1, device, &problem) > 0)
+        if (problem.m <= engines[i]->most_rows && preferred(&choice, i, device, &problem))
             plan = plan_with(engines[i], device, params, choice);
     return plan;
 }

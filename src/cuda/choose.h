@@ -18,7 +18,8 @@ typedef struct ql_cuda_product_engine {
     /* What it could run the problem with on this GPU, its own preference first, at most `room`; how many. 0: nothing, as for
      * a code or an architecture that it has no kernels for. */
     int (*candidates)(ql_cuda_choice *out, int room, const ql_cuda_device *device, const ql_cuda_problem *problem);
-    /* Whether it can run this very product with a choice of its kernels: shapes, alignment of x, shared memory. */
+    /* Whether it can run this very product so: shapes, alignment of x, shared memory. Never with another engine's kernel,
+     * and with no parameter that its launch could not take. */
     bool (*takes)(const ql_cuda_device *device, const ql_packed_params *params, ql_cuda_choice choice);
     /* Bytes of scratch for it, which may hold anything; -1 where they do not fit int64. */
     int64_t (*scratch)(const ql_cuda_device *device, const ql_packed_params *params, ql_cuda_choice choice);

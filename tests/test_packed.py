@@ -433,6 +433,20 @@ def test_moves(case, packs, monkeypatch):
     assert torch.equal(layer(x), expected)
 
 
+def test_tensors_put_past_setattr_count_and_move(packs):
+    """As loaders do that fill a model's dictionaries themselves."""
+    layer, other = make(CASES[0]), make(CASES[0], seed=5)
+    x = inputs(3, K)
+    expected = other(x)
+    for name in (*layer.packs, "bias"):
+        layer._buffers[name] = other._tensors()[name]
+    assert torch.allclose(layer(x), expected, rtol=1e-5, atol=1e-5)
+    assert all(exact(t, other.state_dict()[name]) for name, t in layer.state_dict().items())
+    layer.cpu()
+    assert is_packed(layer)
+    assert torch.equal(layer(x), expected)
+
+
 def test_moving_to_empty_memory_leaves_no_order_to_follow(packs):
     """to_empty makes contents undefined; columns that a kernel gathers by are none of them."""
     weight = torch.randn(N, K)

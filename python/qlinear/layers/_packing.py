@@ -207,7 +207,7 @@ class PackingModule(torch.nn.Module):
         packed = self._buffers["packed"]
         if device.type == "meta":
             self._drop_packed()
-        elif not wanted(device):
+        elif not wanted(device) or not all(map(self._is_away, self._packing.forms)):
             self._unpack()
         elif device != packed.device:
             self._buffers["packed"] = packed.to(device)

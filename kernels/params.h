@@ -107,7 +107,7 @@ typedef struct ql_pack_params {
     int32_t format, code, scale_size, zero_offset; /* format: of the checkpoint; scale_size: in bytes */
 } ql_pack_params;
 
-enum { QL_ARRANGE_THREADS = 256, QL_ARRANGE_ALIGNMENT = 256 };
+enum { QL_ARRANGE_THREADS = 512, QL_ARRANGE_ALIGNMENT = 256 };
 
 /* x of 16 bit in the columns' order of a packed weight: out[m][j] = x[m][order[j]], or x[m][j] without an order; zeros from
  * k up to out_stride, a multiple of 8. ql_arrange_ordered takes k * 2 bytes of shared memory, rounded up to 16. */

@@ -46,7 +46,7 @@ def _tune(options: argparse.Namespace) -> None:
 def _rewrite(options: argparse.Namespace) -> None:
     from benchmarks import cuda_report
 
-    cuda_report.rewrite(options.file)
+    cuda_report.rewrite(options.files)
 
 
 def main() -> None:
@@ -72,8 +72,8 @@ def main() -> None:
     cuda.add_argument("--parts", nargs="+", metavar="PART", help="of layers, chains, pairs, host")
     cuda.add_argument("--rounds", type=int, default=15, help="replays of each graph that count (default: 15)")
     cuda.set_defaults(run=_cuda)
-    rewrite = commands.add_parser("rewrite", help="tables and plot anew from the JSON of a run on a GPU")
-    rewrite.add_argument("file", type=Path, metavar="FILE")
+    rewrite = commands.add_parser("rewrite", help="tables and plot anew from the JSON of runs on a GPU")
+    rewrite.add_argument("files", type=Path, nargs="+", metavar="FILE")
     rewrite.set_defaults(run=_rewrite)
     options = parser.parse_args()
     options.run(options)

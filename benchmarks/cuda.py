@@ -322,4 +322,5 @@ def run(options: Options) -> None:
     content = cuda_report.judged(content)
     for table in cuda_report.tables(content):
         table.show(console)
+    console.print(f"{content['about']['minutes']} minutes")
     cuda_report.write(content, options.json, options.save)

@@ -125,9 +125,22 @@ def write(content: dict, json_file: Path | None, save: bool) -> None:
         plot.save(content, report.result_path(name, ".png"))
 
 
-def rewrite(file: Path) -> None:
-    """Tables, Markdown and plot anew from a run's JSON, judged by the bars as they are now."""
-    content = judged(json.loads(file.read_text()))
+def _merged(contents: list[dict]) -> dict:
+    """One of several runs' results on the same machine, as of parts that were run apart."""
+    first, *others = contents
+    for other in others:
+        different = [key for key in ("gpu", "driver", "torch", "qlinear") if other["about"][key] != first["about"][key]]
+        if different:
+            raise SystemExit(f"the runs differ in {', '.join(different)}")
+    lists = {key: [row for content in contents for row in content[key]] for key in ("rows", "chains", "pairs", "host")}
+    minutes = round(sum(content["about"]["minutes"] for content in contents), 1)
+    commands = "; ".join(dict.fromkeys(content["about"]["command"] for content in contents))
+    return {"about": first["about"] | {"minutes": minutes, "command": commands}} | lists
+
+
+def rewrite(files: list[Path]) -> None:
+    """Tables, Markdown and plot anew from the JSON of one run or several, judged by the bars as they are now."""
+    content = judged(_merged([json.loads(file.read_text()) for file in files]))
     for table in tables(content):
         table.show(Console(width=max(Console().width, 200)))
     write(content, None, True)

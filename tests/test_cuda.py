@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import os
 import threading
 
 import numpy
@@ -27,6 +28,10 @@ def case(request):
     return request.param
 
 
+def is_packed(layer):
+    return type(layer.engine()) is _qlinear.PackedLinear
+
+
 def make(case, K=256, N=192, dtype=torch.float16, bias=True):
     torch.manual_seed(K * 131 + N)
     weight = (torch.randn(N, K) / K**0.5).to(dtype)
@@ -34,10 +39,13 @@ def make(case, K=256, N=192, dtype=torch.float16, bias=True):
 
 
 def check(case, layer, x, out):
-    """Every element within fp32's summing error of |x| @ |W|, and half a unit of the output."""
+    """Every element within fp32's summing error of |x| @ |W|, and half a unit of the output; the kernels for packed
+    weights may also round the weight to 16 bit, once."""
+    rounds = is_packed(layer) and x.dtype != torch.float32 and os.environ.get("QLINEAR_KERNELS") != "base"
     reference, magnitude = case.reference(copy.deepcopy(layer).cpu(), x.cpu())
     reference, magnitude = torch.from_numpy(reference), torch.from_numpy(magnitude)
-    bound = (x.shape[-1] + 8) * 2.0**-24 * magnitude + UNIT[x.dtype] * reference.abs() + 2.0**-25
+    of_weight = UNIT[x.dtype] if rounds else 0
+    bound = ((x.shape[-1] + 8) * 2.0**-24 + of_weight) * magnitude + UNIT[x.dtype] * reference.abs() + 2.0**-25
     assert out.device.type == "cuda"
     assert out.dtype == x.dtype
     assert ((out.cpu().double() - reference).abs() <= bound).all()
@@ -189,10 +197,6 @@ def packable(request):
     return request.param
 
 
-def is_packed(layer):
-    return type(layer.engine()) is _qlinear.PackedLinear
-
-
 def state_of(layer):
     return {name: tensor.cpu().clone() for name, tensor in layer.state_dict().items()}
 
@@ -298,7 +302,7 @@ def test_a_tensor_asked_for_is_the_layers_own(packable):
     assert is_packed(layer)
 
 
-def test_first_call_of_an_unpacked_layer_inside_a_capture(packable):
+def test_an_unpacked_layer_called_inside_a_capture_keeps_what_the_graph_reads(packable):
     layer = make(packable).cuda()
     x = torch.randn(3, 256, device="cuda", dtype=torch.float16)
     expected = layer(x)
@@ -306,12 +310,27 @@ def test_first_call_of_an_unpacked_layer_inside_a_capture(packable):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = layer(x)
-        # What was captured reads the tensors that the layer has now.
-        kept = layer.engine()
+    layer(x)
+    assert not is_packed(layer)
+    overwrite = [torch.full_like(layer.state_dict()[name], 1) for name in layer.state_dict() for _ in range(4)]
     graph.replay()
     assert torch.allclose(out, expected, rtol=1e-2, atol=1e-2)
-    del kept
-    assert torch.equal(layer(x), expected)
+    del overwrite
+
+
+def test_a_graph_of_a_packed_layer_sees_what_is_written_in_place(packable):
+    layer = make(packable).cuda()
+    x = torch.randn(3, 256, device="cuda", dtype=torch.float16)
+    layer(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = layer(x)
+    name = {"eetq": "weight_scales", "fourbit": "quant_map"}.get(layer.operator, "scales")
+    with torch.no_grad():
+        getattr(layer, name).mul_(0.5)
+    expected = layer(x)
+    graph.replay()
+    assert torch.equal(out, expected)
 
 
 def test_a_capture_leaves_a_packed_layer_packed(packable):

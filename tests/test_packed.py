@@ -504,21 +504,52 @@ def test_wrong_tensors_wait_for_the_call_to_be_refused(packs):
     assert is_packed(plain)
 
 
-def test_packing_waits_for_a_capture_to_end(case, packs, monkeypatch):
-    monkeypatch.setattr(_packing, "_is_capturing", lambda device: True)
+def test_what_a_captured_graph_reads_stays(case, packs, monkeypatch):
+    """A graph reads the memory of the tensors that it was captured with: they must not be given back."""
     layer = make(case)
     x = inputs(2, K)
-    assert not is_packed(layer)
-    out = layer(x)
-    assert not is_packed(layer)
-    monkeypatch.setattr(_packing, "_is_capturing", lambda device: False)
-    layer._forget()
-    assert torch.allclose(layer(x), out, rtol=1e-4, atol=1e-4)
-    assert is_packed(layer)
+    expected = layer(x)
+    state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    packed = layer._buffers["packed"]
     monkeypatch.setattr(_packing, "_is_capturing", lambda device: True)
+    assert torch.equal(layer(x), expected)
     with pytest.raises(RuntimeError, match="captured"):
         getattr(layer, layer.packs[0])
     assert is_packed(layer)
+    monkeypatch.setattr(_packing, "_is_capturing", lambda device: False)
+    # Packed: the memory is kept and taken again.
+    first = getattr(layer, layer.packs[0])
+    assert packed.data_ptr() == layer._spare.data_ptr()
+    layer(x)
+    assert is_packed(layer)
+    assert layer._buffers["packed"] is packed
+    layer.load_state_dict(state)
+    assert layer._buffers["packed"] is packed
+    assert layer._spare is None
+    # Unpacked: what was called while a graph was captured is not packed any more.
+    first = getattr(layer, layer.packs[0])
+    monkeypatch.setattr(_packing, "_is_capturing", lambda device: True)
+    assert torch.allclose(layer(x), expected, rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(_packing, "_is_capturing", lambda device: False)
+    layer(x)
+    layer.float()
+    layer(x)
+    assert not is_packed(layer)
+    assert getattr(layer, layer.packs[0]) is first
+    for name in layer.packs:
+        if layer._raw(name) is not None:
+            copied = getattr(layer, name).clone()
+            setattr(layer, name, torch.nn.Parameter(copied, False) if name in layer._parameters else copied)
+    assert torch.equal(layer(x), expected)
+    assert is_packed(layer)
+
+
+def test_a_layer_made_while_a_graph_is_captured(case, packs, monkeypatch):
+    monkeypatch.setattr(_packing, "_is_capturing", lambda device: True)
+    layer = make(case)
+    assert not is_packed(layer)
+    assert layer(inputs(2, K)).shape == (2, N)
+    assert not is_packed(layer)
 
 
 def test_linear4bit_keeps_its_parameter_and_its_view(packs):

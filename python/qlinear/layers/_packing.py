@@ -50,8 +50,9 @@ class PackingModule(torch.nn.Module):
 
     While it is packed, the buffer `packed` has the weight, and meta tensors of the same dtypes and shapes stand in its
     place in `_buffers` and `_parameters`. Asking for one of them by its attribute unpacks the layer, so that what is
-    read or written in place is the layer's own; the next call packs it again. A tensor that stands there with data
-    (functional_call puts one there) counts in place of the packed one.
+    read or written in place is the layer's own; the next call packs it again, into the same memory, which a captured
+    CUDA graph may read. A tensor that stands there with data (functional_call puts one there) counts in place of the
+    packed one.
     """
 
     operator: ClassVar[str]
@@ -68,11 +69,13 @@ class PackingModule(torch.nn.Module):
 
     def _start(self) -> None:
         # _unsettled: who the tensors are that are still to be packed. If the module holds others by then, as inside
-        # functional_call, those are not its own to pack.
-        self.__dict__.update(_made=None, _packing=None, _unsettled=None)
+        # functional_call, those are not its own to pack. _captured: who they are that a CUDA graph reads, which stay.
+        # _spare: the memory that was packed into before. _ready: the C layer of tensors that were just unpacked, for
+        # a capture that follows: making one reads from the GPU.
+        self.__dict__.update(_made=None, _packing=None, _unsettled=None, _captured=None, _spare=None, _ready=None)
 
     def _forget(self) -> None:
-        self.__dict__["_made"] = None
+        self.__dict__.update(_made=None, _ready=None)
 
     def _arguments(self) -> tuple:
         """The operator's arguments after x, as ops.FORMATS has them, from _tensors()."""
@@ -132,8 +135,10 @@ class PackingModule(torch.nn.Module):
             if self._packing is not None or not tensors or not is_real(*tensors) or not wanted(tensors[0].device):
                 self.__dict__["_unsettled"] = None
                 return
-            self.__dict__["_unsettled"] = self._identities()
-            if _is_capturing(tensors[0].device):
+            self.__dict__["_unsettled"] = identities = self._identities()
+            if identities == self._captured:
+                self.__dict__["_unsettled"] = None
+            if identities == self._captured or _is_capturing(tensors[0].device):
                 return
             made = ops.engine(self.operator, self._arguments()).pack()
             self.__dict__["_unsettled"] = None
@@ -147,10 +152,20 @@ class PackingModule(torch.nn.Module):
 
     def _settle_own(self) -> None:
         """_settle before a call, of what was left to it."""
-        if self._unsettled is not None and self._unsettled == self._identities():
-            self._settle()
+        if self._unsettled is None or self._unsettled != self._identities():
+            return
+        if _is_capturing(self._raw(self.packs[0]).device):
+            self.__dict__["_captured"] = self._unsettled
+        self._settle()
 
     def _put_away(self, packed: Tensor, spec: tuple[int, ...]) -> None:
+        spare = self._spare
+        if spare is not None and spare.device == packed.device and spare.shape == packed.shape:
+            packed = spare.copy_(packed)
+            if packed.is_cuda:
+                # Kernels may read weights before they wait for the work that was launched before them.
+                torch.cuda.current_stream(packed.device).synchronize()
+        self.__dict__["_spare"] = None
         forms = {name: (t.dtype, t.shape) for name in self.packs if (t := self._raw(name)) is not None}
         self._buffers["packed"] = packed
         self.__dict__["_packing"] = Packing(spec, forms)
@@ -172,8 +187,10 @@ class PackingModule(torch.nn.Module):
             for name, tensor in self._unpacked().items():
                 if self._is_away(name):
                     self._place(name, tensor)
+            self.__dict__["_spare"] = self._buffers["packed"]
             self._drop_packed()
             self.__dict__["_unsettled"] = self._identities()
+            self.__dict__["_ready"] = ops.engine(self.operator, self._arguments())
 
     # Attributes
 
@@ -209,6 +226,7 @@ class PackingModule(torch.nn.Module):
             self._drop_packed()
         elif not wanted(device) or not all(map(self._is_away, self._packing.forms)):
             self._unpack()
+            self.__dict__["_spare"] = None
         elif device != packed.device:
             self._buffers["packed"] = packed.to(device)
 
@@ -224,7 +242,7 @@ class PackingModule(torch.nn.Module):
                     else:
                         buffers[name] = tensor
                 state["_parameters"], state["_buffers"] = parameters, buffers
-        for name in ("_made", "_packing", "_unsettled"):
+        for name in ("_made", "_packing", "_unsettled", "_captured", "_spare", "_ready"):
             del state[name]
         return state
 

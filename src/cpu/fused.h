@@ -1,238 +1,10 @@
 /* Products with few rows of x: weights are decoded in registers and multiplied there, so that a call is one walk over the
- * checkpoint's bytes. Part of the kernels (see vector.h). MAX_FUSED_ROWS rows at most; more go through dense.h. */
+ * checkpoint's bytes. Part of the kernels (see vector.h). MAX_FUSED_ROWS rows at most; more go through dense.h. Here the
+ * formats whose rows are contiguous bytes ("k lanes"); fused_n.h has the others. */
 #ifndef QL_CPU_FUSED_H
 #define QL_CPU_FUSED_H
 
-#include "decode.h"
-#include "threads.h"
-
-#include <stdlib.h>
-
-enum { MAX_FUSED_ROWS = 4 };
-
-INLINE void store_outputs(const ql_product *product, int64_t m, int64_t n, vf sums, int64_t count) {
-    if (count <= 0) return;
-    if (product->row_scale) sums = sums * vf_set(product->row_scale[m]);
-    if (product->bias) sums = sums + vf_convert(product->bias, QL_F32, n, count);
-    vf_store_as(product->out, product->dtype, m * product->weight->n + n, sums, count);
-}
-
-/* ---- n lanes: GPTQ and AWQ ---- */
-
-/* Columns that share a group are summed as (q - z) * x, which is exact but for the sum, and scaled once. */
-enum { N_CHUNK = 128, N_STRIP_BLOCKS = 32 };
-
-INLINE void n_gptq_chunk(float *sums, const int32_t *from, int64_t n, int64_t rows, const float *x, int64_t x_stride,
-                         int64_t cols, const float *zeros, const float *scales, const n_decoder *decoder,
-                         const int bits, const int vectors, const int m_count) {
-    const int codes = unit_codes(bits), words = unit_words(bits);
-    vf sum[8][MAX_FUSED_ROWS], zero[8];
-    UNROLL
-    for (int v = 0; v < vectors; v++) {
-        zero[v] = vf_load(zeros + v * LANES);
-        UNROLL
-        for (int m = 0; m < m_count; m++) sum[v][m] = vf_set(0);
-    }
-    int64_t unit = 0;
-    for (; (unit + 1) * codes <= cols; unit++, from += words * n) {
-        const float *at = x + unit * codes;
-        UNROLL
-        for (int v = 0; v < vectors; v++) {
-            vi packed[3];
-            forget_memory();
-            UNROLL
-            for (int w = 0; w < words; w++) {
-                packed[w] = vi_load_some(from + w * n + v * LANES, rows - v * LANES);
-                /* The next chunk's words: rows lie so far apart that the processor foresees none of them. */
-                __builtin_prefetch(
-                    (const void *)((uintptr_t)(from + w * n + v * LANES) + (uintptr_t)(N_CHUNK * bits / 32 * n * 4)));
-            }
-            UNROLL
-            for (int c = 0; c < codes; c++) {
-                vf code = n_code(decoder, packed, c, bits) - zero[v];
-                UNROLL
-                for (int m = 0; m < m_count; m++) sum[v][m] = vf_fma(vf_set(at[m * x_stride + c]), code, sum[v][m]);
-            }
-        }
-    }
-    if (unit * codes < cols) { /* the last unit of K, in part: the codes that are not there meet zeros */
-        float tail[MAX_FUSED_ROWS][32] = {{0}};
-        int64_t left = ((cols - unit * codes) * bits + 31) / 32;
-        for (int m = 0; m < m_count; m++)
-            memcpy(tail[m], x + m * x_stride + unit * codes, (size_t)(cols - unit * codes) * sizeof(float));
-        UNROLL
-        for (int v = 0; v < vectors; v++) {
-            vi packed[3];
-            UNROLL
-            for (int w = 0; w < words; w++)
-                packed[w] = vi_load_some(from + (w < left ? w : 0) * n + v * LANES, rows - v * LANES);
-            UNROLL
-            for (int c = 0; c < codes; c++) {
-                vf code = n_code(decoder, packed, c, bits) - zero[v];
-                UNROLL
-                for (int m = 0; m < m_count; m++) sum[v][m] = vf_fma(vf_set(tail[m][c]), code, sum[v][m]);
-            }
-        }
-    }
-    UNROLL
-    for (int v = 0; v < vectors; v++) {
-        vf scale = vf_load(scales + v * LANES);
-        UNROLL
-        for (int m = 0; m < m_count; m++) {
-            float *to = sums + m * (N_STRIP_BLOCKS * BLOCK) + v * LANES;
-            vf_store(to, vf_fma(sum[v][m], scale, vf_load(to)));
-        }
-    }
-}
-
-INLINE void n_awq_chunk(float *sums, const int32_t *from, int64_t words, int64_t left, const float *x, int64_t x_stride,
-                        int64_t cols, const float *zeros, const float *scales, const n_decoder *decoder,
-                        const int first, const int vectors, const int m_count) {
-    vf sum[8][MAX_FUSED_ROWS], zero[8];
-    UNROLL
-    for (int v = 0; v < vectors; v++) {
-        zero[v] = vf_load(zeros + (first + v) * LANES);
-        UNROLL
-        for (int m = 0; m < m_count; m++) sum[v][m] = vf_set(0);
-    }
-    for (int64_t col = 0; col < cols; col++, from += words) {
-        vi packed = vi_load_some(from, left);
-        if (first == 0) __builtin_prefetch((const void *)((uintptr_t)from + (uintptr_t)(N_CHUNK * words * 4)));
-        UNROLL
-        for (int v = 0; v < vectors; v++) {
-            vf code = n_code(decoder, &packed, first + v, 4) - zero[v];
-            UNROLL
-            for (int m = 0; m < m_count; m++) sum[v][m] = vf_fma(vf_set(x[m * x_stride + col]), code, sum[v][m]);
-        }
-    }
-    UNROLL
-    for (int v = 0; v < vectors; v++) {
-        vf scale = vf_load(scales + (first + v) * LANES);
-        UNROLL
-        for (int m = 0; m < m_count; m++) {
-            float *to = sums + m * (N_STRIP_BLOCKS * BLOCK) + (first + v) * LANES;
-            vf_store(to, vf_fma(sum[v][m], scale, vf_load(to)));
-        }
-    }
-}
-
-/* Vectors of sums that fit the registers beside the zeros, for m_count rows. */
-INLINE int n_vectors(int m_count) {
-#if LANES == 16
-    return m_count <= 2 ? 8 : 4;
-#else
-    return m_count == 1 ? 4 : m_count == 2 ? 2 : 1;
-#endif
-}
-
-/* The outputs of rows [row, end) of W, a strip, whose sums come in n_order. */
-static void n_store_strip(const ql_product *product, const float *sums, const int16_t *order, int64_t row, int64_t end,
-                          int m_count) {
-    const int64_t n = product->weight->n;
-    for (int m = 0; m < m_count; m++) {
-        for (int64_t at = row; at < end; at += BLOCK) {
-            const float *from = sums + m * (N_STRIP_BLOCKS * BLOCK) + (at - row);
-            float natural[BLOCK];
-            for (int i = 0; i < BLOCK; i++) natural[order[i]] = from[i];
-            for (int v = 0; v < 8; v++)
-                store_outputs(product, m, at + v * LANES, vf_load(natural + v * LANES), n - at - v * LANES);
-        }
-    }
-}
-
-/* Rows of W an item: as wide as gives every thread two. Wide strips read longer runs of each row of words, and each strip
- * meets every page of the weight. Sums do not depend on it. */
-static int64_t n_strip(const ql_weight *weight) {
-    const int64_t all = (weight->n + BLOCK - 1) / BLOCK, items = 2 * ql_cpu_thread_count();
-    return BLOCK * min_of((all + items - 1) / items, N_STRIP_BLOCKS);
-}
-
-typedef struct n_fused {
-    const ql_product *product;
-    n_decoder decoder;
-    int16_t order[BLOCK];
-    int64_t strip; /* rows of W an item, a multiple of BLOCK */
-} n_fused;
-
-INLINE void n_fused_strip(const n_fused *work, int64_t row, float *sums, const int bits, const bool awq,
-                          const int m_count) {
-    const ql_product *product = work->product;
-    const ql_weight *weight = product->weight;
-    const int64_t n = weight->n, k = weight->k, words = (n + 7) / 8;
-    const int64_t group_size = awq ? weight->awq.group_size : weight->gptq.group_size;
-    const int vectors = n_vectors(m_count);
-    int64_t end = min_of(row + work->strip, n);
-    memset(sums, 0, (size_t)m_count * N_STRIP_BLOCKS * BLOCK * sizeof(float));
-    float group_values[2][BLOCK];
-    for (int64_t col = 0, group = 0, cols; col < k; col += cols) {
-        int64_t group_end = group_size >= k - group * group_size ? k : (group + 1) * group_size;
-        cols = min_of(group_end - col, N_CHUNK);
-        for (int64_t at = row; at < end; at += BLOCK) {
-            float *block_sums = sums + (at - row);
-            const float *x = product->x + col;
-            if (awq) {
-                awq_group(group_values[0], group_values[1], weight, &work->decoder, group, at);
-                UNROLL
-                for (int first = 0; first < 8; first += vectors)
-                    n_awq_chunk(block_sums, weight->awq.qweight + col * words + at / 8, words, words - at / 8, x,
-                                product->x_stride, cols, group_values[0], group_values[1], &work->decoder, first,
-                                vectors, m_count);
-            } else {
-                gptq_group(group_values[0], group_values[1], weight, group, at);
-                for (int v = 0; v < 8; v += vectors) {
-                    if (at + v * LANES >= n) break;
-                    n_gptq_chunk(block_sums + v * LANES, weight->gptq.qweight + col * bits / 32 * n + at + v * LANES, n,
-                                 n - at - v * LANES, x, product->x_stride, cols, group_values[0] + v * LANES,
-                                 group_values[1] + v * LANES, &work->decoder, bits, vectors, m_count);
-                }
-            }
-        }
-        if (col + cols == group_end) group++;
-    }
-    n_store_strip(product, sums, work->order, row, end, m_count);
-}
-
-#define N_FUSED_BODY(name, bits, awq, m_count)                                                                         \
-    static void name(void *context, int64_t begin, int64_t end) {                                                      \
-        const n_fused *work = context;                                                                                 \
-        float sums[(m_count) * N_STRIP_BLOCKS * BLOCK];                                                                \
-        for (int64_t i = begin; i < end; i++) n_fused_strip(work, i * work->strip, sums, bits, awq, m_count);          \
-    }
-#define N_FUSED_BODIES(name, bits, awq)                                                                                \
-    N_FUSED_BODY(name##_1, bits, awq, 1)                                                                               \
-    N_FUSED_BODY(name##_2, bits, awq, 2)                                                                               \
-    N_FUSED_BODY(name##_3, bits, awq, 3)                                                                               \
-    N_FUSED_BODY(name##_4, bits, awq, 4)
-#define BODIES(name) {name##_1, name##_2, name##_3, name##_4}
-
-N_FUSED_BODIES(gptq2_fused, 2, false)
-N_FUSED_BODIES(gptq3_fused, 3, false)
-N_FUSED_BODIES(gptq4_fused, 4, false)
-N_FUSED_BODIES(gptq8_fused, 8, false)
-N_FUSED_BODIES(awq_fused, 4, true)
-
-typedef void loop_body(void *context, int64_t begin, int64_t end);
-
-static bool n_fused_fits(const ql_weight *weight) {
-    if (weight->format == QL_FORMAT_AWQ) return weight->awq.qzeros != NULL;
-    const ql_gptq *gptq = &weight->gptq;
-    return !gptq->g_idx && (gptq->group_size >= weight->k || gptq->group_size % unit_codes(gptq->bits) == 0);
-}
-
-static void n_fused_linear(const ql_product *product) {
-    static loop_body *const gptq_bodies[4][MAX_FUSED_ROWS] = {BODIES(gptq2_fused), BODIES(gptq3_fused),
-                                                              BODIES(gptq4_fused), BODIES(gptq8_fused)};
-    static loop_body *const awq_bodies[MAX_FUSED_ROWS] = BODIES(awq_fused);
-    const ql_weight *weight = product->weight;
-    const bool awq = weight->format == QL_FORMAT_AWQ;
-    n_fused work = {.product = product};
-    int bits = awq ? 4 : weight->gptq.bits;
-    n_decoder_init(&work.decoder, bits);
-    n_order(work.order, weight->format);
-    work.strip = n_strip(weight);
-    loop_body *body = awq ? awq_bodies[product->m - 1] : gptq_bodies[bits == 8 ? 3 : bits - 2][product->m - 1];
-    ql_cpu_parallel((weight->n + work.strip - 1) / work.strip, 1, body, &work);
-}
+#include "fused_n.h"
 
 /* ---- k lanes: EETQ, FOURBIT and FP8 ---- */
 
@@ -248,10 +20,10 @@ typedef struct k_fused {
 /* What one row of W is read with. */
 typedef struct k_stream {
     const uint8_t *bytes;
-    uintptr_t ahead;     /* where the row `row_count` rows on begins, to prefetch */
-    const float *scales; /* FOURBIT: absmax from the row's first block on; FP8: the row of scales */
-    int64_t inside;      /* FOURBIT: elements of the first block before the row */
-    int64_t blocks;      /* FOURBIT: in the row */
+    const uint8_t *ahead; /* where the row `row_count` rows on begins, to prefetch */
+    const float *scales;  /* FOURBIT: absmax from the row's first block on; FP8: the row of scales */
+    int64_t inside;       /* FOURBIT: elements of the first block before the row */
+    int64_t blocks;       /* FOURBIT: in the row */
 } k_stream;
 
 /* How a row's blocks lie to its steps, the same for all rows. */
@@ -288,8 +60,7 @@ INLINE k_stream k_stream_open(const ql_weight *weight, int64_t row, const k_scal
                               const ql_format format, const int row_count) {
     const int64_t k = weight->k;
     k_stream stream = {.bytes = k_row(weight, row, 0, format)};
-    stream.ahead = (uintptr_t)stream.bytes;
-    stream.ahead += (uintptr_t)row_count * (uintptr_t)(format == QL_FORMAT_FOURBIT ? k / 2 : k);
+    stream.ahead = stream.bytes + row_count * (format == QL_FORMAT_FOURBIT ? k / 2 : k);
     if (format == QL_FORMAT_FOURBIT) {
         const ql_fourbit *fourbit = &weight->fourbit;
         int64_t flat = row * k, first = flat >> scales->log2_blocksize;
@@ -325,7 +96,7 @@ INLINE void k_fused_step(const k_decoder *decoder, vf sum[4][MAX_FUSED_ROWS], co
         UNROLL
         for (int r = 0; r < row_count; r++) {
             words[r] = k_open(decoder, k_load(streams[r].bytes + offset, bytes), format);
-            __builtin_prefetch((const void *)(streams[r].ahead + (uintptr_t)offset));
+            prefetch_rows(streams[0].ahead, 4 * LANES * (step * loads + load), r, row_count);
         }
         UNROLL
         for (int j = 0; j < vectors; j++) {
@@ -394,7 +165,8 @@ INLINE void k_fused_rows(const k_fused *work, int64_t row, float *sums, const bo
 
 /* Rows of W at a time: their activations are loaded once, which counts where x is larger than the first cache. */
 INLINE int k_rows(int m_count) {
-    if (LANES == 16 || m_count == 1) return 4;
+    if (LANES == 16) return m_count == 1 ? 2 : 4;
+    if (m_count == 1) return 4;
     return m_count == 2 ? 2 : 1;
 }
 

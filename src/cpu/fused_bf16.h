@@ -18,12 +18,9 @@ INLINE vi pair_at(vi table, vi index) { return (vi)_mm512_permutexvar_epi16((__m
 /* ---- n lanes: GPTQ of 4 bits and AWQ ---- */
 
 typedef struct n_pairs {
-    const ql_product *product;
+    n_parts parts;
     const int32_t *x; /* [pairs][m]: columns 8u + j and 8u + j + 4 in pair 4u + j (GPTQ), 2i and 2i + 1 in i (AWQ) */
-    n_decoder decoder;
-    vi table; /* of the 32 integers of five bits, signed */
-    int16_t order[BLOCK];
-    int64_t strip; /* rows of W an item, a multiple of BLOCK */
+    vi table;         /* of the 32 integers of five bits, signed */
 } n_pairs;
 
 /* Nibble j of each half of the words, less its zero, for j = 0..3. zeros[0]: bytes to subtract from the even nibbles,
@@ -38,22 +35,23 @@ INLINE void n_pair_values(vi value[4], vi words, const vi *zeros, vi table) {
     value[3] = pair_at(table, vi_shift(odd, 8));
 }
 
-INLINE void n_pairs_scale(float *sums, vf sum[8][MAX_FUSED_ROWS], const float *scales, const int vectors,
+INLINE void n_pairs_scale(float *sums, int64_t width, vf sum[8][MAX_FUSED_ROWS], const float *scales, const int vectors,
                           const int m_count) {
     UNROLL
     for (int v = 0; v < vectors; v++) {
         vf scale = vf_load(scales + v * LANES);
         UNROLL
         for (int m = 0; m < m_count; m++) {
-            float *to = sums + m * (N_STRIP_BLOCKS * BLOCK) + v * LANES;
+            float *to = sums + m * width + v * LANES;
             vf_store(to, vf_fma(sum[v][m], scale, vf_load(to)));
         }
     }
 }
 
-INLINE void n_pairs_gptq_chunk(float *sums, const int32_t *from, int64_t n, int64_t rows, const int32_t *x,
-                               int64_t units, const float *zeros, const float *scales, vi table, const int vectors,
-                               const int m_count) {
+/* `whole`, `ahead`: as in n_gptq_chunk. */
+INLINE void n_pairs_gptq_chunk(float *sums, int64_t width, const int32_t *from, int64_t n, int64_t rows,
+                               uintptr_t ahead, const int32_t *x, int64_t units, const float *zeros,
+                               const float *scales, vi table, const bool whole, const int vectors, const int m_count) {
     vf sum[8][MAX_FUSED_ROWS];
     vi zero[8];
     UNROLL
@@ -65,10 +63,9 @@ INLINE void n_pairs_gptq_chunk(float *sums, const int32_t *from, int64_t n, int6
     for (int64_t unit = 0; unit < units; unit++, from += n, x += 4 * m_count) {
         UNROLL
         for (int v = 0; v < vectors; v++) {
-            forget_memory();
-            vi words = vi_load_some(from + v * LANES, rows - v * LANES), value[4];
-            /* The next chunk's words, as in n_gptq_chunk. */
-            __builtin_prefetch((const void *)((uintptr_t)(from + v * LANES) + (uintptr_t)(N_CHUNK / 8 * n * 4)));
+            if (v == 0 || m_count > 1) forget_memory(); /* the activations of one row stay in registers */
+            vi words = whole ? vi_load(from + v * LANES) : vi_load_some(from + v * LANES, rows - v * LANES), value[4];
+            __builtin_prefetch((const void *)((uintptr_t)(from + v * LANES) + ahead));
             n_pair_values(value, words, (const vi[2]){zero[v], zero[v]}, table);
             UNROLL
             for (int j = 0; j < 4; j++) {
@@ -78,7 +75,38 @@ INLINE void n_pairs_gptq_chunk(float *sums, const int32_t *from, int64_t n, int6
             }
         }
     }
-    n_pairs_scale(sums, sum, scales, vectors, m_count);
+    n_pairs_scale(sums, width, sum, scales, vectors, m_count);
+}
+
+INLINE void gptq_pairs_item(const n_pairs *work, int64_t index, const int m_count) {
+    const ql_weight *weight = work->parts.product->weight;
+    const int64_t n = weight->n, width = work->parts.width, group_size = weight->gptq.group_size;
+    const int vectors = gptq_vectors(m_count);
+    const vi table = work->table;
+    const n_item item = n_item_of(&work->parts, index);
+    float zeros[BLOCK], scales[BLOCK];
+    for (int64_t col = item.col, cols; col < item.col_end; col += cols) {
+        cols = n_cols(&item, col, group_size, MAX_CHUNK);
+        const int32_t *x = work->x + col / 2 * m_count;
+        const int64_t units = (cols + 7) / 8;
+        for (int64_t at = item.row; at < item.row_end; at += BLOCK) {
+            gptq_group(zeros, scales, weight, col / group_size, at);
+            for (int v = 0; v < 8 && at + v * LANES < n; v += vectors) {
+                const int64_t row = at + v * LANES;
+                const int32_t *from = weight->gptq.qweight + col / 8 * n + row;
+                const uintptr_t ahead = gptq_ahead(&item, row, units, n, vectors);
+                if (row + vectors * LANES <= n) {
+                    n_pairs_gptq_chunk(item.sums + row, width, from, n, n - row, ahead, x, units, zeros + v * LANES,
+                                       scales + v * LANES, table, true, vectors, m_count);
+                    continue;
+                }
+                for (int i = 0; i < vectors && row + i * LANES < n; i++)
+                    n_pairs_gptq_chunk(item.sums + row + i * LANES, width, from + i * LANES, n, n - row - i * LANES,
+                                       ahead, x, units, zeros + (v + i) * LANES, scales + (v + i) * LANES, table, false,
+                                       1, m_count);
+            }
+        }
+    }
 }
 
 /* zeros[half][parity]: what n_pair_values subtracts from the words of that half. */
@@ -93,9 +121,9 @@ INLINE void n_pairs_awq_zeros(vi zeros[2][2], const ql_awq *awq, int64_t words, 
 }
 
 /* Nibbles 4 * first_half and on, `vectors` of them, 4 or 8. */
-INLINE void n_pairs_awq_chunk(float *sums, const int32_t *from, int64_t words, int64_t left, const int32_t *x,
-                              int64_t cols, vi zeros[2][2], const float *scales, vi table, const int first_half,
-                              const int vectors, const int m_count) {
+INLINE void n_pairs_awq_chunk(float *sums, int64_t width, const int32_t *from, int64_t words, int64_t left,
+                              n_ahead *ahead, const int32_t *x, int64_t cols, vi zeros[2][2], const float *scales,
+                              vi table, const int first_half, const int vectors, const int m_count) {
     vf sum[8][MAX_FUSED_ROWS];
     UNROLL
     for (int v = 0; v < vectors; v++) {
@@ -105,8 +133,8 @@ INLINE void n_pairs_awq_chunk(float *sums, const int32_t *from, int64_t words, i
     for (int64_t col = 0; col < cols; col += 2, from += 2 * words, x += m_count) {
         vi one = vi_load_some(from, left), two = vi_load_some(from + words, left);
         if (first_half == 0) {
-            __builtin_prefetch((const void *)((uintptr_t)from + (uintptr_t)(N_CHUNK * words * 4)));
-            __builtin_prefetch((const void *)((uintptr_t)from + (uintptr_t)((N_CHUNK + 1) * words * 4)));
+            n_fetch(ahead);
+            n_fetch(ahead);
         }
         UNROLL
         for (int h = 0; h < vectors / 4; h++) {
@@ -123,62 +151,47 @@ INLINE void n_pairs_awq_chunk(float *sums, const int32_t *from, int64_t words, i
             }
         }
     }
-    n_pairs_scale(sums, sum, scales, vectors, m_count);
+    n_pairs_scale(sums, width, sum, scales, vectors, m_count);
 }
 
-INLINE void n_pairs_strip(const n_pairs *work, int64_t row, float *sums, const bool awq, const int m_count) {
-    const ql_weight *weight = work->product->weight;
-    const int64_t n = weight->n, k = weight->k, words = (n + 7) / 8;
-    const int64_t group_size = awq ? weight->awq.group_size : weight->gptq.group_size;
-    const int vectors = n_vectors(m_count);
+INLINE void awq_pairs_item(const n_pairs *work, int64_t index, const int m_count) {
+    const ql_weight *weight = work->parts.product->weight;
+    const ql_awq *awq = &weight->awq;
+    const int64_t words = (weight->n + 7) / 8, width = work->parts.width;
+    const int vectors = awq_vectors(m_count);
     const vi table = work->table;
-    int64_t end = min_of(row + work->strip, n);
-    memset(sums, 0, (size_t)m_count * N_STRIP_BLOCKS * BLOCK * sizeof(float));
-    float zeros[BLOCK], scales[BLOCK];
-    for (int64_t col = 0, group = 0, cols; col < k; col += cols) {
-        int64_t group_end = group_size >= k - group * group_size ? k : (group + 1) * group_size;
-        cols = min_of(group_end - col, N_CHUNK);
-        const int32_t *x = work->x + col / 2 * m_count;
-        for (int64_t at = row; at < end; at += BLOCK) {
-            float *block_sums = sums + (at - row);
-            if (awq) {
-                vi zero[2][2];
-                n_pairs_awq_zeros(zero, &weight->awq, words, group, at);
-                awq_reorder(scales, weight->awq.scales, weight->awq.scales_dtype, group * n + at, n - at);
-                UNROLL
-                for (int first = 0; first < 8; first += vectors)
-                    n_pairs_awq_chunk(block_sums + first * LANES, weight->awq.qweight + col * words + at / 8, words,
-                                      words - at / 8, x, cols, zero, scales + first * LANES, table, first / 4, vectors,
-                                      m_count);
-            } else {
-                gptq_group(zeros, scales, weight, group, at);
-                for (int v = 0; v < 8; v += vectors) {
-                    if (at + v * LANES >= n) break;
-                    n_pairs_gptq_chunk(block_sums + v * LANES, weight->gptq.qweight + col / 8 * n + at + v * LANES, n,
-                                       n - at - v * LANES, x, (cols + 7) / 8, zeros + v * LANES, scales + v * LANES,
-                                       table, vectors, m_count);
-                }
-            }
+    const n_item item = n_item_of(&work->parts, index);
+    for (int64_t col = item.col, cols; col < item.col_end; col += cols) {
+        const int64_t group = col / awq->group_size;
+        const bool new_group = col == item.col || col % awq->group_size == 0;
+        cols = n_cols(&item, col, awq->group_size, awq_chunk(m_count));
+        n_ahead ahead = awq_ahead(&item, awq->qweight, words, col + cols);
+        for (int64_t at = item.row; at < item.row_end; at += BLOCK) {
+            float *scales = item.scales + at;
+            vi zeros[2][2];
+            if (new_group) awq_scales(scales, weight, group, at);
+            n_pairs_awq_zeros(zeros, awq, words, group, at);
+            UNROLL
+            for (int first = 0; first < 8; first += vectors)
+                n_pairs_awq_chunk(item.sums + at + first * LANES, width, awq->qweight + col * words + at / 8, words,
+                                  words - at / 8, &ahead, work->x + col / 2 * m_count, cols, zeros,
+                                  scales + first * LANES, table, first / 4, vectors, m_count);
         }
-        if (col + cols == group_end) group++;
     }
-    n_store_strip(work->product, sums, work->order, row, end, m_count);
 }
 
-#define N_PAIRS_BODY(name, awq, m_count)                                                                               \
+#define N_PAIRS_BODY(name, item, m_count)                                                                              \
     static void name(void *context, int64_t begin, int64_t end) {                                                      \
-        const n_pairs *work = context;                                                                                 \
-        float sums[(m_count) * N_STRIP_BLOCKS * BLOCK];                                                                \
-        for (int64_t i = begin; i < end; i++) n_pairs_strip(work, i * work->strip, sums, awq, m_count);                \
+        for (int64_t i = begin; i < end; i++) item(context, i, m_count);                                               \
     }
-#define N_PAIRS_BODIES(name, awq)                                                                                      \
-    N_PAIRS_BODY(name##_1, awq, 1)                                                                                     \
-    N_PAIRS_BODY(name##_2, awq, 2)                                                                                     \
-    N_PAIRS_BODY(name##_3, awq, 3)                                                                                     \
-    N_PAIRS_BODY(name##_4, awq, 4)
+#define N_PAIRS_BODIES(name, item)                                                                                     \
+    N_PAIRS_BODY(name##_1, item, 1)                                                                                    \
+    N_PAIRS_BODY(name##_2, item, 2)                                                                                    \
+    N_PAIRS_BODY(name##_3, item, 3)                                                                                    \
+    N_PAIRS_BODY(name##_4, item, 4)
 
-N_PAIRS_BODIES(gptq4_pairs, false)
-N_PAIRS_BODIES(awq_pairs, true)
+N_PAIRS_BODIES(gptq4_pairs, gptq_pairs_item)
+N_PAIRS_BODIES(awq_pairs, awq_pairs_item)
 
 /* Pairs of columns must not straddle groups. */
 static bool n_pairs_fits(const ql_weight *weight) {
@@ -201,15 +214,13 @@ static int n_pairs_linear(const ql_product *product) {
             x[(pair * m_count + m) * 2 + side] = from[col];
         }
     }
-    n_pairs work = {.product = product, .x = (const int32_t *)(const void *)x};
+    n_pairs work = {.parts.product = product, .x = (const int32_t *)(const void *)x};
     uint16_t table[32];
     for (int i = 0; i < 32; i++) table[i] = ql_bf16_from_f32((float)(i < 16 ? i : i - 32));
     memcpy(&work.table, table, sizeof table);
-    n_order(work.order, weight->format);
-    work.strip = n_strip(weight);
-    ql_cpu_parallel((weight->n + work.strip - 1) / work.strip, 1, bodies[awq][m_count - 1], &work);
+    int status = n_parts_run(&work.parts, bodies[awq][m_count - 1]);
     free(x);
-    return 0;
+    return status;
 }
 
 /* ---- k lanes: FOURBIT ---- */
@@ -235,7 +246,7 @@ INLINE void k_pairs_step(vi code, vf sum[4][MAX_FUSED_ROWS], const k_stream *str
     UNROLL
     for (int r = 0; r < row_count; r++) {
         words[r] = k_load(streams[r].bytes + offset, bytes);
-        __builtin_prefetch((const void *)(streams[r].ahead + (uintptr_t)offset));
+        prefetch_rows(streams[0].ahead, 4 * LANES * step, r, row_count);
         UNROLL
         for (int m = 0; m < m_count; m++) part[r][m] = vf_set(0);
     }
@@ -295,7 +306,8 @@ INLINE void k_pairs_range(const k_pairs *work, int64_t begin, int64_t end, const
     for (int64_t row = begin * LANES; row < min_of(end * LANES, n); row += LANES) {
         float sums[MAX_FUSED_ROWS * LANES] = {0};
         int64_t count = min_of(LANES, n - row), r = 0;
-        for (; r + 4 <= count; r += 4) k_pairs_rows(work, row + r, sums + r, 4, m_count);
+        const int rows = k_rows(m_count);
+        for (; r + rows <= count; r += rows) k_pairs_rows(work, row + r, sums + r, rows, m_count);
         for (; r < count; r++) k_pairs_rows(work, row + r, sums + r, 1, m_count);
         for (int m = 0; m < m_count; m++) store_outputs(work->product, m, row, vf_load(sums + m * LANES), count);
     }

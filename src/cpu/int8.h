@@ -83,8 +83,10 @@ INLINE void int8_tile(const int8_work *work, float *sums, int64_t row, int64_t m
         for (; col < end; col += 4 * LANES) {
             vi codes[INT8_TILE_N];
             UNROLL
-            for (int r = 0; r < n_count; r++)
+            for (int r = 0; r < n_count; r++) {
                 codes[r] = int8_weight(k_load((const uint8_t *)w + r * k + col, end - col));
+                if (n_count > 1) prefetch_rows(w + n_count * k, col, r, n_count);
+            }
             UNROLL
             for (int i = 0; i < m_count; i++) {
                 vi activation = vi_load(x + i * product->codes_stride + col);
@@ -124,7 +126,9 @@ INLINE void int8_rows(const int8_work *work, int64_t row, int64_t m, const int m
     const ql_weight *weight = product->weight;
     int64_t count = min_of(weight->n - row, LANES), r = 0;
     float sums[INT8_TILE_M * LANES] = {0};
-    for (; r + INT8_TILE_N <= count; r += INT8_TILE_N) int8_tile(work, sums + r, row + r, m, INT8_TILE_N, m_count);
+    if (m_count >
+        1) /* one row of W after the other is the order of memory, and with one row of x there is nothing to share */
+        for (; r + INT8_TILE_N <= count; r += INT8_TILE_N) int8_tile(work, sums + r, row + r, m, INT8_TILE_N, m_count);
     for (; r < count; r++) int8_tile(work, sums + r, row + r, m, 1, m_count);
     for (int i = 0; i < m_count; i++) {
         float *own = sums + i * LANES;

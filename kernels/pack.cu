@@ -8,18 +8,41 @@ enum { THREADS = QL_LINEAR_THREADS };
 static __device__ __forceinline__ int64_t first_item(void) { return (int64_t)blockIdx.x * THREADS + threadIdx.x; }
 static __device__ __forceinline__ int64_t item_step(void) { return (int64_t)gridDim.x * THREADS; }
 
-/* Code (row, col) as the checkpoint has it. `format` and `code` are constants. */
-static __device__ __forceinline__ uint32_t source_code(const ql_pack_params *p, int64_t row, int64_t col, int format,
-                                                       int code) {
-    switch (format) {
-    case QL_WEIGHT_GPTQ: return load_code((const int32_t *)p->words + row, p->n, QL_CODE_BITS(code), col);
-    case QL_WEIGHT_AWQ: return awq_nibble((const int32_t *)p->words + col * ((p->n + 7) / 8), row);
-    case QL_WEIGHT_EETQ: return ((const uint8_t *)p->words)[eetq_offset(p->k, row, col)];
-    default: {
-        uint32_t byte = ((const uint8_t *)p->words)[(row * p->k + col) >> 1];
-        return col & 1 ? byte & 15u : byte >> 4;
+/* Code (row, col) of GPTQ, wherever act-order has the column. */
+static __device__ __forceinline__ uint32_t gptq_code(const ql_pack_params *p, int64_t row, int64_t col, int code) {
+    return load_code((const int32_t *)p->words + row, p->n, QL_CODE_BITS(code), col);
+}
+
+/* Codes of row `row` at columns tile * QL_TILE_K + inside, even, and the next, which lies 16 bits up; 0 beyond the last
+ * column. `format` and `code` are constants, and so is all of inside but the lane's part. */
+static __device__ __forceinline__ uint32_t source_pair(const ql_pack_params *p, int64_t row, int64_t tile, int inside,
+                                                       int format, int code) {
+    const int bits = QL_CODE_BITS(code);
+    const int64_t col = tile * QL_TILE_K(code) + inside;
+    const bool both = col + 1 < p->k;
+    if (format == QL_WEIGHT_GPTQ && p->order)
+        return gptq_code(p, row, p->order[col], code) | (both ? gptq_code(p, row, p->order[col + 1], code) << 16 : 0);
+    if (format == QL_WEIGHT_GPTQ) {
+        /* A tile is whole words. Of 3 bit a pair can straddle two. */
+        const int32_t *words = (const int32_t *)p->words + tile * (QL_TILE_K(code) * bits / 32) * p->n + row;
+        int at = inside * bits, shift = at & 31;
+        uint32_t pair = (uint32_t)words[(at >> 5) * p->n] >> shift;
+        if (bits == 3 && shift + (both ? 6 : 3) > 32) pair |= (uint32_t)words[((at >> 5) + 1) * p->n] << (32 - shift);
+        const uint32_t mask = (1u << bits) - 1u;
+        return (pair & mask) | (both ? (pair >> bits & mask) << 16 : 0);
     }
+    if (format == QL_WEIGHT_AWQ) {
+        const int64_t width = (p->n + 7) / 8;
+        const int32_t *words = (const int32_t *)p->words + col * width;
+        return awq_nibble(words, row) | (both ? awq_nibble(words + width, row) << 16 : 0);
     }
+    if (format == QL_WEIGHT_EETQ) {
+        /* Four bytes are columns c, c + 8, c + 1, c + 9. */
+        const uint8_t *bytes = (const uint8_t *)p->words + eetq_offset(p->k, row, col);
+        return *(const uint32_t *)((uintptr_t)bytes & ~(uintptr_t)3) >> (inside / 8 % 2 * 8) & 0xff00ffu;
+    }
+    uint32_t byte = ((const uint8_t *)p->words)[(row * p->k + col) >> 1];
+    return byte >> 4 | (byte & 15u) << 16;
 }
 
 /* The 16 bytes of a lane, and of 3 bit 8 more. */
@@ -31,18 +54,18 @@ static __device__ __forceinline__ void pack_lane(const ql_pack_params *p, int64_
 #pragma unroll
     for (int word = 0; word < 4; word++) {
 #pragma unroll
-        for (int i = 0; i < columns / 4; i++) {
-            int step = word * columns + i / 2 * 8 + i % 2; /* the lane's columns come in pairs, 8 apart */
-            int64_t col = tile * QL_TILE_K(code) + step + lane % 4 * 2;
-            if (col >= p->k) continue;
-            int64_t from = format == QL_WEIGHT_GPTQ && p->order ? p->order[col] : col;
+        for (int i = 0; i < columns / 8; i++) {
+            const int step = word * columns + i * 8; /* the lane's columns come in pairs, 8 apart */
+            const int inside = step + lane % 4 * 2;
+            if (tile * QL_TILE_K(code) + inside >= p->k) continue;
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 int64_t row = strip * QL_STRIP + lane / 4 + 8 * h;
-                uint32_t q = row < p->n ? source_code(p, row, from, format, code) : 0;
-                low[word] |= (code == QL_CODE_INT3 ? q & 3u : q) << QL_PACKED_BIT(code, 8 * h, step);
+                uint32_t pair = row < p->n ? source_pair(p, row, tile, inside, format, code) : 0;
+                if (code == QL_CODE_TABLE4) pair = (pair & 15u) | pair >> 12;
+                low[word] |= (code == QL_CODE_INT3 ? pair & 0x30003u : pair) << QL_PACKED_BIT(code, 8 * h, step);
                 if (code == QL_CODE_INT3)
-                    high[QL_PACKED_HIGH_WORD(step)] |= (q >> 2) << QL_PACKED_HIGH_BIT(8 * h, step);
+                    high[QL_PACKED_HIGH_WORD(step)] |= (pair >> 2 & 0x10001u) << QL_PACKED_HIGH_BIT(8 * h, step);
             }
         }
     }
@@ -53,7 +76,7 @@ static __device__ __forceinline__ void pack_lane(const ql_pack_params *p, int64_
 
 /* A warp a tile. Neighbouring warps take what is close in the checkpoint: strips where it packs along N, tiles where it
  * is row-major. */
-extern "C" __global__ void __launch_bounds__(THREADS) ql_pack_codes(const __grid_constant__ ql_pack_params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 4) ql_pack_codes(const __grid_constant__ ql_pack_params p) {
     const int64_t strips = (p.n + QL_STRIP - 1) / QL_STRIP, tiles = (p.k + QL_TILE_K(p.code) - 1) / QL_TILE_K(p.code);
     const bool along_n = p.format == QL_WEIGHT_GPTQ || p.format == QL_WEIGHT_AWQ;
     const int lane = (int)threadIdx.x % 32;
@@ -129,94 +152,122 @@ extern "C" __global__ void __launch_bounds__(THREADS) ql_pack_entries(const __gr
 }
 
 /* The place of each column among those sorted by their groups: after all of smaller groups and those of its own group
- * that come before it. A block's threads count together, as each group is read by all. */
+ * that come before it. A block's threads count together, as each group is read by all: of a column that comes before all
+ * of the block's, a group up to the own counts, of one that comes after, a smaller one. */
 extern "C" __global__ void __launch_bounds__(THREADS) ql_pack_order(const __grid_constant__ ql_pack_params p) {
-    __shared__ int32_t groups[THREADS];
-    const int64_t col = first_item();
+    __shared__ int4 shared[THREADS / 4];
+    int32_t *groups = (int32_t *)shared;
+    const int64_t block = (int64_t)blockIdx.x * THREADS, col = block + threadIdx.x;
     const int32_t own = col < p.k ? p.g_idx[col] : 0;
     int32_t rank = 0;
     for (int64_t base = 0; base < p.k; base += THREADS) {
-        int count = (int)min((int64_t)THREADS, p.k - base);
         __syncthreads();
-        if ((int)threadIdx.x < count) groups[threadIdx.x] = p.g_idx[base + threadIdx.x];
+        groups[threadIdx.x] = base + threadIdx.x < p.k ? p.g_idx[base + threadIdx.x] : INT32_MAX;
         __syncthreads();
-        for (int i = 0; i < count; i++) rank += groups[i] < own || (groups[i] == own && base + i < col);
+        if (base == block) {
+            for (int i = 0; i < THREADS; i++) rank += groups[i] < own + (i < (int)threadIdx.x);
+            continue;
+        }
+        const int32_t bound = own + (base < block);
+#pragma unroll 8
+        for (int i = 0; i < THREADS / 4; i++) {
+            int4 four = shared[i];
+            rank += (four.x < bound) + (four.y < bound) + (four.z < bound) + (four.w < bound);
+        }
     }
     if (col >= p.k) return;
     p.order[rank] = (int32_t)col;
     p.inverse[col] = rank;
 }
 
-/* The code that the checkpoint calls (row, col). */
-static __device__ __forceinline__ uint32_t unpack_code(const ql_pack_params *p, int64_t row, int64_t col, int code) {
-    if (p->inverse) col = max((int64_t)0, min((int64_t)p->inverse[col], p->k - 1));
-    return packed_code(p->codes, code, p->k, row, col);
+/* The codes that the checkpoint calls (row, col), even, and (row, col + 1), the second 16 bits up. */
+static __device__ __forceinline__ uint32_t unpack_pair(const ql_pack_params *p, int64_t row, int64_t col, int code) {
+    if (!p->inverse) return packed_pair(p->codes, code, p->k, row, col);
+    const int64_t last = p->k - 1;
+    int64_t first = max((int64_t)0, min((int64_t)p->inverse[col], last));
+    int64_t second = max((int64_t)0, min((int64_t)p->inverse[min(col + 1, last)], last));
+    return packed_code(p->codes, code, p->k, row, first) | packed_code(p->codes, code, p->k, row, second) << 16;
 }
 
-/* Word `index` of GPTQ's qweight: the codes that have a bit in it. */
-static __device__ __forceinline__ uint32_t gptq_word(const ql_pack_params *p, int64_t index, int code) {
+/* A word of GPTQ's qweight: the codes that have a bit in it. */
+static __device__ __forceinline__ uint32_t gptq_word(const ql_pack_params *p, int64_t line, int64_t row, int code) {
     const int bits = QL_CODE_BITS(code);
-    int64_t line = index / p->n, row = index % p->n;
     if (p->word_tail && line == (p->k * bits) / 32) return (uint32_t)p->word_tail[row];
+    const int64_t begin = line * 32 / bits & ~(int64_t)1;
+    const int over = (int)(line * 32 - begin * bits); /* bits of the first pair that belong to the word before */
     uint32_t word = 0;
-    for (int64_t col = line * 32 / bits; col * bits < (line + 1) * 32; col++) {
-        uint32_t q = unpack_code(p, row, col, code);
-        int shift = (int)(col * bits - line * 32);
-        word |= shift < 0 ? q >> -shift : q << shift;
+#pragma unroll
+    for (int i = 0; i < (bits == 3 ? 7 : 16 / bits); i++) {
+        int shift = 2 * i * bits - over;
+        if (bits == 3 && shift >= 32) break;
+        uint32_t pair = unpack_pair(p, row, begin + 2 * i, code);
+        pair = (pair & 0xffffu) | (pair >> 16) << bits;
+        word |= shift < 0 ? pair >> -shift : pair << shift;
     }
     return word;
 }
 
-static __device__ __forceinline__ uint32_t awq_word(const ql_pack_params *p, int64_t index) {
-    int64_t words = (p->n + 7) / 8, col = index / words, row = index % words * 8;
-    if (p->word_tail && row + 8 > p->n) return (uint32_t)p->word_tail[col];
+static __device__ __forceinline__ uint32_t awq_word(const ql_pack_params *p, int64_t col, int64_t place) {
+    if (p->word_tail && place * 8 + 8 > p->n) return (uint32_t)p->word_tail[col];
     uint32_t word = 0;
 #pragma unroll
-    for (int i = 0; i < 8; i++) word |= unpack_code(p, row + i, col, QL_CODE_INT4) << (4 * awq_place(i));
+    for (int i = 0; i < 8; i++)
+        word |= packed_code(p->codes, QL_CODE_INT4, p->k, place * 8 + i, col) << (4 * awq_place(i));
     return word;
 }
 
-/* Four bytes of EETQ's weight: their order within 16 inputs is 0, 8, 1, 9, ... */
-static __device__ __forceinline__ uint32_t eetq_word(const ql_pack_params *p, int64_t index) {
-    int64_t byte = 4 * index, pair = byte / (2 * p->k), inside = byte % (2 * p->k);
-    int64_t row = 2 * pair + inside / 64 % 2, col = inside / 128 * 64 + (inside & 48) + (inside & 15) / 2;
-    uint32_t word = 0;
-#pragma unroll
-    for (int i = 0; i < 4; i++) word |= unpack_code(p, row, col + i / 2 + i % 2 * 8, QL_CODE_INT8) << (8 * i);
-    return word;
+/* Four bytes of EETQ's weight: columns c, c + 8, c + 1, c + 9 of one of two rows, which take turns each 64 bytes. */
+static __device__ __forceinline__ uint32_t eetq_word(const ql_pack_params *p, int64_t pair, int64_t place) {
+    uint32_t inside = (uint32_t)place % 16;
+    int64_t row = 2 * pair + place / 16 % 2, col = place / 32 * 64 + inside / 4 * 16 + inside % 4 * 2;
+    return packed_pair(p->codes, QL_CODE_INT8, p->k, row, col) | packed_pair(p->codes, QL_CODE_INT8, p->k, row, col + 8)
+                                                                     << 8;
 }
 
 /* Four bytes of 4 bit: the first of two values is the high nibble. */
-static __device__ __forceinline__ uint32_t fourbit_word(const ql_pack_params *p, int64_t index) {
-    int64_t row = 8 * index / p->k, col = 8 * index % p->k;
+static __device__ __forceinline__ uint32_t fourbit_word(const ql_pack_params *p, int64_t row, int64_t place) {
     uint32_t word = 0;
 #pragma unroll
-    for (int i = 0; i < 8; i++) word |= unpack_code(p, row, col + i, QL_CODE_TABLE4) << (4 * (i ^ 1));
+    for (int i = 0; i < 4; i++) {
+        uint32_t pair = packed_pair(p->codes, QL_CODE_TABLE4, p->k, row, 8 * place + 2 * i);
+        word |= ((pair & 15u) << 4 | pair >> 16) << (8 * i);
+    }
     return word;
 }
 
+/* The checkpoint's words as lines of `width`: a block makes `wide` of `tall` lines, which lie in the same tiles. All but
+ * p, lines and width are constants. */
+static __device__ __forceinline__ void unpack_lines(const ql_pack_params *p, int64_t lines, int64_t width, int wide,
+                                                    int tall, int format, int code) {
+    const uint32_t across = (uint32_t)((width + wide - 1) / wide);
+    const int64_t blocks = across * ((lines + tall - 1) / tall);
+    for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
+        int64_t place = (int64_t)((uint32_t)block % across) * wide + threadIdx.x % wide;
+        int64_t first = (int64_t)((uint32_t)block / across) * tall, end = min(first + tall, lines);
+        if (place >= width) continue;
+        for (int64_t line = first + threadIdx.x / wide; line < end; line += THREADS / wide)
+            ((uint32_t *)p->words)[line * width + place] = format == QL_WEIGHT_GPTQ   ? gptq_word(p, line, place, code)
+                                                           : format == QL_WEIGHT_AWQ  ? awq_word(p, line, place)
+                                                           : format == QL_WEIGHT_EETQ ? eetq_word(p, line, place)
+                                                                                      : fourbit_word(p, line, place);
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS) ql_unpack_words(const __grid_constant__ ql_pack_params p) {
-    const int bits = QL_CODE_BITS(p.code);
-    const int64_t count = p.format == QL_WEIGHT_GPTQ  ? (p.k * bits + 31) / 32 * p.n
-                          : p.format == QL_WEIGHT_AWQ ? p.k * ((p.n + 7) / 8)
-                                                      : p.n * p.k * bits / 32;
-    for (int64_t i = first_item(); i < count; i += item_step()) {
-        uint32_t word;
-        if (p.format == QL_WEIGHT_AWQ) {
-            word = awq_word(&p, i);
-        } else if (p.format == QL_WEIGHT_EETQ) {
-            word = eetq_word(&p, i);
-        } else if (p.format == QL_WEIGHT_FOURBIT) {
-            word = fourbit_word(&p, i);
-        } else {
-            switch (p.code) {
-            case QL_CODE_INT2: word = gptq_word(&p, i, QL_CODE_INT2); break;
-            case QL_CODE_INT3: word = gptq_word(&p, i, QL_CODE_INT3); break;
-            case QL_CODE_INT4: word = gptq_word(&p, i, QL_CODE_INT4); break;
-            default: word = gptq_word(&p, i, QL_CODE_INT8); break;
-            }
+    const int64_t n = p.n, k = p.k;
+    if (p.format == QL_WEIGHT_AWQ) {
+        unpack_lines(&p, k, (n + 7) / 8, 32, 64, QL_WEIGHT_AWQ, QL_CODE_INT4);
+    } else if (p.format == QL_WEIGHT_EETQ) {
+        unpack_lines(&p, n / 2, k / 2, THREADS, 1, QL_WEIGHT_EETQ, QL_CODE_INT8);
+    } else if (p.format == QL_WEIGHT_FOURBIT) {
+        unpack_lines(&p, n, k / 8, THREADS, 1, QL_WEIGHT_FOURBIT, QL_CODE_TABLE4);
+    } else {
+        switch (p.code) {
+        case QL_CODE_INT2: unpack_lines(&p, (k * 2 + 31) / 32, n, 32, 8, QL_WEIGHT_GPTQ, QL_CODE_INT2); break;
+        case QL_CODE_INT3: unpack_lines(&p, (k * 3 + 31) / 32, n, 32, 8, QL_WEIGHT_GPTQ, QL_CODE_INT3); break;
+        case QL_CODE_INT4: unpack_lines(&p, (k * 4 + 31) / 32, n, 32, 8, QL_WEIGHT_GPTQ, QL_CODE_INT4); break;
+        default: unpack_lines(&p, (k * 8 + 31) / 32, n, 32, 8, QL_WEIGHT_GPTQ, QL_CODE_INT8); break;
         }
-        ((uint32_t *)p.words)[i] = word;
     }
 }
 

@@ -70,21 +70,30 @@ static __device__ __forceinline__ float fp8_at(const ql_linear_params *p, int64_
     return value_from_e4m3(code) * ((const float *)p->scales)[row / p->block_n * p->scale_stride + col / p->block_k];
 }
 
-/* The lane's bytes that hold code (row, col) of a packed weight: 16 in the tile itself, of 3 bit 8 more behind. */
+/* The tile of a packed weight that has code (row, col). */
 static __device__ __forceinline__ const uint8_t *packed_tile(const void *codes, int code, int64_t k, int64_t row,
                                                              int64_t col) {
-    int64_t tiles = (k + QL_TILE_K(code) - 1) / QL_TILE_K(code);
-    return (const uint8_t *)codes + (row / QL_STRIP * tiles + col / QL_TILE_K(code)) * QL_TILE_BYTES(code);
+    uint64_t tiles = (uint64_t)(k + QL_TILE_K(code) - 1) / QL_TILE_K(code);
+    uint64_t tile = (uint64_t)row / QL_STRIP * tiles + (uint64_t)col / QL_TILE_K(code);
+    return (const uint8_t *)codes + tile * QL_TILE_BYTES(code);
+}
+
+/* Codes (row, col) and (row, col + 1), the second 16 bits up, for an even col; columns beyond the weight's are 0. */
+static __device__ __forceinline__ uint32_t packed_pair(const void *codes, int code, int64_t k, int64_t row,
+                                                       int64_t col) {
+    const uint8_t *tile = packed_tile(codes, code, k, row, col);
+    uint32_t r = (uint32_t)row, c = (uint32_t)col; /* only their last bits count */
+    int lane = QL_PACKED_LANE(r, c);
+    uint32_t low = ((const uint32_t *)(tile + 16 * lane))[QL_PACKED_WORD(code, c)] >> QL_PACKED_BIT(code, r, c);
+    if (code == QL_CODE_TABLE4) return (low & 15u) | (low & 0xf0u) << 12;
+    if (code != QL_CODE_INT3) return low & ((1u << QL_CODE_BITS(code)) - 1u) * 0x10001u;
+    uint32_t high = ((const uint32_t *)(tile + 512 + 8 * lane))[QL_PACKED_HIGH_WORD(c)] >> QL_PACKED_HIGH_BIT(r, c);
+    return (low & 0x30003u) | (high & 0x10001u) << 2;
 }
 
 static __device__ __forceinline__ uint32_t packed_code(const void *codes, int code, int64_t k, int64_t row,
                                                        int64_t col) {
-    const uint8_t *tile = packed_tile(codes, code, k, row, col);
-    int lane = QL_PACKED_LANE(row, col);
-    uint32_t low = ((const uint32_t *)(tile + 16 * lane))[QL_PACKED_WORD(code, col)] >> QL_PACKED_BIT(code, row, col);
-    if (code != QL_CODE_INT3) return low & ((1u << QL_CODE_BITS(code)) - 1u);
-    uint32_t high = ((const uint32_t *)(tile + 512 + 8 * lane))[QL_PACKED_HIGH_WORD(col)];
-    return (low & 3u) | (high >> QL_PACKED_HIGH_BIT(row, col) & 1u) << 2;
+    return packed_pair(codes, code, k, row, col & ~(int64_t)1) >> (col & 1) * 16 & 0xffffu;
 }
 
 /* Zero number `place`; 2^(bits - 1) where there are none. */

@@ -110,8 +110,8 @@ static int ql_module_exec(PyObject *module) {
         ql_int8_add_type,         ql_fourbit_add_type, ql_fp8_add_type,  ql_packed_add_type, ql_shortcut_add_type,
     };
     static PyMethodDef *const functions[] = {
-        ql_eetq_methods,    ql_gptq_methods, ql_awq_methods,    ql_int8_methods,
-        ql_fourbit_methods, ql_fp8_methods,  ql_choice_methods,
+        ql_eetq_methods, ql_gptq_methods,    ql_stream_methods, ql_awq_methods,
+        ql_int8_methods, ql_fourbit_methods, ql_fp8_methods,    ql_choice_methods,
     };
     for (size_t i = 0; i < sizeof add_type / sizeof *add_type; i++)
         if (add_type[i](module) < 0) return -1;

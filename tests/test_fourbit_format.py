@@ -335,6 +335,41 @@ def test_dynamic_map():
 MAP_SHA256 = "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c"
 
 
+def fold(lanes):
+    """The sum of each row's 256 lanes, the upper half added to the lower until one is left."""
+    while lanes.shape[-1] > 1:
+        half = lanes.shape[-1] // 2
+        lanes = lanes[..., :half] + lanes[..., half:]
+    return lanes[..., 0]
+
+
+def in_lanes(values):
+    """fp64 sums by i % 256, in ascending order."""
+    lanes = np.zeros(256)
+    for row in np.pad(values.astype(np.float64), (0, -len(values) % 256)).reshape(-1, 256):
+        lanes += row
+    return lanes
+
+
+@pytest.mark.parametrize("count", [0, 1, 255, 256, 257, 65536, 65537, 300_000, 17_000_001])
+def test_absmax_mean_is_summed_in_one_order(count):
+    rng = np.random.default_rng(count)
+    values = (rng.random(count) * np.exp(20 * rng.random(count))).astype(F)
+    chunks = [fold(in_lanes(values[at : at + 65536])) for at in range(0, count, 65536)]
+    with np.errstate(invalid="ignore"):
+        wanted = F(fold(in_lanes(np.array(chunks))) / np.float64(count))
+    got = _qlinear.absmax_mean(tensor(values))
+    assert got.shape == ()
+    assert np.array_equal(got.numpy(), wanted, equal_nan=True)
+
+
+def test_absmax_mean_keeps_what_is_not_finite():
+    for value in (np.inf, np.nan):
+        values = np.ones(70_000, F)
+        values[66_000] = value
+        assert np.array_equal(_qlinear.absmax_mean(tensor(values)).numpy(), F(value), equal_nan=True)
+
+
 def test_dynamic_map_equals_bitsandbytes():
     functional = pytest.importorskip("bitsandbytes.functional")
     if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
@@ -617,6 +652,8 @@ BAD_CALLS = [
     ("quantize_blockwise", [X, CODE.flip(0)], {"blocksize": 64}, ValueError, "code must ascend"),
     ("quantize_blockwise", [X, CODE * float("nan")], {"blocksize": 64}, ValueError, "code must ascend"),
     ("quantize_blockwise", [X.bool(), CODE], {"blocksize": 64}, TypeError, "x must be float32"),
+    ("absmax_mean", [X.double()], {}, TypeError, "absmax must be float32"),
+    ("absmax_mean", [torch.zeros(4, 4).t()[:2]], {}, ValueError, "absmax must be contiguous"),
 ]
 DEQUANTIZE_4BIT = {"packed": bytes_of(32), "absmax": torch.ones(1), "code": code_tensor("nf4"), "count": 64}
 DEQUANTIZE_4BIT |= {"blocksize": 64, "dtype": "float32"}

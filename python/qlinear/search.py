@@ -13,8 +13,12 @@ from torch import Tensor
 SHRINK = tuple(1 - 0.02 * i for i in range(16))
 STRETCH = tuple(1.5 - 0.02 * i for i in range(50))
 
-# Weights at a time: what is computed on the way to the error stays in the cache.
-_CHUNK = 1 << 16
+# Weights at a time: what is computed on the way to the error stays in the CPU's cache, and fills a GPU.
+_CHUNK, _GPU_CHUNK = 1 << 16, 1 << 24
+
+
+def _rows_at_a_time(weight: Tensor, length: int) -> int:
+    return max(1, (_GPU_CHUNK if weight.is_cuda else _CHUNK) // max(length, 1))
 
 
 def find_params(weight: Tensor, *, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
@@ -24,7 +28,7 @@ def find_params(weight: Tensor, *, bits: int, group_size: int) -> tuple[Tensor, 
     groups = -(-k // size)
     scales = torch.empty(n, groups, device=weight.device)
     zeros = torch.empty(n, groups, device=weight.device)
-    rows = max(1, _CHUNK // max(k, 1))
+    rows = _rows_at_a_time(weight, k)
     for start in range(0, n, rows):
         chunk = weight[start : start + rows].detach().float()
         # The last group may be short; zeros are in every range and have no error.
@@ -62,7 +66,7 @@ def quantize_4bit(weight: Tensor, code: Tensor, *, blocksize: int) -> tuple[Tens
     indices = torch.empty(count, blocksize, dtype=torch.uint8, device=weight.device)
     values, order = code.sort()
     between = (values[1:] + values[:-1]) / 2
-    step = max(1, _CHUNK // blocksize)
+    step = _rows_at_a_time(weight, blocksize)
     for start in range(0, count, step):
         chunk = flat[start * blocksize : (start + step) * blocksize].float()
         chunk = torch.nn.functional.pad(chunk, (0, -chunk.numel() % blocksize)).reshape(-1, blocksize)

@@ -2,7 +2,6 @@
 #include "../formats/gptq.h"
 #include "../cpu/threads.h"
 #include "../cuda/quantize.h"
-#include "../cuda/recode.h"
 #include "../formats/bits.h"
 #include "grouped.h"
 #include "quantize.h"
@@ -44,12 +43,6 @@ static void ql_gptq_clear(ql_layer *layer) {
 
 /* ------------------------------------------------------------------------------------------------------------------
  * From tensors to a weight */
-
-static int ql_check_bits(int64_t bits) {
-    if (bits == 2 || bits == 3 || bits == 4 || bits == 8) return 0;
-    PyErr_Format(PyExc_ValueError, "bits must be 2, 3, 4 or 8, got %lld", (long long)bits);
-    return -1;
-}
 
 /* g_idx as it counts: NULL for a tensor that is absent or empty, which some writers leave where there is no act-order. */
 static const ql_tensor *ql_gptq_g_idx_tensor(const ql_layer *layer) {
@@ -284,17 +277,11 @@ typedef struct ql_gptq_job {
     ql_matrix input, scales, zeros;
     const int32_t *g_idx; /* resolved, or NULL; on the CPU */
     const ql_tensor *device_g_idx;
-    int64_t group_size, count;
+    int64_t group_size;
     int bits, zero_offset;
     bool sym;
     void *output, *second_output, *third_output;
 } ql_gptq_job;
-
-/* How it is done: on the CPU `body` takes a range of what `grain` counts, on a GPU `launch` takes all. */
-typedef struct ql_gptq_work {
-    void (*body)(void *job, int64_t begin, int64_t end);
-    int (*launch)(const ql_cuda_place *place, const ql_gptq_job *job, char *message);
-} ql_gptq_work;
 
 static void ql_find_params_body(void *context, int64_t begin, int64_t end) {
     const ql_gptq_job *job = context;
@@ -333,63 +320,23 @@ static int ql_pack_launch(const ql_cuda_place *place, const ql_gptq_job *job, ch
     return ql_cuda_encode(place, job->output, job->second_output, job->third_output, &encoding, message);
 }
 
-static void ql_pack_codes_body(void *context, int64_t begin, int64_t end) {
-    const ql_gptq_job *job = context;
-    ql_gptq_pack_codes(job->output, &job->input, job->bits, begin, end);
-}
-
-static int ql_pack_codes_launch(const ql_cuda_place *place, const ql_gptq_job *job, char *message) {
-    return ql_cuda_gptq_pack_codes(place, job->output, &job->input, job->bits, message);
-}
-
-static void ql_unpack_codes_body(void *context, int64_t begin, int64_t end) {
-    const ql_gptq_job *job = context;
-    ql_gptq_unpack_codes(job->output, job->count, &job->input, job->bits, begin, end);
-}
-
-static int ql_unpack_codes_launch(const ql_cuda_place *place, const ql_gptq_job *job, char *message) {
-    return ql_cuda_gptq_unpack_codes(place, job->output, job->count, &job->input, job->bits, message);
-}
-
-static void ql_unplanar_body(void *context, int64_t begin, int64_t end) {
-    const ql_gptq_job *job = context;
-    ql_gptq_unplanar(job->output, &job->input, job->bits, begin, end);
-}
-
-static int ql_unplanar_launch(const ql_cuda_place *place, const ql_gptq_job *job, char *message) {
-    return ql_cuda_gptq_unplanar(place, job->output, &job->input, job->bits, message);
-}
-
-static const ql_gptq_work ql_find_params_work = {ql_find_params_body, ql_find_params_launch};
-static const ql_gptq_work ql_pack_codes_work = {ql_pack_codes_body, ql_pack_codes_launch};
-static const ql_gptq_work ql_unpack_codes_work = {ql_unpack_codes_body, ql_unpack_codes_launch};
-static const ql_gptq_work ql_unplanar_work = {ql_unplanar_body, ql_unplanar_launch};
-
 static void ql_gptq_run(int64_t count, int64_t grain, void (*body)(void *, int64_t, int64_t), ql_gptq_job *job) {
     Py_BEGIN_ALLOW_THREADS
     ql_cpu_parallel(count, grain, body, job);
     Py_END_ALLOW_THREADS
 }
 
-/* The launch on the GPU of `tensor`, whose values `as_rows` asks for as contiguous rows. */
-static int ql_gptq_launch(ql_gptq_job *job, PyObject *object, const ql_tensor *tensor, bool as_rows,
+/* The launch on the weight's GPU, where its values are made contiguous rows. */
+static int ql_gptq_launch(ql_gptq_job *job, PyObject *object, const ql_tensor *weight,
                           int (*launch)(const ql_cuda_place *, const ql_gptq_job *, char *)) {
     ql_cuda_place place;
     ql_output copy = {0};
     char message[QL_CUDA_MESSAGE];
     int result = -1;
-    if (ql_place_of(&place, object, tensor) == 0 &&
-        (!as_rows || ql_device_rows(&job->input, &copy, &place, object, tensor) == 0))
+    if (ql_place_of(&place, object, weight) == 0 && ql_device_rows(&job->input, &copy, &place, object, weight) == 0)
         result = ql_cuda_result(launch(&place, job, message), message);
     ql_output_abandon(&copy);
     return result;
-}
-
-static int ql_arg_bits(int *bits, PyObject *object) {
-    int64_t width = 0;
-    if (ql_arg_int(&width, object, "bits") < 0 || ql_check_bits(width) < 0) return -1;
-    *bits = (int)width;
-    return 0;
 }
 
 static PyObject *ql_gptq_find_params_py(PyObject *module, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames) {
@@ -417,9 +364,9 @@ static PyObject *ql_gptq_find_params_py(PyObject *module, PyObject *const *args,
             job.second_output = outputs[1].view.data;
             int failed = 0;
             if (ql_is_on_gpu(&weight))
-                failed = ql_gptq_launch(&job, values[0], &weight, true, ql_find_params_work.launch);
+                failed = ql_gptq_launch(&job, values[0], &weight, ql_find_params_launch);
             else
-                ql_gptq_run(job.input.rows, ql_row_grain(job.input.cols), ql_find_params_work.body, &job);
+                ql_gptq_run(job.input.rows, ql_row_grain(job.input.cols), ql_find_params_body, &job);
             if (failed)
                 ql_outputs_abandon(outputs, 2);
             else
@@ -452,7 +399,7 @@ static PyObject *ql_gptq_pack_tensors(ql_gptq_job *job, const ql_tensor *tensors
     if (!ql_is_on_gpu(&tensors[0])) {
         ql_gptq_run(n, 16, ql_pack_weight_body, job);
         ql_gptq_run(groups, 4, ql_pack_params_body, job);
-    } else if (ql_gptq_launch(job, like, &tensors[0], true, ql_pack_launch) < 0) {
+    } else if (ql_gptq_launch(job, like, &tensors[0], ql_pack_launch) < 0) {
         ql_outputs_abandon(outputs, 3);
         return NULL;
     }
@@ -514,91 +461,6 @@ static PyObject *ql_gptq_pack_py(PyObject *module, PyObject *const *args, Py_ssi
     return result;
 }
 
-/* One 2-D tensor in, one of the same framework out: begins the output, does the work over `chunks`, finishes. */
-static PyObject *ql_gptq_recode(ql_gptq_job *job, PyObject *like, const ql_tensor *tensor, ql_dtype dtype, int64_t rows,
-                                int64_t chunks, const ql_gptq_work *work) {
-    ql_output output;
-    const int64_t shape[] = {rows, job->input.cols};
-    if (ql_output_begin_beside(&output, like, tensor, dtype, 2, shape) < 0) return NULL;
-    job->output = output.view.data;
-    if (!ql_is_on_gpu(tensor)) {
-        ql_gptq_run(chunks, 4, work->body, job);
-    } else if (ql_gptq_launch(job, like, tensor, false, work->launch) < 0) {
-        ql_output_abandon(&output);
-        return NULL;
-    }
-    return ql_output_finish(&output);
-}
-
-static PyObject *ql_gptq_pack_codes_py(PyObject *module, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames) {
-    (void)module;
-    static const char *const names[] = {"codes", "bits"};
-    static const ql_signature signature = {"gptq_pack_codes", 2, 1, 2, names};
-    static const ql_dtype taken[] = {QL_U8};
-    PyObject *values[2];
-    ql_gptq_job job = {0};
-    ql_tensor codes;
-    if (ql_args_fast(values, &signature, args, nargs, kwnames) < 0 || ql_arg_bits(&job.bits, values[1]) < 0 ||
-        ql_tensors_read(&codes, values, names, 1, 2) < 0)
-        return NULL;
-    PyObject *result = NULL;
-    job.input = ql_matrix_of(&codes);
-    if (ql_check_dtype(&codes, "codes", 1, taken) == 0 &&
-        ql_check_codes(values[0], &codes, "codes", (int)ql_code_mask(job.bits)) == 0)
-        result = ql_gptq_recode(&job, values[0], &codes, QL_I32, ql_code_words(job.input.rows, job.bits),
-                                ql_group_count(job.input.rows, QL_CHUNK), &ql_pack_codes_work);
-    ql_tensor_release(&codes);
-    return result;
-}
-
-static PyObject *ql_gptq_unpack_codes_py(PyObject *module, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames) {
-    (void)module;
-    static const char *const names[] = {"packed", "bits", "count"};
-    static const ql_signature signature = {"gptq_unpack_codes", 3, 1, 3, names};
-    static const ql_dtype taken[] = {QL_I32};
-    PyObject *values[3];
-    ql_gptq_job job = {0};
-    ql_tensor packed;
-    if (ql_args_fast(values, &signature, args, nargs, kwnames) < 0 || ql_arg_bits(&job.bits, values[1]) < 0 ||
-        ql_arg_int(&job.count, values[2], "count") < 0)
-        return NULL;
-    if (job.count < 0)
-        return PyErr_Format(PyExc_ValueError, "count must be at least 0, got %lld", (long long)job.count);
-    if (ql_tensors_read(&packed, values, names, 1, 2) < 0) return NULL;
-    PyObject *result = NULL;
-    const int64_t shape[] = {ql_code_words(job.count, job.bits), -1};
-    if (ql_check_dtype(&packed, "packed", 1, taken) == 0 && ql_check_shape(&packed, "packed", 2, shape) == 0) {
-        job.input = ql_matrix_of(&packed);
-        result = ql_gptq_recode(&job, values[0], &packed, QL_U8, job.count, ql_group_count(job.count, QL_CHUNK),
-                                &ql_unpack_codes_work);
-    }
-    ql_tensor_release(&packed);
-    return result;
-}
-
-static PyObject *ql_gptq_unplanar_py(PyObject *module, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames) {
-    (void)module;
-    static const char *const names[] = {"packed", "bits"};
-    static const ql_signature signature = {"gptq_unplanar", 2, 1, 2, names};
-    static const ql_dtype taken[] = {QL_I32};
-    PyObject *values[2];
-    ql_gptq_job job = {0};
-    ql_tensor packed;
-    if (ql_args_fast(values, &signature, args, nargs, kwnames) < 0 || ql_arg_bits(&job.bits, values[1]) < 0 ||
-        ql_tensors_read(&packed, values, names, 1, 2) < 0)
-        return NULL;
-    PyObject *result = NULL;
-    job.input = ql_matrix_of(&packed);
-    if (job.input.rows % job.bits != 0)
-        PyErr_Format(PyExc_ValueError, "packed must have a multiple of %d rows for bits=%d, got %lld", job.bits,
-                     job.bits, (long long)job.input.rows);
-    else if (ql_check_dtype(&packed, "packed", 1, taken) == 0)
-        result = ql_gptq_recode(&job, values[0], &packed, QL_I32, job.input.rows, job.input.rows / job.bits,
-                                &ql_unplanar_work);
-    ql_tensor_release(&packed);
-    return result;
-}
-
 PyMethodDef ql_gptq_methods[] = {
     {"gptq_find_params", QL_METHOD(ql_gptq_find_params_py), METH_FASTCALL | METH_KEYWORDS,
      "gptq_find_params(weight, *, bits, group_size, sym=False)\n--\n\nweight float [N, K] -> scales and zeros, fp32 "
@@ -607,11 +469,5 @@ PyMethodDef ql_gptq_methods[] = {
      "gptq_pack(weight, scales, zeros, g_idx=None, *, bits, group_size, zero_format='gptq')\n--\n\nweight [N, K], "
      "scales "
      "and zeros [N, G] -> qweight, qzeros, scales fp16 [G, N]. Codes and zeros are rounded to even and clamped."},
-    {"gptq_pack_codes", QL_METHOD(ql_gptq_pack_codes_py), METH_FASTCALL | METH_KEYWORDS,
-     "gptq_pack_codes(codes, *, bits)\n--\n\ncodes uint8 [K, N] -> int32 [ceil(K * bits / 32), N]."},
-    {"gptq_unpack_codes", QL_METHOD(ql_gptq_unpack_codes_py), METH_FASTCALL | METH_KEYWORDS,
-     "gptq_unpack_codes(packed, *, bits, count)\n--\n\nint32 [ceil(count * bits / 32), N] -> uint8 [count, N]."},
-    {"gptq_unplanar", QL_METHOD(ql_gptq_unplanar_py), METH_FASTCALL | METH_KEYWORDS,
-     "gptq_unplanar(packed, *, bits)\n--\n\nqweight of the planar layout (gptq_p) -> the stream layout."},
     {NULL, NULL, 0, NULL},
 };

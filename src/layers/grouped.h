@@ -18,6 +18,20 @@ static inline int ql_arg_group_size(int64_t *group_size, PyObject *object, const
     return -1;
 }
 
+/* 2, 3, 4 or 8 bits; 0, or -1 with ValueError. */
+static inline int ql_check_bits(int64_t bits) {
+    if (bits == 2 || bits == 3 || bits == 4 || bits == 8) return 0;
+    PyErr_Format(PyExc_ValueError, "bits must be 2, 3, 4 or 8, got %lld", (long long)bits);
+    return -1;
+}
+
+static inline int ql_arg_bits(int *bits, PyObject *object) {
+    int64_t width = 0;
+    if (ql_arg_int(&width, object, "bits") < 0 || ql_check_bits(width) < 0) return -1;
+    *bits = (int)width;
+    return 0;
+}
+
 /* The columns of a group where there are k: k itself for -1 and for groups longer than k. At least 1. */
 static inline int64_t ql_group_columns(int64_t group_size, int64_t k) {
     int64_t longest = k > 1 ? k : 1;

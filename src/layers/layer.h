@@ -109,6 +109,7 @@ int ql_packed_add_type(PyObject *module);
 
 extern PyMethodDef ql_eetq_methods[];
 extern PyMethodDef ql_gptq_methods[];
+extern PyMethodDef ql_stream_methods[];
 extern PyMethodDef ql_awq_methods[];
 extern PyMethodDef ql_int8_methods[];
 extern PyMethodDef ql_fourbit_methods[];

@@ -579,6 +579,20 @@ def test_operators_of_the_packed_form_pass_opcheck(case, packs):
     torch.library.opcheck(gradient, (inputs(3, N), *arguments), test_utils=("test_schema", "test_faketensor"))
 
 
+def test_packing_inside_inference_mode_leaves_no_inference_tensors(case, packs):
+    layer = make(case)
+    with torch.inference_mode():
+        getattr(layer, layer.packs[0])
+        layer._unpack()
+        assert not any(t.is_inference() for t in (*layer.parameters(), *layer.buffers()))
+        assert layer(inputs(2, K)).is_inference()
+    assert is_packed(layer)
+    assert not any(t.is_inference() for t in (*layer.parameters(), *layer.buffers()))
+    x = inputs(2, K).requires_grad_()
+    layer(x).sum().backward()
+    assert x.grad.shape == x.shape
+
+
 def test_threads_that_pack_unpack_and_call(case, packs):
     layer = make(case)
     xs = [inputs(m, K, seed=m) for m in range(1, 5)]

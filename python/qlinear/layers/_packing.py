@@ -100,6 +100,9 @@ class PackingModule(torch.nn.Module):
     def _identities(self) -> tuple[int, ...]:
         return tuple(id(self._raw(name)) for name in self.packs)
 
+    # The tensors made here outlive an inference_mode that the call may be in: they must be no inference tensors.
+
+    @torch.inference_mode(False)
     def _unpacked(self) -> dict[str, Tensor]:
         """The checkpoint's tensors, made anew from the packed one."""
         spec, forms = self._packing
@@ -128,6 +131,7 @@ class PackingModule(torch.nn.Module):
 
     # From one form to the other
 
+    @torch.inference_mode(False)
     def _settle(self) -> None:
         """Packs the layer where that is wanted and can be; raises what the C layer raises on its tensors."""
         with lock:

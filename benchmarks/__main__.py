@@ -39,7 +39,7 @@ def _cuda(options: argparse.Namespace) -> None:
 def _tune(options: argparse.Namespace) -> None:
     from benchmarks import cuda, tune
 
-    formats = tuple(options.formats or (*cuda.bars.EIGHT, *cuda.bars.FOUR, *cuda.bars.TABLES, *cuda.bars.FEW))
+    formats = tuple(options.formats or tune.FORMATS)
     tune.run(tuple(options.shapes or cuda.SHAPES), formats, tuple(options.m or cuda.MS), options.json)
 
 

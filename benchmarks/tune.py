@@ -15,6 +15,9 @@ from benchmarks.cuda import Ring
 from qlinear import tuning
 from qlinear.choices import Problem
 
+# One of each problem: AWQ has GPTQ-4's, FP4 has NF4's.
+FORMATS = ("gptq-4", "eetq", "gptq-8", "nf4-double", "gptq-3", "gptq-2")
+
 
 def _rows(shape: tuple[int, int], name: str, ms: tuple[int, ...], dtype: torch.dtype) -> list[dict]:
     k, n = shape
@@ -42,6 +45,22 @@ def _table(rows: list[dict]) -> report.Table:
     return report.Table("The table's choice and the best candidate", header, cells)
 
 
+def lines(rows: list[dict], gain: float) -> list[str]:
+    """Entries of src/cuda/table_*.h: where a candidate beats the engine's own rule by so much."""
+    made = []
+    for (code, k, n, size, m), group in itertools.groupby(rows, key=_problem_and_rows):
+        tried = list(group)
+        best = min(tried, key=lambda row: row["us"])
+        if tried[0]["us"] >= best["us"] * (1 + gain):
+            head, _, tail = best["kernel"].partition("_f16_")
+            made.append(f"X({code.upper()}, {n}, {k}, {size}, {m}, {head}, {tail}, {best['parameter']})")
+    return made
+
+
+def _problem_and_rows(row: dict) -> tuple:
+    return row["code"], row["k"], row["n"], row["group_size"], row["m"]
+
+
 def run(
     shapes: tuple[tuple[int, int], ...], formats: tuple[str, ...], ms: tuple[int, ...], json_file: Path | None
 ) -> None:
@@ -55,6 +74,7 @@ def run(
             gc.collect()
             torch.cuda.empty_cache()
     _table(rows).show(console)
+    console.print("\n".join(lines(rows, gain=0.02)), markup=False, highlight=False)
     if json_file:
         about = {"gpu": torch.cuda.get_device_name()} | report.versions()
         json_file.write_text(report.document({"about": about, "rows": rows}))

@@ -26,6 +26,13 @@ static const char *const ql_key_names[KEY_COUNT] = {
     "_backward_pre_hooks",
 };
 
+/* An entry of `empty` or `constant`; the tuples keep its objects alive. */
+typedef struct ql_watched {
+    PyObject *dict, *name, *value; /* value NULL: a dict, to be empty */
+} ql_watched;
+
+enum { MOST_WATCHED = 16, MOST_SILENT = 8 };
+
 typedef struct ql_shortcut {
     PyObject_HEAD
     PyObject *module;              /* torch.nn.Module */
@@ -37,6 +44,10 @@ typedef struct ql_shortcut {
     PyObject *is_grad_enabled;     /* () -> bool */
     PyObject *is_autocast_enabled; /* (device type) -> bool */
     PyObject *keys[KEY_COUNT], *call, *dtype, *requires_grad, *devices[3];
+    /* The same once more, to be walked without a call for each element. */
+    int watched_count, silent_count;
+    ql_watched watched[MOST_WATCHED];
+    PyObject *silent_calls[MOST_SILENT];
 } ql_shortcut;
 
 /* 1 where the call may go on, 0 where somebody wants to see it, -1 with an exception. */
@@ -50,21 +61,19 @@ static ql_free ql_call_is_false(PyObject *result) {
 }
 
 static ql_free ql_nobody_watches(const ql_shortcut *shortcut) {
-    for (Py_ssize_t i = 0, count = PyTuple_Size(shortcut->empty); i < count; i++) {
-        PyObject *entry = PyTuple_GetItem(shortcut->empty, i);
-        PyObject *dict = PyDict_GetItemWithError(PyTuple_GetItem(entry, 0), PyTuple_GetItem(entry, 1));
-        if (!dict) return PyErr_Occurred() ? -1 : 0;
-        if (!PyDict_Check(dict) || PyDict_Size(dict) != 0) return 0;
+    for (int i = 0; i < shortcut->watched_count; i++) {
+        const ql_watched *watched = &shortcut->watched[i];
+        PyObject *found = PyDict_GetItemWithError(watched->dict, watched->name);
+        if (!found) return PyErr_Occurred() ? -1 : 0;
+        if (watched->value) {
+            int same = found == watched->value ? 1 : PyObject_RichCompareBool(found, watched->value, Py_EQ);
+            if (same != 1) return same;
+        } else if (!PyDict_Check(found) || PyDict_Size(found) != 0) {
+            return 0;
+        }
     }
-    for (Py_ssize_t i = 0, count = PyTuple_Size(shortcut->constant); i < count; i++) {
-        PyObject *entry = PyTuple_GetItem(shortcut->constant, i);
-        PyObject *value = PyDict_GetItemWithError(PyTuple_GetItem(entry, 0), PyTuple_GetItem(entry, 1));
-        if (!value) return PyErr_Occurred() ? -1 : 0;
-        int same = PyObject_RichCompareBool(value, PyTuple_GetItem(entry, 2), Py_EQ);
-        if (same != 1) return same;
-    }
-    for (Py_ssize_t i = 0, count = PyTuple_Size(shortcut->silent); i < count; i++) {
-        ql_free goes = ql_call_is_false(PyObject_CallNoArgs(PyTuple_GetItem(shortcut->silent, i)));
+    for (int i = 0; i < shortcut->silent_count; i++) {
+        ql_free goes = ql_call_is_false(PyObject_CallNoArgs(shortcut->silent_calls[i]));
         if (goes != 1) return goes;
     }
     return 1;
@@ -200,11 +209,15 @@ static PyObject *ql_shortcut_get(PyObject *self, PyObject *module, PyObject *typ
 /* ------------------------------------------------------------------------------------------------------------------
  * The type */
 
-static bool ql_are_entries(PyObject *tuple, Py_ssize_t size) {
+/* Takes the entries of a tuple, of `size` objects each, into watched; false where they are not such entries. */
+static bool ql_shortcut_watch(ql_shortcut *shortcut, PyObject *tuple, Py_ssize_t size) {
     for (Py_ssize_t i = 0; i < PyTuple_Size(tuple); i++) {
         PyObject *entry = PyTuple_GetItem(tuple, i);
-        if (!PyTuple_Check(entry) || PyTuple_Size(entry) != size || !PyDict_Check(PyTuple_GetItem(entry, 0)))
+        if (shortcut->watched_count == MOST_WATCHED || !PyTuple_Check(entry) || PyTuple_Size(entry) != size ||
+            !PyDict_Check(PyTuple_GetItem(entry, 0)))
             return false;
+        shortcut->watched[shortcut->watched_count++] = (ql_watched){
+            PyTuple_GetItem(entry, 0), PyTuple_GetItem(entry, 1), size == 3 ? PyTuple_GetItem(entry, 2) : NULL};
     }
     return true;
 }
@@ -219,15 +232,20 @@ static PyObject **ql_shortcut_fields(ql_shortcut *shortcut, int index) {
 
 enum { MODULE, TYPES, FORWARDS, EMPTY, CONSTANT, SILENT, IS_GRAD_ENABLED, IS_AUTOCAST_ENABLED, FIELD_COUNT };
 
-static int ql_shortcut_check(PyObject **values) {
+static int ql_shortcut_take(ql_shortcut *shortcut, PyObject **values) {
     bool right = PyTuple_Check(values[TYPES]) && PyList_Check(values[FORWARDS]) && PyTuple_Check(values[EMPTY]) &&
-                 PyTuple_Check(values[CONSTANT]) && PyTuple_Check(values[SILENT]) && ql_are_entries(values[EMPTY], 2) &&
-                 ql_are_entries(values[CONSTANT], 3);
-    if (right) return 0;
-    PyErr_SetString(PyExc_TypeError,
-                    "types, empty, constant and silent must be tuples, forwards a list; empty has pairs "
-                    "(dict, name), constant triples (dict, name, value)");
-    return -1;
+                 PyTuple_Check(values[CONSTANT]) && PyTuple_Check(values[SILENT]) &&
+                 PyTuple_Size(values[SILENT]) <= MOST_SILENT && ql_shortcut_watch(shortcut, values[EMPTY], 2) &&
+                 ql_shortcut_watch(shortcut, values[CONSTANT], 3);
+    if (!right) {
+        PyErr_SetString(PyExc_TypeError, "types, empty, constant and silent must be tuples, forwards a list; empty has "
+                                         "pairs (dict, name), constant triples (dict, name, value)");
+        return -1;
+    }
+    for (; shortcut->silent_count < PyTuple_Size(values[SILENT]); shortcut->silent_count++)
+        shortcut->silent_calls[shortcut->silent_count] = PyTuple_GetItem(values[SILENT], shortcut->silent_count);
+    for (int i = 0; i < FIELD_COUNT; i++) *ql_shortcut_fields(shortcut, i) = Py_NewRef(values[i]);
+    return 0;
 }
 
 static PyObject *ql_shortcut_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
@@ -236,11 +254,10 @@ static PyObject *ql_shortcut_new(PyTypeObject *type, PyObject *args, PyObject *k
     };
     static const ql_signature signature = {"Shortcut", FIELD_COUNT, 0, FIELD_COUNT, names};
     PyObject *values[FIELD_COUNT];
-    if (ql_args_tuple(values, &signature, args, kwargs) < 0 || ql_shortcut_check(values) < 0) return NULL;
+    if (ql_args_tuple(values, &signature, args, kwargs) < 0) return NULL;
     ql_shortcut *made = (ql_shortcut *)QL_FROM_SLOT(allocfunc, PyType_GetSlot(type, Py_tp_alloc))(type, 0);
     if (!made) return NULL;
-    for (int i = 0; i < FIELD_COUNT; i++) *ql_shortcut_fields(made, i) = Py_NewRef(values[i]);
-    bool complete = (made->call = PyUnicode_InternFromString("__call__")) &&
+    bool complete = ql_shortcut_take(made, values) == 0 && (made->call = PyUnicode_InternFromString("__call__")) &&
                     (made->dtype = PyUnicode_InternFromString("dtype")) &&
                     (made->requires_grad = PyUnicode_InternFromString("requires_grad")) &&
                     (made->devices[QL_DEVICE_CPU] = PyUnicode_InternFromString("cpu")) &&

@@ -5,6 +5,7 @@
  * shared memory once, the activations beside it, and each thread sums `tokens` tokens of one output in registers, in the
  * order of the inner dimension, so that the same call gives the same bits. */
 #include "params.h"
+#include "ptx.cuh"
 #include "variants.h"
 #include "weight.cuh"
 
@@ -43,6 +44,7 @@ static __device__ __forceinline__ void product(const ql_linear_params *p, bool t
     int64_t first = (int64_t)blockIdx.x * OUTPUTS, token = (int64_t)blockIdx.y * (LANES * tokens);
     int o = (int)threadIdx.x % OUTPUTS, lane = (int)threadIdx.x / OUTPUTS;
     float sum[MOST_TOKENS] = {0};
+    wait_for_previous_kernel();
     for (int64_t depth = 0; depth < inner; depth += DEPTH) {
         load_weight(w, p, transposed, first, depth, outputs, inner);
         for (int i = (int)threadIdx.x; i < DEPTH * LANES * tokens; i += THREADS) {
@@ -92,6 +94,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) ql_linear_int8(const __gri
     int o = (int)threadIdx.x % OUTPUTS, lane = (int)threadIdx.x / OUTPUTS;
     int64_t sum[TOKENS] = {0};
     float outlier_sum[TOKENS] = {0};
+    wait_for_previous_kernel();
     for (int64_t depth = 0; depth < p->k; depth += DEPTH) {
         for (int i = (int)threadIdx.x; i < OUTPUTS * DEPTH; i += THREADS) {
             int64_t row = first + i / DEPTH, col = depth + i % DEPTH;

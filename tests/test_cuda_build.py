@@ -88,8 +88,7 @@ def test_only_base_kernels_are_compiled_as_ptx():
     for name, architectures in INFO["images"].items():
         assert architectures
         assert set(architectures) <= set(INFO["architectures"])
-        if "compute_80" in architectures:
-            assert name in ("activation", "linear", "pack", "quantize")
+        assert name not in ("decode", "mma", "wgmma") or "compute_80" not in architectures
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +132,7 @@ def test_compiles_without_a_warning(compiled):
 @pytest.mark.parametrize("name", [path.name for path in sorted(KERNELS.glob("*.cu*"))])
 def test_source_begins_with_its_purpose(name):
     first = (KERNELS / name).read_text().lstrip()
-    assert re.match(r"/\* [A-Z].{20,}", first)
+    assert re.match(r"/\* \w.{20,}", first)
 
 
 def test_without_a_driver_one_sentence_says_so():

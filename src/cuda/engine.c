@@ -140,8 +140,10 @@ static int launch_products(const ql_cuda_guard *guard, void *stream, ql_cuda_ker
             out_bytes = outputs * (p.out_type == QL_VALUE_F32 ? 4 : 2);
     for (int64_t done = 0; done < m; done += most) {
         p.m = m - done < most ? m - done : most;
-        ql_cuda_grid grid = {
-            .x = blocks(outputs, QL_LINEAR_OUTPUTS), .y = blocks(p.m, tokens), .threads = QL_LINEAR_THREADS};
+        ql_cuda_grid grid = {.x = blocks(outputs, QL_LINEAR_OUTPUTS),
+                             .y = blocks(p.m, tokens),
+                             .threads = QL_LINEAR_THREADS,
+                             .overlaps = true};
         if (ql_cuda_launch(guard, kernel, stream, &grid, &p, message) < 0) return -1;
         p.x = (const char *)p.x + most * x_bytes;
         p.out = (char *)p.out + most * out_bytes;

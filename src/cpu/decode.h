@@ -132,11 +132,11 @@ INLINE vi k_load(const uint8_t *from, int64_t bytes) {
 }
 
 /* Rows read side by side are 2 to 4 KB apart: left to itself the processor fetches ahead in each, out of the order of
- * memory. With the load at `byte` of row `row` of `rows`, this fetches the rows after them, `next`, in that order: two
- * fit the first cache beside the activations, four do not. */
-INLINE void prefetch_rows(const void *next, int64_t byte, int row, const int rows) {
+ * memory. With the load at `byte` of row `row` of `rows`, this fetches the rows after them, `next`, in that order.
+ * `near`: into the first cache, where it has room for them beside the activations. */
+INLINE void prefetch_rows(const void *next, int64_t byte, int row, const int rows, const bool near) {
     const void *line = (const void *)((uintptr_t)next + (uintptr_t)(byte * rows + 4 * LANES * row));
-    if (rows <= 2)
+    if (near)
         __builtin_prefetch(line);
     else
         __builtin_prefetch(line, 0, 2);

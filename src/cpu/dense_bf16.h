@@ -126,14 +126,11 @@ static void bf16_range(void *context, int64_t begin, int64_t end) {
     scratch_give(&work->pool, index);
 }
 
-/* Up to here, passes with MAX_FUSED_ROWS rows are quicker than panels. */
-enum { MAX_PAIRS_ROWS = 16 };
-
 /* Fewer rows than that in fp32, where pairs do not suit the format: panels would have to be made in either case. */
-static bool bf16_suits(const ql_weight *weight, int64_t m) { return m > MAX_PAIRS_ROWS || pairs_fit(weight); }
+static bool bf16_suits(const ql_weight *weight, int64_t m) { return m > BF16_FUSED_ROWS || pairs_fit(weight); }
 
 static int bf16_linear(const ql_product *product) {
-    if (product->m <= MAX_PAIRS_ROWS) return pairs_linear(product);
+    if (product->m <= BF16_FUSED_ROWS) return pairs_linear(product);
     dense_work work = {.product = product, .weight = product->weight};
     return dense_run(&work, bf16_range, (product->weight->n + BLOCK - 1) / BLOCK, product->m);
 }

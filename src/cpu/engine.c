@@ -83,6 +83,10 @@ typedef struct rows {
     const ql_fp8 *fp8;
     float *scales; /* [rows] */
     float tensor_scale;
+    uint16_t *pairs;     /* [rows][k]: the codes' values in bf16, which holds them exactly; `values` is scratch then */
+    int64_t groups;      /* of QL_FP8_GROUP_SIZE columns in a row */
+    float *group_scales; /* [rows][groups], where activations have one a group */
+    uint16_t bf16_of[256]; /* of e4m3 */
     /* of INT8 */
     const ql_int8 *int8;
     int8_t *codes; /* [rows][codes_stride] */
@@ -107,23 +111,47 @@ static void codes_as_floats(float *values, const uint8_t *codes, int64_t count, 
     for (int64_t i = 0; i < count; i++) values[i] = ql_f32_from_e4m3(codes[i]) * scale;
 }
 
+static float fp8_row_scale(const rows *all, const float *values) {
+    if (all->fp8->activation != QL_FP8_TOKEN) return all->tensor_scale;
+    return ql_fp8_token_scale(ql_fp8_absmax(values, all->k), all->fp8->input_upper_bound);
+}
+
 /* Replaces `values`, which hold x, by the values of their codes; scales of rows and tensors are left to the sums. */
 static void quantize_fp8_rows(void *context, int64_t begin, int64_t end) {
     const rows *all = context;
+    const bool by_group = all->fp8->activation == QL_FP8_GROUP, by_token = all->fp8->activation == QL_FP8_TOKEN;
     uint8_t codes[1024];
     convert_rows(context, begin, end);
     for (int64_t i = begin; i < end; i++) {
         float *values = all->values + i * all->k;
-        bool by_token = all->fp8->activation == QL_FP8_TOKEN, by_group = all->fp8->activation == QL_FP8_GROUP;
-        float scale = by_token ? ql_fp8_token_scale(ql_fp8_absmax(values, all->k), all->fp8->input_upper_bound)
-                               : all->tensor_scale;
-        all->scales[i] = by_group ? 1.0f : scale;
+        float scale = by_group ? 1.0f : fp8_row_scale(all, values);
+        all->scales[i] = scale;
         int64_t step = by_group ? QL_FP8_GROUP_SIZE : (int64_t)sizeof codes;
         for (int64_t col = 0; col < all->k; col += step) {
             int64_t count = all->k - col < step ? all->k - col : step;
             if (by_group) scale = ql_fp8_scale(ql_fp8_absmax(values + col, count));
             ql_fp8_quantize_row(codes, values + col, count, scale, !by_token && !by_group);
             codes_as_floats(values + col, codes, count, by_group ? scale : 1.0f);
+        }
+    }
+}
+
+/* As quantize_fp8_rows, the codes' values into `pairs`; scales of groups are left to the sums, too. */
+static void quantize_fp8_pairs(void *context, int64_t begin, int64_t end) {
+    const rows *all = context;
+    const bool by_group = all->fp8->activation == QL_FP8_GROUP, by_token = all->fp8->activation == QL_FP8_TOKEN;
+    uint8_t codes[QL_FP8_GROUP_SIZE];
+    convert_rows(context, begin, end);
+    for (int64_t i = begin; i < end; i++) {
+        const float *values = all->values + i * all->k;
+        uint16_t *pairs = all->pairs + i * all->k;
+        float scale = by_group ? 1.0f : fp8_row_scale(all, values), *group_scale = all->group_scales + i * all->groups;
+        all->scales[i] = scale;
+        for (int64_t col = 0; col < all->k; col += QL_FP8_GROUP_SIZE) {
+            int64_t count = all->k - col < QL_FP8_GROUP_SIZE ? all->k - col : QL_FP8_GROUP_SIZE;
+            if (by_group) *group_scale++ = scale = ql_fp8_scale(ql_fp8_absmax(values + col, count));
+            ql_fp8_quantize_row(codes, values + col, count, scale, !by_token && !by_group);
+            for (int64_t j = 0; j < count; j++) pairs[col + j] = all->bf16_of[codes[j]];
         }
     }
 }
@@ -213,6 +241,31 @@ static bool suits_bf16(const rows *all, int64_t m, const ql_weight *weight) {
     return true;
 }
 
+/* The product with FP8's quantized activations as pairs of bf16: `m` rows, few. */
+static int fp8_pairs_product(ql_product *product, rows *all, int64_t m) {
+    all->groups = (all->k + QL_FP8_GROUP_SIZE - 1) / QL_FP8_GROUP_SIZE;
+    float *memory = malloc((size_t)(m * (all->k + 1 + all->groups)) * sizeof *memory);
+    uint16_t *pairs = malloc((size_t)(m * all->k) * sizeof *pairs);
+    int status = memory && pairs ? 0 : -1;
+    if (!status) {
+        all->values = memory;
+        all->scales = memory + m * all->k;
+        all->group_scales = all->scales + m;
+        all->pairs = pairs;
+        for (int code = 0; code < 256; code++) all->bf16_of[code] = ql_bf16_from_f32(ql_f32_from_e4m3((uint8_t)code));
+        ql_cpu_parallel(m, 1 + (1 << 16) / (all->k + 1), quantize_fp8_pairs, all);
+        product->m = m;
+        product->x_bf16 = pairs;
+        product->x_stride = all->k;
+        product->row_scale = all->scales;
+        product->group_scales = all->fp8->activation == QL_FP8_GROUP ? all->group_scales : NULL;
+        status = kernels->bf16_linear(product);
+    }
+    free(memory);
+    free(pairs);
+    return status;
+}
+
 /* The columns in which a magnitude of x reaches the threshold; *columns is the caller's to free. */
 static int find_outliers(int64_t **columns, int64_t *count, const rows *all, int64_t m) {
     *columns = NULL;
@@ -290,6 +343,8 @@ int ql_cpu_linear(void *out, const void *x, int64_t x_stride, ql_dtype dtype, in
             all.tensor_scale = ql_fp8_scale(absmax);
         }
     }
+    if (quantizes_to_fp8(weight) && has_bf16 && m <= BF16_FUSED_ROWS && kernels->bf16_suits(weight, m))
+        return fp8_pairs_product(&product, &all, m);
     if (!quantizes_to_fp8(weight) && suits_bf16(&all, m, weight)) {
         product.m = m;
         product.x_bf16 = x;

@@ -41,7 +41,8 @@ INLINE k_scales k_scales_of(const ql_weight *weight, const ql_format format) {
         scales.log2_blocksize = __builtin_ctzll((uint64_t)weight->fourbit.blocksize);
         scales.blocks_a_step = BLOCK >> scales.log2_blocksize ? BLOCK >> scales.log2_blocksize : 1;
     } else if (format == QL_FORMAT_FP8) {
-        scales.steps_a_scale = weight->fp8.block_k / BLOCK;
+        const int64_t steps = (weight->k + BLOCK - 1) / BLOCK;
+        scales.steps_a_scale = weight->fp8.block_k < weight->k ? weight->fp8.block_k / BLOCK : steps;
     }
     return scales;
 }
@@ -77,6 +78,25 @@ INLINE k_stream k_stream_open(const ql_weight *weight, int64_t row, const k_scal
     return stream;
 }
 
+/* Where load `load` of step `step` begins in a row: EETQ's rows have 64 of each 128 bytes. */
+INLINE int64_t k_step_offset(int64_t step, int load, const ql_format format) {
+    int64_t col = step * BLOCK + load * 4 * LANES;
+    if (format == QL_FORMAT_FOURBIT) return col / 2;
+    return format == QL_FORMAT_EETQ ? (col >> 6) * 128 + (col & 63) : col;
+}
+
+/* What is there of the load, where the step is not whole. */
+INLINE int64_t k_step_bytes(int64_t k, int64_t step, int load, const ql_format format) {
+    int64_t left = k - step * BLOCK - load * 4 * LANES;
+    return format == QL_FORMAT_FOURBIT ? left / 2 : left;
+}
+
+/* The scale of a row that has one. */
+INLINE float k_row_scale(const ql_weight *weight, const k_stream *stream, int64_t row, const ql_format format) {
+    if (format == QL_FORMAT_EETQ) return ql_f32_load(weight->eetq.scales, weight->eetq.scales_dtype, row);
+    return stream->scales[0];
+}
+
 /* A step's products are summed by themselves and then scaled, where the scale belongs to less than the row; that is also
  * the better order of a long sum. `whole`: all of the step's BLOCK columns are there. `even`: as in k_scales. */
 INLINE void k_fused_step(const k_decoder *decoder, vf sum[4][MAX_FUSED_ROWS], const k_stream *streams,
@@ -89,14 +109,13 @@ INLINE void k_fused_step(const k_decoder *decoder, vf sum[4][MAX_FUSED_ROWS], co
     UNROLL
     for (int load = 0; load < loads; load++) {
         k_words words[4];
-        int64_t col = step * BLOCK + load * 4 * LANES, offset = col;
-        if (format == QL_FORMAT_FOURBIT) offset = col / 2;
-        if (format == QL_FORMAT_EETQ) offset = (col >> 6) * 128 + (col & 63); /* a row has 64 of each 128 bytes */
-        int64_t bytes = whole ? 4 * LANES : format == QL_FORMAT_FOURBIT ? (k - col) / 2 : k - col;
+        int64_t offset = k_step_offset(step, load, format);
+        int64_t bytes = whole ? 4 * LANES : k_step_bytes(k, step, load, format);
         UNROLL
         for (int r = 0; r < row_count; r++) {
             words[r] = k_open(decoder, k_load(streams[r].bytes + offset, bytes), format);
-            prefetch_rows(streams[0].ahead, 4 * LANES * (step * loads + load), r, row_count);
+            prefetch_rows(streams[0].ahead, 4 * LANES * (step * loads + load), r, row_count,
+                          format == QL_FORMAT_FOURBIT && m_count == 1);
         }
         UNROLL
         for (int j = 0; j < vectors; j++) {
@@ -155,17 +174,15 @@ INLINE void k_fused_rows(const k_fused *work, int64_t row, float *sums, const bo
                      row_count, m_count);
     UNROLL
     for (int r = 0; r < row_count; r++) {
-        float scale = 1.0f;
-        if (format == QL_FORMAT_EETQ) scale = ql_f32_load(weight->eetq.scales, weight->eetq.scales_dtype, row + r);
-        if (format == QL_FORMAT_FP8 && !scaled) scale = streams[r].scales[0];
+        const float scale = scaled ? 1.0f : k_row_scale(weight, &streams[r], row + r, format);
         UNROLL
         for (int m = 0; m < m_count; m++) sums[m * LANES + r] = vf_sum(sum[r][m]) * scale;
     }
 }
 
 /* Rows of W at a time: their activations are loaded once, which counts where x is larger than the first cache. */
-INLINE int k_rows(int m_count) {
-    if (LANES == 16) return m_count == 1 ? 2 : 4;
+INLINE int k_rows(int m_count, ql_format format) {
+    if (LANES == 16) return m_count == 1 || format != QL_FORMAT_FOURBIT ? 2 : 4;
     if (m_count == 1) return 4;
     return m_count == 2 ? 2 : 1;
 }
@@ -180,7 +197,7 @@ static int64_t k_grain(int64_t n) {
 INLINE void k_fused_range(const k_fused *work, int64_t begin, int64_t end, const bool scaled, const ql_format format,
                           const int m_count) {
     const int64_t n = work->product->weight->n;
-    const int rows = k_rows(m_count);
+    const int rows = k_rows(m_count, format);
     for (int64_t row = begin * LANES; row < min_of(end * LANES, n); row += LANES) {
         float sums[MAX_FUSED_ROWS * LANES] = {0};
         int64_t count = min_of(LANES, n - row), r = 0;

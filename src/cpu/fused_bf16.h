@@ -1,328 +1,211 @@
 /* Products with few rows of bf16 on processors that multiply pairs of bf16 (AVX512_BF16): as in fused.h, two columns of
  * x an operation. Part of the AVX-512 kernels (see vector.h).
  *
- * `vpermw` looks up 32 values of 16 bits, so one permutation turns two codes of a word into a pair of bf16. GPTQ's and
- * AWQ's codes less their zeros are integers that bf16 holds exactly; their sums are scaled in fp32. FOURBIT's code is
- * rounded once to bf16. As dense_bf16.h says, the instruction flushes denormal numbers; none can arise here: activations
- * are zero or at least BF16_LEAST, integers at least 1, codes at least LEAST_CODE. */
+ * EETQ's codes and e4m3 are numbers that bf16 holds exactly: tables give the two bytes of each. FOURBIT's code is rounded
+ * once to bf16. Nothing that the instruction would flush can arise (see dense_bf16.h): activations are zero or at least
+ * BF16_LEAST or e4m3 themselves, EETQ's integers at least 1, e4m3 at least 2^-9, FOURBIT's codes at least LEAST_CODE. */
 #ifndef QL_CPU_FUSED_BF16_H
 #define QL_CPU_FUSED_BF16_H
 
 #include "fused.h"
+#include "fused_n_bf16.h"
 
-INLINE vf dot_pairs(vf sum, vi a, vi b) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
-
-/* table[i] for the low five bits of each 16-bit lane. */
-INLINE vi pair_at(vi table, vi index) { return (vi)_mm512_permutexvar_epi16((__m512i)index, (__m512i)table); }
-
-/* ---- n lanes: GPTQ of 4 bits and AWQ ---- */
-
-typedef struct n_pairs {
-    n_parts parts;
-    const int32_t *x; /* [pairs][m]: columns 8u + j and 8u + j + 4 in pair 4u + j (GPTQ), 2i and 2i + 1 in i (AWQ) */
-    vi table;         /* of the 32 integers of five bits, signed */
-} n_pairs;
-
-/* Nibble j of each half of the words, less its zero, for j = 0..3. zeros[0]: bytes to subtract from the even nibbles,
- * zeros[1]: from the odd ones. */
-INLINE void n_pair_values(vi value[4], vi words, const vi *zeros, vi table) {
-    const vi nibbles = vi_set(0x0f0f0f0f);
-    vi even = (vi)_mm512_sub_epi8((__m512i)(words & nibbles), (__m512i)zeros[0]);
-    vi odd = (vi)_mm512_sub_epi8((__m512i)(vi_shift(words, 4) & nibbles), (__m512i)zeros[1]);
-    value[0] = pair_at(table, even);
-    value[1] = pair_at(table, odd);
-    value[2] = pair_at(table, vi_shift(even, 8));
-    value[3] = pair_at(table, vi_shift(odd, 8));
-}
-
-INLINE void n_pairs_scale(float *sums, int64_t width, vf sum[8][MAX_FUSED_ROWS], const float *scales, const int vectors,
-                          const int m_count) {
-    UNROLL
-    for (int v = 0; v < vectors; v++) {
-        vf scale = vf_load(scales + v * LANES);
-        UNROLL
-        for (int m = 0; m < m_count; m++) {
-            float *to = sums + m * width + v * LANES;
-            vf_store(to, vf_fma(sum[v][m], scale, vf_load(to)));
-        }
-    }
-}
-
-/* `whole`, `ahead`: as in n_gptq_chunk. */
-INLINE void n_pairs_gptq_chunk(float *sums, int64_t width, const int32_t *from, int64_t n, int64_t rows,
-                               uintptr_t ahead, const int32_t *x, int64_t units, const float *zeros,
-                               const float *scales, vi table, const bool whole, const int vectors, const int m_count) {
-    vf sum[8][MAX_FUSED_ROWS];
-    vi zero[8];
-    UNROLL
-    for (int v = 0; v < vectors; v++) {
-        zero[v] = __builtin_convertvector(vf_load(zeros + v * LANES), vi) * 0x01010101;
-        UNROLL
-        for (int m = 0; m < m_count; m++) sum[v][m] = vf_set(0);
-    }
-    for (int64_t unit = 0; unit < units; unit++, from += n, x += 4 * m_count) {
-        UNROLL
-        for (int v = 0; v < vectors; v++) {
-            if (v == 0 || m_count > 1) forget_memory(); /* the activations of one row stay in registers */
-            vi words = whole ? vi_load(from + v * LANES) : vi_load_some(from + v * LANES, rows - v * LANES), value[4];
-            __builtin_prefetch((const void *)((uintptr_t)(from + v * LANES) + ahead));
-            n_pair_values(value, words, (const vi[2]){zero[v], zero[v]}, table);
-            UNROLL
-            for (int j = 0; j < 4; j++) {
-                UNROLL
-                for (int m = 0; m < m_count; m++)
-                    sum[v][m] = dot_pairs(sum[v][m], value[j], vi_set(x[j * m_count + m]));
-            }
-        }
-    }
-    n_pairs_scale(sums, width, sum, scales, vectors, m_count);
-}
-
-INLINE void gptq_pairs_item(const n_pairs *work, int64_t index, const int m_count) {
-    const ql_weight *weight = work->parts.product->weight;
-    const int64_t n = weight->n, width = work->parts.width, group_size = weight->gptq.group_size;
-    const int vectors = gptq_vectors(m_count);
-    const vi table = work->table;
-    const n_item item = n_item_of(&work->parts, index);
-    float zeros[BLOCK], scales[BLOCK];
-    for (int64_t col = item.col, cols; col < item.col_end; col += cols) {
-        cols = n_cols(&item, col, group_size, MAX_CHUNK);
-        const int32_t *x = work->x + col / 2 * m_count;
-        const int64_t units = (cols + 7) / 8;
-        for (int64_t at = item.row; at < item.row_end; at += BLOCK) {
-            gptq_group(zeros, scales, weight, col / group_size, at);
-            for (int v = 0; v < 8 && at + v * LANES < n; v += vectors) {
-                const int64_t row = at + v * LANES;
-                const int32_t *from = weight->gptq.qweight + col / 8 * n + row;
-                const uintptr_t ahead = gptq_ahead(&item, row, units, n, vectors);
-                if (row + vectors * LANES <= n) {
-                    n_pairs_gptq_chunk(item.sums + row, width, from, n, n - row, ahead, x, units, zeros + v * LANES,
-                                       scales + v * LANES, table, true, vectors, m_count);
-                    continue;
-                }
-                for (int i = 0; i < vectors && row + i * LANES < n; i++)
-                    n_pairs_gptq_chunk(item.sums + row + i * LANES, width, from + i * LANES, n, n - row - i * LANES,
-                                       ahead, x, units, zeros + (v + i) * LANES, scales + (v + i) * LANES, table, false,
-                                       1, m_count);
-            }
-        }
-    }
-}
-
-/* zeros[half][parity]: what n_pair_values subtracts from the words of that half. */
-INLINE void n_pairs_awq_zeros(vi zeros[2][2], const ql_awq *awq, int64_t words, int64_t group, int64_t row) {
-    vi packed = vi_load_some(awq->qzeros + group * words + row / 8, words - row / 8);
-    UNROLL
-    for (int parity = 0; parity < 2; parity++) {
-        vi bytes = vi_shift(packed, 4 * parity) & 0x0f0f0f0f;
-        zeros[0][parity] = (bytes & 0xffff) | bytes << 16;
-        zeros[1][parity] = vi_shift(bytes, 16) | (bytes & (int32_t)0xffff0000);
-    }
-}
-
-/* Nibbles 4 * first_half and on, `vectors` of them, 4 or 8. */
-INLINE void n_pairs_awq_chunk(float *sums, int64_t width, const int32_t *from, int64_t words, int64_t left,
-                              n_ahead *ahead, const int32_t *x, int64_t cols, vi zeros[2][2], const float *scales,
-                              vi table, const int first_half, const int vectors, const int m_count) {
-    vf sum[8][MAX_FUSED_ROWS];
-    UNROLL
-    for (int v = 0; v < vectors; v++) {
-        UNROLL
-        for (int m = 0; m < m_count; m++) sum[v][m] = vf_set(0);
-    }
-    for (int64_t col = 0; col < cols; col += 2, from += 2 * words, x += m_count) {
-        vi one = vi_load_some(from, left), two = vi_load_some(from + words, left);
-        if (first_half == 0) {
-            n_fetch(ahead);
-            n_fetch(ahead);
-        }
-        UNROLL
-        for (int h = 0; h < vectors / 4; h++) {
-            const int half = first_half + h;
-            vi halves = half ? (vi)_mm512_mask_blend_epi16(0xaaaaaaaau, (__m512i)vi_shift(one, 16), (__m512i)two)
-                             : (vi)_mm512_mask_blend_epi16(0xaaaaaaaau, (__m512i)one, (__m512i)(two << 16));
-            vi value[4];
-            n_pair_values(value, halves, zeros[half], table);
-            UNROLL
-            for (int j = 0; j < 4; j++) {
-                UNROLL
-                for (int m = 0; m < m_count; m++)
-                    sum[4 * h + j][m] = dot_pairs(sum[4 * h + j][m], value[j], vi_set(x[m]));
-            }
-        }
-    }
-    n_pairs_scale(sums, width, sum, scales, vectors, m_count);
-}
-
-INLINE void awq_pairs_item(const n_pairs *work, int64_t index, const int m_count) {
-    const ql_weight *weight = work->parts.product->weight;
-    const ql_awq *awq = &weight->awq;
-    const int64_t words = (weight->n + 7) / 8, width = work->parts.width;
-    const int vectors = awq_vectors(m_count);
-    const vi table = work->table;
-    const n_item item = n_item_of(&work->parts, index);
-    for (int64_t col = item.col, cols; col < item.col_end; col += cols) {
-        const int64_t group = col / awq->group_size;
-        const bool new_group = col == item.col || col % awq->group_size == 0;
-        cols = n_cols(&item, col, awq->group_size, awq_chunk(m_count));
-        n_ahead ahead = awq_ahead(&item, awq->qweight, words, col + cols);
-        for (int64_t at = item.row; at < item.row_end; at += BLOCK) {
-            float *scales = item.scales + at;
-            vi zeros[2][2];
-            if (new_group) awq_scales(scales, weight, group, at);
-            n_pairs_awq_zeros(zeros, awq, words, group, at);
-            UNROLL
-            for (int first = 0; first < 8; first += vectors)
-                n_pairs_awq_chunk(item.sums + at + first * LANES, width, awq->qweight + col * words + at / 8, words,
-                                  words - at / 8, &ahead, work->x + col / 2 * m_count, cols, zeros,
-                                  scales + first * LANES, table, first / 4, vectors, m_count);
-        }
-    }
-}
-
-#define N_PAIRS_BODY(name, item, m_count)                                                                              \
-    static void name(void *context, int64_t begin, int64_t end) {                                                      \
-        for (int64_t i = begin; i < end; i++) item(context, i, m_count);                                               \
-    }
-#define N_PAIRS_BODIES(name, item)                                                                                     \
-    N_PAIRS_BODY(name##_1, item, 1)                                                                                    \
-    N_PAIRS_BODY(name##_2, item, 2)                                                                                    \
-    N_PAIRS_BODY(name##_3, item, 3)                                                                                    \
-    N_PAIRS_BODY(name##_4, item, 4)
-
-N_PAIRS_BODIES(gptq4_pairs, gptq_pairs_item)
-N_PAIRS_BODIES(awq_pairs, awq_pairs_item)
-
-/* Pairs of columns must not straddle groups. */
-static bool n_pairs_fits(const ql_weight *weight) {
-    if (!n_fused_fits(weight)) return false;
-    if (weight->format == QL_FORMAT_GPTQ) return weight->gptq.bits == 4;
-    return weight->awq.group_size >= weight->k || weight->awq.group_size % 2 == 0;
-}
-
-static int n_pairs_linear(const ql_product *product) {
-    static loop_body *const bodies[2][MAX_FUSED_ROWS] = {BODIES(gptq4_pairs), BODIES(awq_pairs)};
-    const ql_weight *weight = product->weight;
-    const bool awq = weight->format == QL_FORMAT_AWQ;
-    const int64_t m_count = product->m, units = (weight->k + 7) / 8;
-    uint16_t *x = calloc((size_t)(units * m_count), 8 * sizeof *x);
-    if (!x) return -1;
-    for (int64_t m = 0; m < m_count; m++) {
-        const uint16_t *from = product->x_bf16 + m * product->x_stride;
-        for (int64_t col = 0; col < weight->k; col++) {
-            int64_t pair = awq ? col / 2 : col / 8 * 4 + col % 4, side = awq ? col % 2 : col / 4 % 2;
-            x[(pair * m_count + m) * 2 + side] = from[col];
-        }
-    }
-    n_pairs work = {.parts.product = product, .x = (const int32_t *)(const void *)x};
-    uint16_t table[32];
-    for (int i = 0; i < 32; i++) table[i] = ql_bf16_from_f32((float)(i < 16 ? i : i - 32));
-    memcpy(&work.table, table, sizeof table);
-    int status = n_parts_run(&work.parts, bodies[awq][m_count - 1]);
-    free(x);
-    return status;
-}
-
-/* ---- k lanes: FOURBIT ---- */
+/* ---- decoding to pairs ---- */
 
 #define LEAST_CODE 0x1p-20f
 #define MOST_CODE 0x1p20f
 
+typedef struct pairs_tables {
+    vi code;                 /* of FOURBIT: bf16, twice: the fifth bit of an index is the next code's */
+    __m512i high[2], low[2]; /* of EETQ and FP8: the bytes of the bf16 of each magnitude; EETQ's 0 stands for 128 */
+} pairs_tables;
+
+static void pairs_tables_init(pairs_tables *tables, const ql_weight *weight) {
+    memset(tables, 0, sizeof *tables);
+    if (weight->format == QL_FORMAT_FOURBIT) {
+        uint16_t code[32];
+        for (int i = 0; i < 32; i++) code[i] = ql_bf16_from_f32(weight->fourbit.code[i % 16]);
+        memcpy(&tables->code, code, sizeof code);
+        return;
+    }
+    uint8_t high[128], low[128];
+    for (int magnitude = 0; magnitude < 128; magnitude++) {
+        float value = (float)(magnitude ? magnitude : 128);
+        if (weight->format == QL_FORMAT_FP8) value = ql_f32_from_e4m3((uint8_t)magnitude);
+        uint16_t bits = ql_bf16_from_f32(value);
+        high[magnitude] = (uint8_t)(bits >> 8);
+        low[magnitude] = (uint8_t)bits;
+    }
+    memcpy(tables->high, high, sizeof high);
+    memcpy(tables->low, low, sizeof low);
+}
+
+/* A step's BLOCK columns are 4 vectors of pairs: of one load of FOURBIT's words (pair j: nibbles j and j + 4 of each), of
+ * two loads of bytes, whose halves of 16-byte lanes unpack into two vectors. order[position] = column within the block. */
+static void pairs_order(int16_t order[BLOCK], ql_format format) {
+    for (int position = 0; position < BLOCK; position++) {
+        int vector = position / 32, element = position % 32;
+        int byte = 16 * (element / 8) + 8 * (vector & 1) + element % 8, base = vector / 2 * 64;
+        switch (format) {
+        case QL_FORMAT_FOURBIT:
+            order[position] = (int16_t)(8 * (element / 2) + ((vector + 4 * (element & 1)) ^ 1));
+            break;
+        case QL_FORMAT_EETQ:
+            order[position] = (int16_t)(base + (byte & ~15) + ((byte & 15) >> 1) + ((byte & 1) << 3));
+            break;
+        default: order[position] = (int16_t)(base + byte); break;
+        }
+    }
+}
+
+INLINE k_words pairs_open(const pairs_tables *tables, vi words, const ql_format format) {
+    if (format == QL_FORMAT_FOURBIT) return (k_words){{words, words}};
+    const __m512i sign = _mm512_set1_epi8((char)0x80);
+    __m512i index = (__m512i)words, signs = index, high;
+    if (format == QL_FORMAT_EETQ) {
+        signs = _mm512_xor_si512(signs, sign); /* the bytes are codes plus 128 */
+        index = _mm512_abs_epi8(signs);
+        high = _mm512_maskz_permutex2var_epi8(_mm512_test_epi8_mask(signs, signs), tables->high[0], index,
+                                              tables->high[1]);
+    } else {
+        high = _mm512_permutex2var_epi8(tables->high[0], index, tables->high[1]);
+    }
+    __m512i low = _mm512_permutex2var_epi8(tables->low[0], index, tables->low[1]);
+    high = _mm512_ternarylogic_epi32(high, signs, sign, 0xf8); /* high | (signs & 0x80) in each byte */
+    return (k_words){{(vi)_mm512_unpacklo_epi8(low, high), (vi)_mm512_unpackhi_epi8(low, high)}};
+}
+
+INLINE vi pairs_value(const pairs_tables *tables, const k_words *words, int j, const ql_format format) {
+    if (format == QL_FORMAT_FOURBIT) return pair_at(tables->code, vi_shift(words->part[0], 4 * j));
+    return words->part[j];
+}
+
+/* ---- products ---- */
+
 typedef struct k_pairs {
     const ql_product *product;
-    const uint16_t *x; /* [m][steps * BLOCK], zeros beyond K: 4 vectors a step, of pairs of columns as the codes come */
-    vi code;           /* bf16, twice: the fifth bit of an index is the next code's */
+    const uint16_t *x; /* [m][steps * BLOCK] in pairs_order, zeros beyond K and beyond the product's rows */
+    pairs_tables tables;
     int64_t steps;
 } k_pairs;
 
 /* As k_fused_step. */
-INLINE void k_pairs_step(vi code, vf sum[4][MAX_FUSED_ROWS], const k_stream *streams, const k_scales *scales,
-                         int64_t step, const uint16_t *x, int64_t x_stride, int64_t k, const bool whole,
-                         const bool even, const int row_count, const int m_count) {
+INLINE void k_pairs_step(const k_pairs *work, const pairs_tables *tables, vf sum[4][MAX_FUSED_ROWS],
+                         const k_stream *streams, const k_scales *scales, int64_t step, const bool whole,
+                         const bool even, const bool scaled, const ql_format format, const int row_count,
+                         const int m_count) {
+    const int loads = words_loads(format), vectors = 4 / loads;
+    const int64_t k = work->product->weight->k, x_stride = work->steps * BLOCK;
+    const uint16_t *x = work->x + step * BLOCK;
     vf part[4][MAX_FUSED_ROWS];
-    vi words[4];
-    int64_t offset = step * BLOCK / 2, bytes = whole ? 4 * LANES : (k - step * BLOCK) / 2;
-    x += step * BLOCK;
+    UNROLL
+    for (int load = 0; load < loads; load++) {
+        k_words words[4];
+        int64_t bytes = whole ? 4 * LANES : k_step_bytes(k, step, load, format);
+        UNROLL
+        for (int r = 0; r < row_count; r++) {
+            vi loaded = k_load(streams[r].bytes + k_step_offset(step, load, format), bytes);
+            words[r] = pairs_open(tables, loaded, format);
+            prefetch_rows(streams[0].ahead, 4 * LANES * (step * loads + load), r, row_count,
+                          format == QL_FORMAT_FOURBIT && m_count == 1);
+        }
+        UNROLL
+        for (int j = 0; j < vectors; j++) {
+            vi value[4];
+            UNROLL
+            for (int r = 0; r < row_count; r++) value[r] = pairs_value(tables, &words[r], j, format);
+            UNROLL
+            for (int m = 0; m < m_count; m++) {
+                vi activation = vi_load(x + m * x_stride + (load * vectors + j) * 2 * LANES);
+                UNROLL
+                for (int r = 0; r < row_count; r++)
+                    part[r][m] = dot_pairs(load + j ? part[r][m] : vf_set(0), value[r], activation);
+            }
+            forget_memory();
+        }
+    }
+    const float *groups = format == QL_FORMAT_FP8 && scaled ? work->product->group_scales : NULL;
+    int64_t scale_index = format == QL_FORMAT_FP8 ? (uint32_t)step / (uint32_t)scales->steps_a_scale : 0;
     UNROLL
     for (int r = 0; r < row_count; r++) {
-        words[r] = k_load(streams[r].bytes + offset, bytes);
-        prefetch_rows(streams[0].ahead, 4 * LANES * step, r, row_count);
-        UNROLL
-        for (int m = 0; m < m_count; m++) part[r][m] = vf_set(0);
-    }
-    UNROLL
-    for (int j = 0; j < 4; j++) {
-        vi value[4];
-        UNROLL
-        for (int r = 0; r < row_count; r++) value[r] = pair_at(code, vi_shift(words[r], 4 * j));
+        vf scale = vf_set(1.0f);
+        if (scaled && format == QL_FORMAT_FP8) scale = vf_set(streams[r].scales[scale_index]);
+        if (scaled && format == QL_FORMAT_FOURBIT) scale = k_fourbit_scale(&streams[r], scales, step, whole && even);
         UNROLL
         for (int m = 0; m < m_count; m++) {
-            vi activation = vi_load(x + m * x_stride + j * 2 * LANES);
-            UNROLL
-            for (int r = 0; r < row_count; r++) part[r][m] = dot_pairs(part[r][m], value[r], activation);
+            if (groups)
+                sum[r][m] = vf_fma(part[r][m] * vf_set(groups[m * work->steps + step]), scale, sum[r][m]);
+            else
+                sum[r][m] = scaled ? vf_fma(part[r][m], scale, sum[r][m]) : sum[r][m] + part[r][m];
         }
-        forget_memory();
-    }
-    UNROLL
-    for (int r = 0; r < row_count; r++) {
-        vf scale = k_fourbit_scale(&streams[r], scales, step, whole && even);
-        UNROLL
-        for (int m = 0; m < m_count; m++) sum[r][m] = vf_fma(part[r][m], scale, sum[r][m]);
     }
 }
 
-INLINE void k_pairs_rows(const k_pairs *work, int64_t row, float *sums, const int row_count, const int m_count) {
+INLINE void k_pairs_rows(const k_pairs *work, int64_t row, float *sums, const bool scaled, const ql_format format,
+                         const int row_count, const int m_count) {
     const ql_weight *weight = work->product->weight;
-    const int64_t k = weight->k, x_stride = work->steps * BLOCK, whole = k / BLOCK;
-    const k_scales scales = k_scales_of(weight, QL_FORMAT_FOURBIT);
-    const vi code = work->code;
+    const int64_t whole = weight->k / BLOCK;
+    const k_scales scales = k_scales_of(weight, format);
+    const pairs_tables tables = work->tables;
     vf sum[4][MAX_FUSED_ROWS];
     k_stream streams[4];
     float expanded[4][MAX_FUSED_BLOCKS];
     UNROLL
     for (int r = 0; r < row_count; r++) {
-        streams[r] = k_stream_open(weight, row + r, &scales, expanded[r], QL_FORMAT_FOURBIT, row_count);
+        streams[r] = k_stream_open(weight, row + r, &scales, expanded[r], format, row_count);
         UNROLL
         for (int m = 0; m < m_count; m++) sum[r][m] = vf_set(0);
     }
-    if (scales.even)
+    if (scales.even || format != QL_FORMAT_FOURBIT)
         for (int64_t step = 0; step < whole; step++)
-            k_pairs_step(code, sum, streams, &scales, step, work->x, x_stride, k, true, true, row_count, m_count);
+            k_pairs_step(work, &tables, sum, streams, &scales, step, true, true, scaled, format, row_count, m_count);
     else
         for (int64_t step = 0; step < whole; step++)
-            k_pairs_step(code, sum, streams, &scales, step, work->x, x_stride, k, true, false, row_count, m_count);
+            k_pairs_step(work, &tables, sum, streams, &scales, step, true, false, scaled, format, row_count, m_count);
     if (whole < work->steps)
-        k_pairs_step(code, sum, streams, &scales, whole, work->x, x_stride, k, false, false, row_count, m_count);
+        k_pairs_step(work, &tables, sum, streams, &scales, whole, false, false, scaled, format, row_count, m_count);
     UNROLL
     for (int r = 0; r < row_count; r++) {
+        const float scale = scaled ? 1.0f : k_row_scale(weight, &streams[r], row + r, format);
         UNROLL
-        for (int m = 0; m < m_count; m++) sums[m * LANES + r] = vf_sum(sum[r][m]);
+        for (int m = 0; m < m_count; m++) sums[m * LANES + r] = vf_sum(sum[r][m]) * scale;
     }
 }
 
 /* Items are runs of LANES rows. */
-INLINE void k_pairs_range(const k_pairs *work, int64_t begin, int64_t end, const int m_count) {
-    const int64_t n = work->product->weight->n;
+INLINE void k_pairs_range(const k_pairs *work, int64_t begin, int64_t end, const bool scaled, const ql_format format,
+                          const int m_count) {
+    const ql_product *product = work->product;
+    const int64_t n = product->weight->n;
+    const int rows = k_rows(m_count, format);
     for (int64_t row = begin * LANES; row < min_of(end * LANES, n); row += LANES) {
         float sums[MAX_FUSED_ROWS * LANES] = {0};
         int64_t count = min_of(LANES, n - row), r = 0;
-        const int rows = k_rows(m_count);
-        for (; r + rows <= count; r += rows) k_pairs_rows(work, row + r, sums + r, rows, m_count);
-        for (; r < count; r++) k_pairs_rows(work, row + r, sums + r, 1, m_count);
-        for (int m = 0; m < m_count; m++) store_outputs(work->product, m, row, vf_load(sums + m * LANES), count);
+        for (; r + rows <= count; r += rows) k_pairs_rows(work, row + r, sums + r, scaled, format, rows, m_count);
+        for (; r < count; r++) k_pairs_rows(work, row + r, sums + r, scaled, format, 1, m_count);
+        for (int64_t m = 0; m < product->m; m++) store_outputs(product, m, row, vf_load(sums + m * LANES), count);
     }
 }
 
-#define K_PAIRS_BODY(name, m_count)                                                                                    \
-    static void name(void *context, int64_t begin, int64_t end) { k_pairs_range(context, begin, end, m_count); }
+/* Three rows of x are four, one of them zeros: code of their own would be a third more of it. */
+#define K_PAIRS_BODY(name, scaled, format, m_count)                                                                    \
+    static void name(void *context, int64_t begin, int64_t end) {                                                      \
+        k_pairs_range(context, begin, end, scaled, format, m_count);                                                   \
+    }
+#define K_PAIRS_BODIES(name, scaled, format)                                                                           \
+    K_PAIRS_BODY(name##_1, scaled, format, 1)                                                                          \
+    K_PAIRS_BODY(name##_2, scaled, format, 2)                                                                          \
+    K_PAIRS_BODY(name##_4, scaled, format, 4)
+#define K_PAIRS(name) {name##_1, name##_2, name##_4, name##_4}
 
-K_PAIRS_BODY(fourbit_pairs_1, 1)
-K_PAIRS_BODY(fourbit_pairs_2, 2)
-K_PAIRS_BODY(fourbit_pairs_3, 3)
-K_PAIRS_BODY(fourbit_pairs_4, 4)
+K_PAIRS_BODIES(fourbit_pairs, true, QL_FORMAT_FOURBIT)
+K_PAIRS_BODIES(eetq_pairs, false, QL_FORMAT_EETQ)
+K_PAIRS_BODIES(fp8_pairs, false, QL_FORMAT_FP8)
+K_PAIRS_BODIES(fp8_blocks_pairs, true, QL_FORMAT_FP8)
 
 static bool k_pairs_fits(const ql_weight *weight) {
-    if (weight->format != QL_FORMAT_FOURBIT || !k_fused_fits(weight)) return false;
+    if (!k_fused_fits(weight)) return false;
+    if (weight->format != QL_FORMAT_FOURBIT) return true;
     for (int i = 0; i < 16; i++) {
         float magnitude = fabsf(weight->fourbit.code[i]);
         if (magnitude != 0 && !(magnitude >= LEAST_CODE && magnitude <= MOST_CODE)) return false;
@@ -331,24 +214,30 @@ static bool k_pairs_fits(const ql_weight *weight) {
 }
 
 static int k_pairs_linear(const ql_product *product) {
-    static loop_body *const bodies[MAX_FUSED_ROWS] = BODIES(fourbit_pairs);
+    static loop_body *const bodies[4][MAX_FUSED_ROWS] = {K_PAIRS(fourbit_pairs), K_PAIRS(eetq_pairs),
+                                                         K_PAIRS(fp8_pairs), K_PAIRS(fp8_blocks_pairs)};
     const ql_weight *weight = product->weight;
-    k_pairs work = {.product = product, .steps = (weight->k + BLOCK - 1) / BLOCK};
-    uint16_t code[32];
-    for (int i = 0; i < 32; i++) code[i] = ql_bf16_from_f32(weight->fourbit.code[i % 16]);
-    memcpy(&work.code, code, sizeof code);
-    uint16_t *x = calloc((size_t)(product->m * work.steps), BLOCK * sizeof *x);
+    const int64_t k = weight->k, steps = (k + BLOCK - 1) / BLOCK;
+    const int kind = weight->format == QL_FORMAT_FOURBIT ? 0 : weight->format == QL_FORMAT_EETQ ? 1 : 2;
+    const bool scaled = kind == 2 && (weight->fp8.block_k < k || product->group_scales);
+    k_pairs work = {.product = product, .steps = steps};
+    pairs_tables_init(&work.tables, weight);
+    int16_t order[BLOCK];
+    pairs_order(order, weight->format);
+    uint16_t *x = calloc((size_t)((product->m == 3 ? 4 : product->m) * steps), BLOCK * sizeof *x);
     if (!x) return -1;
     for (int64_t m = 0; m < product->m; m++) {
         const uint16_t *from = product->x_bf16 + m * product->x_stride;
-        uint16_t *to = x + m * work.steps * BLOCK;
-        for (int64_t col = 0; col < weight->k; col++) {
-            int64_t lane = col % BLOCK / 8, nibble = (col % 8) ^ 1; /* a byte's high nibble comes first */
-            to[col / BLOCK * BLOCK + (nibble % 4 * LANES + lane) * 2 + nibble / 4] = from[col];
+        uint16_t *to = x + m * steps * BLOCK;
+        for (int64_t col = 0; col < k; col += BLOCK, to += BLOCK) {
+            if (col + BLOCK <= k)
+                for (int i = 0; i < BLOCK; i++) to[i] = from[col + order[i]];
+            else
+                for (int i = 0; i < BLOCK; i++) to[i] = col + order[i] < k ? from[col + order[i]] : 0;
         }
     }
     work.x = x;
-    ql_cpu_parallel((weight->n + LANES - 1) / LANES, k_grain(weight->n), bodies[product->m - 1], &work);
+    ql_cpu_parallel((weight->n + LANES - 1) / LANES, k_grain(weight->n), bodies[kind + scaled][product->m - 1], &work);
     free(x);
     return 0;
 }
@@ -366,6 +255,8 @@ static int pairs_linear(const ql_product *product) {
         pass.m = min_of(product->m - m, MAX_FUSED_ROWS);
         pass.out = (char *)product->out + (size_t)m * out_row;
         pass.x_bf16 = product->x_bf16 + m * product->x_stride;
+        if (product->row_scale) pass.row_scale = product->row_scale + m;
+        if (product->group_scales) pass.group_scales = product->group_scales + m * ((product->weight->k + 127) / 128);
         if (has_n_lanes(product->weight) ? n_pairs_linear(&pass) : k_pairs_linear(&pass)) return -1;
     }
     return 0;

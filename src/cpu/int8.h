@@ -85,7 +85,7 @@ INLINE void int8_tile(const int8_work *work, float *sums, int64_t row, int64_t m
             UNROLL
             for (int r = 0; r < n_count; r++) {
                 codes[r] = int8_weight(k_load((const uint8_t *)w + r * k + col, end - col));
-                if (n_count > 1) prefetch_rows(w + n_count * k, col, r, n_count);
+                if (n_count > 1) prefetch_rows(w + n_count * k, col, r, n_count, false);
             }
             UNROLL
             for (int i = 0; i < m_count; i++) {

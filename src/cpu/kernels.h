@@ -9,6 +9,10 @@
 /* Products of multiples of 2^-63, as larger bf16 are, and sums of such are multiples of 2^-126: zero or normal. */
 #define BF16_LEAST 0x1p-56f
 
+/* Up to here, products of bf16 pairs are passes over the checkpoint's bytes, in which e4m3 is exact; more go through
+ * panels, rounded to bf16. */
+#define BF16_FUSED_ROWS 16
+
 /* One product with fp32 activations: out[m][n] = row_scale[m] * sum_k x[m][k] * W[n][k] + bias[n]. */
 typedef struct ql_product {
     void *out; /* [m, n] contiguous, dtype */
@@ -16,10 +20,12 @@ typedef struct ql_product {
     int64_t m;
     const float *x; /* [m, k], rows x_stride apart */
     const uint16_t
-        *x_bf16; /* of bf16_linear, in place of x: k is even, each value zero, not finite, or >= BF16_LEAST */
+        *x_bf16; /* of bf16_linear, in place of x: k is even, each value zero, not finite, or >= BF16_LEAST; with FP8, k
+                  * may be odd up to BF16_FUSED_ROWS rows, and values may be any of e4m3 */
     int64_t x_stride;
-    const float *row_scale; /* [m], or NULL for ones */
-    const float *bias;      /* [n], or NULL */
+    const float *row_scale;    /* [m], or NULL for ones */
+    const float *group_scales; /* of bf16_linear with FP8: [m, ceil(k / 128)], of x's groups of 128 columns, or NULL */
+    const float *bias;         /* [n], or NULL */
     const ql_weight *weight;
 } ql_product;
 

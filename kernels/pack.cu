@@ -3,7 +3,7 @@
 #include "params.h"
 #include "weight.cuh"
 
-enum { THREADS = QL_LINEAR_THREADS };
+enum { THREADS = QL_LINEAR_THREADS, WARPS = THREADS / 32, BLOCK_ROWS = WARPS * QL_STRIP };
 
 static __device__ __forceinline__ int64_t first_item(void) { return (int64_t)blockIdx.x * THREADS + threadIdx.x; }
 static __device__ __forceinline__ int64_t item_step(void) { return (int64_t)gridDim.x * THREADS; }
@@ -13,28 +13,34 @@ static __device__ __forceinline__ uint32_t gptq_code(const ql_pack_params *p, in
     return load_code((const int32_t *)p->words + row, p->n, QL_CODE_BITS(code), col);
 }
 
+/* Where a lane's codes come from: of formats that pack along N, lines of words, `stride` words apart, of which the first is
+ * the tile's and begins at the word of `row`; a copy in shared memory, as neighbours use the same words. */
+typedef struct lane_source {
+    const int32_t *lines;
+    int64_t stride, row;
+} lane_source;
+
 /* Codes of row `row` at columns tile * QL_TILE_K + inside, even, and the next, which lies 16 bits up; 0 beyond the last
  * column. `format` and `code` are constants, and so is all of inside but the lane's part. */
-static __device__ __forceinline__ uint32_t source_pair(const ql_pack_params *p, int64_t row, int64_t tile, int inside,
-                                                       int format, int code) {
-    const int bits = QL_CODE_BITS(code);
+static __device__ __forceinline__ uint32_t source_pair(const ql_pack_params *p, const lane_source *source, int64_t row,
+                                                       int64_t tile, int inside, int format, int code) {
+    const int bits = QL_CODE_BITS(code), local = (int)(row - source->row);
     const int64_t col = tile * QL_TILE_K(code) + inside;
     const bool both = col + 1 < p->k;
     if (format == QL_WEIGHT_GPTQ && p->order)
         return gptq_code(p, row, p->order[col], code) | (both ? gptq_code(p, row, p->order[col + 1], code) << 16 : 0);
     if (format == QL_WEIGHT_GPTQ) {
         /* A tile is whole words. Of 3 bit a pair can straddle two. */
-        const int32_t *words = (const int32_t *)p->words + tile * (QL_TILE_K(code) * bits / 32) * p->n + row;
+        const int32_t *words = source->lines + local;
         int at = inside * bits, shift = at & 31;
-        uint32_t pair = (uint32_t)words[(at >> 5) * p->n] >> shift;
-        if (bits == 3 && shift + (both ? 6 : 3) > 32) pair |= (uint32_t)words[((at >> 5) + 1) * p->n] << (32 - shift);
+        uint32_t pair = (uint32_t)words[(at >> 5) * source->stride] >> shift;
+        if (bits == 3 && shift + 6 > 32) pair |= (uint32_t)words[((at >> 5) + 1) * source->stride] << (32 - shift);
         const uint32_t mask = (1u << bits) - 1u;
         return (pair & mask) | (both ? (pair >> bits & mask) << 16 : 0);
     }
     if (format == QL_WEIGHT_AWQ) {
-        const int64_t width = (p->n + 7) / 8;
-        const int32_t *words = (const int32_t *)p->words + col * width;
-        return awq_nibble(words, row) | (both ? awq_nibble(words + width, row) << 16 : 0);
+        const int32_t *words = source->lines + inside * source->stride;
+        return awq_nibble(words, local) | (both ? awq_nibble(words + source->stride, local) << 16 : 0);
     }
     if (format == QL_WEIGHT_EETQ) {
         /* Four bytes are columns c, c + 8, c + 1, c + 9. */
@@ -46,8 +52,8 @@ static __device__ __forceinline__ uint32_t source_pair(const ql_pack_params *p, 
 }
 
 /* The 16 bytes of a lane, and of 3 bit 8 more. */
-static __device__ __forceinline__ void pack_lane(const ql_pack_params *p, int64_t strip, int64_t tile, int lane,
-                                                 int format, int code) {
+static __device__ __forceinline__ void pack_lane(const ql_pack_params *p, const lane_source *source, int64_t strip,
+                                                 int64_t tile, int lane, int format, int code) {
     const int columns = QL_TILE_K(code) / 4; /* of a word */
     const int64_t tiles = (p->k + QL_TILE_K(code) - 1) / QL_TILE_K(code);
     uint32_t low[4] = {0}, high[2] = {0};
@@ -61,7 +67,7 @@ static __device__ __forceinline__ void pack_lane(const ql_pack_params *p, int64_
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 int64_t row = strip * QL_STRIP + lane / 4 + 8 * h;
-                uint32_t pair = row < p->n ? source_pair(p, row, tile, inside, format, code) : 0;
+                uint32_t pair = row < p->n ? source_pair(p, source, row, tile, inside, format, code) : 0;
                 if (code == QL_CODE_TABLE4) pair = (pair & 15u) | pair >> 12;
                 low[word] |= (code == QL_CODE_INT3 ? pair & 0x30003u : pair) << QL_PACKED_BIT(code, 8 * h, step);
                 if (code == QL_CODE_INT3)
@@ -74,27 +80,59 @@ static __device__ __forceinline__ void pack_lane(const ql_pack_params *p, int64_
     if (code == QL_CODE_INT3) *(uint2 *)(to + 512 + 8 * lane) = make_uint2(high[0], high[1]);
 }
 
-/* A warp a tile. Neighbouring warps take what is close in the checkpoint: strips where it packs along N, tiles where it
- * is row-major. */
+/* A warp a tile, one below the other: a block brings what they have in common into shared memory, lines of words. */
+static __device__ __forceinline__ void pack_lines(const ql_pack_params *p, int32_t *shared, int format, int code) {
+    const int bits = QL_CODE_BITS(code);
+    const bool awq = format == QL_WEIGHT_AWQ;
+    const int lines = awq ? QL_TILE_K(code) : QL_TILE_K(code) * bits / 32, across = awq ? BLOCK_ROWS / 8 : BLOCK_ROWS;
+    const int64_t width = awq ? (p->n + 7) / 8 : p->n, height = awq ? p->k : (p->k * bits + 31) / 32;
+    const uint32_t columns = (uint32_t)((p->n + BLOCK_ROWS - 1) / BLOCK_ROWS);
+    const int64_t blocks = columns * ((p->k + QL_TILE_K(code) - 1) / QL_TILE_K(code));
+    for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
+        const int64_t tile = (uint32_t)block / columns, column = (uint32_t)block % columns;
+        const int64_t first = column * across, row = column * BLOCK_ROWS;
+        __syncthreads();
+        for (int i = (int)threadIdx.x; i < lines * across; i += THREADS) {
+            int64_t line = tile * lines + i / across, word = first + i % across;
+            shared[i] = line < height && word < width ? ((const int32_t *)p->words)[line * width + word] : 0;
+        }
+        __syncthreads();
+        const int64_t strip = row / QL_STRIP + threadIdx.x / 32;
+        const lane_source source = {shared, across, row};
+        if (strip * QL_STRIP < p->n) pack_lane(p, &source, strip, tile, (int)threadIdx.x % 32, format, code);
+    }
+}
+
+/* A warp a tile, one beside the other, for what is read where it lies: row-major formats, and columns in another order. */
+static __device__ __forceinline__ void pack_rows(const ql_pack_params *p, int format, int code) {
+    const uint32_t tiles = (uint32_t)((p->k + QL_TILE_K(code) - 1) / QL_TILE_K(code));
+    const int64_t count = (p->n + QL_STRIP - 1) / QL_STRIP * tiles;
+    const lane_source source = {0};
+    for (int64_t i = first_item() / 32; i < count; i += item_step() / 32)
+        pack_lane(p, &source, (uint32_t)i / tiles, (uint32_t)i % tiles, (int)threadIdx.x % 32, format, code);
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 4) ql_pack_codes(const __grid_constant__ ql_pack_params p) {
-    const int64_t strips = (p.n + QL_STRIP - 1) / QL_STRIP, tiles = (p.k + QL_TILE_K(p.code) - 1) / QL_TILE_K(p.code);
-    const bool along_n = p.format == QL_WEIGHT_GPTQ || p.format == QL_WEIGHT_AWQ;
-    const int lane = (int)threadIdx.x % 32;
-    for (int64_t i = first_item() / 32; i < strips * tiles; i += item_step() / 32) {
-        int64_t strip = along_n ? i % strips : i / tiles, tile = along_n ? i / strips : i % tiles;
-        if (p.format == QL_WEIGHT_AWQ) {
-            pack_lane(&p, strip, tile, lane, QL_WEIGHT_AWQ, QL_CODE_INT4);
-        } else if (p.format == QL_WEIGHT_EETQ) {
-            pack_lane(&p, strip, tile, lane, QL_WEIGHT_EETQ, QL_CODE_INT8);
-        } else if (p.format == QL_WEIGHT_FOURBIT) {
-            pack_lane(&p, strip, tile, lane, QL_WEIGHT_FOURBIT, QL_CODE_TABLE4);
-        } else {
-            switch (p.code) {
-            case QL_CODE_INT2: pack_lane(&p, strip, tile, lane, QL_WEIGHT_GPTQ, QL_CODE_INT2); break;
-            case QL_CODE_INT3: pack_lane(&p, strip, tile, lane, QL_WEIGHT_GPTQ, QL_CODE_INT3); break;
-            case QL_CODE_INT4: pack_lane(&p, strip, tile, lane, QL_WEIGHT_GPTQ, QL_CODE_INT4); break;
-            default: pack_lane(&p, strip, tile, lane, QL_WEIGHT_GPTQ, QL_CODE_INT8); break;
-            }
+    __shared__ int32_t shared[12 * BLOCK_ROWS]; /* of 3 bit, whose tiles have the most words */
+    if (p.format == QL_WEIGHT_AWQ) {
+        pack_lines(&p, shared, QL_WEIGHT_AWQ, QL_CODE_INT4);
+    } else if (p.format == QL_WEIGHT_EETQ) {
+        pack_rows(&p, QL_WEIGHT_EETQ, QL_CODE_INT8);
+    } else if (p.format == QL_WEIGHT_FOURBIT) {
+        pack_rows(&p, QL_WEIGHT_FOURBIT, QL_CODE_TABLE4);
+    } else if (p.order) {
+        switch (p.code) {
+        case QL_CODE_INT2: pack_rows(&p, QL_WEIGHT_GPTQ, QL_CODE_INT2); break;
+        case QL_CODE_INT3: pack_rows(&p, QL_WEIGHT_GPTQ, QL_CODE_INT3); break;
+        case QL_CODE_INT4: pack_rows(&p, QL_WEIGHT_GPTQ, QL_CODE_INT4); break;
+        default: pack_rows(&p, QL_WEIGHT_GPTQ, QL_CODE_INT8); break;
+        }
+    } else {
+        switch (p.code) {
+        case QL_CODE_INT2: pack_lines(&p, shared, QL_WEIGHT_GPTQ, QL_CODE_INT2); break;
+        case QL_CODE_INT3: pack_lines(&p, shared, QL_WEIGHT_GPTQ, QL_CODE_INT3); break;
+        case QL_CODE_INT4: pack_lines(&p, shared, QL_WEIGHT_GPTQ, QL_CODE_INT4); break;
+        default: pack_lines(&p, shared, QL_WEIGHT_GPTQ, QL_CODE_INT8); break;
         }
     }
 }

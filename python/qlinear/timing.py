@@ -59,7 +59,7 @@ class Replay:
         for call in ring:
             call()
         torch.cuda.synchronize()
-        calls = max(4, min(MOST_CALLS, round(GRAPH_US / _time_eager(ring, 3))))
+        calls = max(2, min(MOST_CALLS, round(GRAPH_US / _time_eager(ring, 3))))
         rounds = -(-calls // len(ring))
         self.calls = rounds * len(ring)
         self.keep = (ring, keep)

@@ -1,0 +1,119 @@
+"""The benchmarks judge by the bars that are asked for, and their reports say what was measured."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("rich")
+
+
+@pytest.fixture(scope="module")
+def benchmarks():
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    yield lambda name: importlib.import_module(f"benchmarks.{name}")
+    sys.path.pop(0)
+
+
+def row(name, m, mb, us=10.0, floor_us=9.0, linear_us=30.0, k=4096, n=28672):
+    measured = {"us": us, "least_us": us, "linear_us": linear_us, "x_linear": linear_us / us}
+    floor = {"floor_us": floor_us, "x_floor": us / floor_us} if m <= 16 else {}
+    return {"k": k, "n": n, "m": m, "format": name, "bytes": int(mb * 1e6)} | measured | floor
+
+
+ASKED = [
+    ("eetq", 1, 117, "floor", 1.06),
+    ("eetq", 1, 25, "floor", 1.15),
+    ("gptq-8", 8, 84, "floor", 1.15),
+    ("gptq-8", 16, 39.9, "floor", 1.4),
+    ("gptq-4", 1, 61, "floor", 1.15),
+    ("awq", 4, 30.5, "floor", 1.55),
+    ("nf4-double", 16, 60.6, "floor", 1.7),
+    ("fp4-double", 1, 13, "floor", 1.55),
+    ("gptq-2", 1, 31.6, "floor", 1.45),
+    ("gptq-2", 1, 22, "floor", None),
+    ("gptq-4", 32, 61, "linear", 2.0),
+    ("awq", 64, 24, "linear", 1.45),
+    ("gptq-4", 4096, 30, "linear", 1.02),
+    ("eetq", 128, 58.7, "linear", 1.3),
+    ("gptq-8", 1024, 49, "linear", 1.0),
+    ("nf4", 32, 61, "linear", 1.0),
+    ("gptq-3", 256, 46, "linear", 1.0),
+]
+
+
+@pytest.mark.parametrize(("name", "m", "mb", "measure", "bound"), ASKED)
+def test_bounds(benchmarks, name, m, mb, measure, bound):
+    bars = benchmarks("bars")
+    found = [
+        verdict["bound"] for verdict in bars.judge([row(name, m, mb)], bars.LAYERS) if verdict["measure"] == measure
+    ]
+    assert found == ([] if bound is None else [bound])
+
+
+def test_at_most_and_at_least(benchmarks):
+    bars = benchmarks("bars")
+
+    def verdicts(*rows):
+        return {v["measure"]: v["met"] for v in bars.judge(rows, bars.LAYERS) if v["format"] == rows[-1]["format"]}
+
+    assert verdicts(row("eetq", 1, 117, us=9.54)) == {"floor": True, "linear": True}
+    assert verdicts(row("eetq", 1, 117, us=9.55)) == {"floor": False, "linear": True}
+    assert verdicts(row("gptq-4", 32, 61, us=15.0)) == {"linear": True}
+    assert verdicts(row("gptq-4", 32, 61, us=15.1)) == {"linear": False}
+    # By way of F.linear: the clocks differ, the layers do not.
+    plain, other = row("gptq-4", 64, 61, us=10.0, linear_us=20.0), row("nf4", 64, 61, us=13.0, linear_us=23.0)
+    assert verdicts(plain, other) == {"gptq-4": True, "linear": True}
+    assert verdicts(plain, row("nf4", 64, 61, us=13.0, linear_us=22.0)) == {"gptq-4": False, "linear": True}
+    assert verdicts(row("nf4", 64, 61, us=40.0)) == {"linear": False}
+
+
+def content(rows):
+    about = {"gpu": "a GPU", "driver": "1", "torch": "2", "qlinear": "3", "minutes": 1.0, "command": "c"}
+    chains = [
+        {"k": 4096, "n": 28672, "m": 1, "format": "eetq", "bytes": 117_000_000}
+        | dict.fromkeys(("us", "alone_us", "floor_us", "x_floor"), 1.5)
+    ]
+    pair = {"what": "bf16", "k": 1, "n": 2, "m": 3, "format": "awq", "plain_us": 1.0, "us": 1.2, "ratio": 1.2}
+    host = {"k": 1, "n": 2, "m": 1, "format": "awq", "us": 4.0, "linear_us": 9.0, "ratio": 0.44}
+    return {
+        "about": about,
+        "rows": rows,
+        "chains": chains,
+        "pairs": [pair | {"bound": 1.05, "met": False}],
+        "host": [host | {"bound": 0.5, "met": True}, host | {"format": "torch-int4"}],
+    }
+
+
+def test_a_report_tells_what_is_met(benchmarks):
+    report, cuda_report = benchmarks("report"), benchmarks("cuda_report")
+    judged = cuda_report.judged(content([row("eetq", 1, 117), row("eetq", 32, 117), row("torch-int4", 1, 61)]))
+    made = cuda_report.tables(judged)
+    text = report.markdown("Title", judged["about"], cuda_report.NOTES, made)
+    assert "| eetq | 117.0 | 9.0 | 10.0: 1.11f 3.00x ✗ | 10.0: 3.00x ✓ |" in text
+    assert "| torch-int4 | 61.0 | 9.0 | 10.0: 1.11f 3.00x | - |" in text
+    assert "| eetq | floor | 4096x28672 | 1 | 1.111 | 1.06 |" in text
+    assert "| bf16 | awq | 1x2 | 3 | 1.0 | 1.2 | 1.200 | 1.05 ✗ |" in text
+    assert "| torch-int4 | 9.00 | 4.00 | 0.44 |  |" in text
+    assert "1.00 ✗" in text
+
+
+def test_runs_of_parts_are_put_together(benchmarks, tmp_path, monkeypatch, capsys):
+    report, cuda_report, plot = benchmarks("report"), benchmarks("cuda_report"), benchmarks("plot")
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(plot, "save", lambda content, file: None)
+    files = [tmp_path / name for name in ("a.json", "b.json")]
+    for file, name in zip(files, ("eetq", "awq"), strict=True):
+        file.write_text(json.dumps(content([row(name, 1, 61)])))
+    cuda_report.rewrite(files)
+    saved = json.loads((tmp_path / "results" / "cuda-a-gpu.json").read_text())
+    assert [entry["format"] for entry in saved["rows"]] == ["eetq", "awq"]
+    assert saved["about"]["minutes"] == 2.0
+    assert (tmp_path / "results" / "cuda-a-gpu.md").read_text().startswith("# Products on one a GPU\n")
+    other = content([])
+    other["about"]["driver"] = "another"
+    files[1].write_text(json.dumps(other))
+    with pytest.raises(SystemExit, match="driver"):
+        cuda_report.rewrite(files)

@@ -53,9 +53,13 @@ static __device__ __forceinline__ void cp_async_4(uint32_t to, const void *from,
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
+static __device__ __forceinline__ void cp_async_8(uint32_t to, const void *from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
+}
+
 static __device__ __forceinline__ void cp_async_commit(void) { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-/* Until all but the last `pending` groups have arrived: a constant, up to 6. The instruction takes a literal. */
+/* Until all but the last `pending` groups have arrived: a constant, up to 7. The instruction takes a literal. */
 static __device__ __forceinline__ void cp_async_wait(int pending) {
     switch (pending) {
     case 0: asm volatile("cp.async.wait_group 0;" ::: "memory"); break;
@@ -64,7 +68,8 @@ static __device__ __forceinline__ void cp_async_wait(int pending) {
     case 3: asm volatile("cp.async.wait_group 3;" ::: "memory"); break;
     case 4: asm volatile("cp.async.wait_group 4;" ::: "memory"); break;
     case 5: asm volatile("cp.async.wait_group 5;" ::: "memory"); break;
-    default: asm volatile("cp.async.wait_group 6;" ::: "memory"); break;
+    case 6: asm volatile("cp.async.wait_group 6;" ::: "memory"); break;
+    default: asm volatile("cp.async.wait_group 7;" ::: "memory"); break;
     }
 }
 

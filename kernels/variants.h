@@ -34,6 +34,31 @@
     QL_MMA_TABLE(X, 64)                                                                                                \
     QL_MMA_TABLE(X, 128)
 
+/* X(name, source, code, type of x, rows of W a block, tokens a block, what scales are applied to, steps): products with a
+ * packed weight on wgmma, for which a group is a multiple of `steps` steps of 16 columns. Sums of a group want registers of
+ * their own, and 256 tokens leave none: there weights are scaled. */
+#define QL_WGMMA_TYPES(X, code, name, tile, rows, tokens, scales, steps)                                               \
+    X(ql_wgmma_##name##_f16_##tile, wgmma, code, QL_VALUE_F16, rows, tokens, scales, steps)                            \
+    X(ql_wgmma_##name##_bf16_##tile, wgmma, code, QL_VALUE_BF16, rows, tokens, scales, steps)
+#define QL_WGMMA_TILES(X, code, name)                                                                                  \
+    QL_WGMMA_TYPES(X, code, name, 16, 128, 16, QL_SCALES_SUMS, 4)                                                      \
+    QL_WGMMA_TYPES(X, code, name, 32, 128, 32, QL_SCALES_SUMS, 4)                                                      \
+    QL_WGMMA_TYPES(X, code, name, 64, 128, 64, QL_SCALES_SUMS, 4)                                                      \
+    QL_WGMMA_TYPES(X, code, name, 64_any, 128, 64, QL_SCALES_SUMS, 1)                                                  \
+    QL_WGMMA_TYPES(X, code, name, 128, 128, 128, QL_SCALES_SUMS, 4)                                                    \
+    QL_WGMMA_TYPES(X, code, name, 256, 128, 256, QL_SCALES_WEIGHTS, 4)
+#define QL_WGMMA_VARIANTS(X)                                                                                           \
+    QL_WGMMA_TILES(X, QL_CODE_INT2, int2)                                                                              \
+    QL_WGMMA_TILES(X, QL_CODE_INT3, int3)                                                                              \
+    QL_WGMMA_TILES(X, QL_CODE_INT4, int4)                                                                              \
+    QL_WGMMA_TILES(X, QL_CODE_INT8, int8)                                                                              \
+    QL_WGMMA_TILES(X, QL_CODE_TABLE4, table4)                                                                          \
+    QL_WGMMA_TYPES(X, QL_CODE_INT8, int8, 16_rows, 128, 16, QL_SCALES_OUTPUTS, 4)                                      \
+    QL_WGMMA_TYPES(X, QL_CODE_INT8, int8, 32_rows, 128, 32, QL_SCALES_OUTPUTS, 4)                                      \
+    QL_WGMMA_TYPES(X, QL_CODE_INT8, int8, 64_rows, 128, 64, QL_SCALES_OUTPUTS, 4)                                      \
+    QL_WGMMA_TYPES(X, QL_CODE_INT8, int8, 128_rows, 128, 128, QL_SCALES_OUTPUTS, 4)                                    \
+    QL_WGMMA_TYPES(X, QL_CODE_INT8, int8, 256_rows, 128, 256, QL_SCALES_OUTPUTS, 4)
+
 /* X(name, source): the kernels that have one form. */
 #define QL_SINGLE_KERNELS(X)                                                                                           \
     X(ql_dequantize, linear)                                                                                           \
@@ -81,6 +106,7 @@
 #define QL_KERNELS(X)                                                                                                  \
     QL_LINEAR_VARIANTS(X)                                                                                              \
     QL_MMA_VARIANTS(X)                                                                                                 \
+    QL_WGMMA_VARIANTS(X)                                                                                               \
     QL_SINGLE_KERNELS(X)                                                                                               \
     QL_QUANTIZE_KERNELS(X)
 

@@ -302,6 +302,21 @@ static int fake_mem_free(uint64_t data) {
     return SUCCESS;
 }
 
+/* x as 16-bit rows a multiple of 16 bytes apart, in boxes of 128 bytes a row. */
+static int fake_tensor_map_encode_tiled(void *map, int type, uint32_t rank, void *address, const uint64_t *shape,
+                                        const uint64_t *strides, const uint32_t *box, const uint32_t *steps,
+                                        int interleave, int swizzle, int promotion, int fill) {
+    (void)promotion, (void)fill;
+    ANSWER("cuTensorMapEncodeTiled", (uintptr_t)map % 64 || (type != 6 && type != 9) || rank != 2 ||
+                                             (uintptr_t)address % 16 || !shape[0] || !shape[1] || strides[0] % 16 ||
+                                             box[0] != 64 || box[1] > 256 || steps[0] != 1 || steps[1] != 1 ||
+                                             interleave || swizzle != 3
+                                         ? INVALID_VALUE
+                                         : SUCCESS);
+    memset(map, 0, 128);
+    return SUCCESS;
+}
+
 /* Each with the version of CUDA in which its signature came. */
 #define FUNCTIONS(X)                                                                                                   \
     X("cuInit", 2000, fake_init)                                                                                       \
@@ -321,6 +336,7 @@ static int fake_mem_free(uint64_t data) {
     X("cuKernelGetAttribute", 12000, fake_kernel_get_attribute)                                                        \
     X("cuKernelSetAttribute", 12000, fake_kernel_set_attribute)                                                        \
     X("cuLaunchKernelEx", 11060, fake_launch_kernel)                                                                   \
+    X("cuTensorMapEncodeTiled", 12000, fake_tensor_map_encode_tiled)                                                   \
     X("cuMemcpyDtoHAsync", 3020, fake_memcpy_dtoh_async)                                                               \
     X("cuStreamSynchronize", 2000, fake_stream_synchronize)                                                            \
     X("cuMemAlloc", 3020, fake_mem_alloc)                                                                              \

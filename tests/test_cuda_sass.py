@@ -20,7 +20,7 @@ pytestmark = [
 ]
 
 # A source, and what each of its kernels must have.
-HOT = {"decode": ["HMMA", "LDG128"], "wgmma": ["HGMMA", "UBLKCP"], "mma": ["HMMA", "LDGSTS128"]}
+HOT = {"decode": ["HMMA", "LDG128"], "wgmma": ["HGMMA", "UTMALDG", "LDGSTS128"], "mma": ["HMMA", "LDGSTS128"]}
 
 
 def opcode(instruction):

@@ -59,6 +59,9 @@ enum { QL_CU_SHARED_SIZE_BYTES = 1, QL_CU_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8 };
 /* Of cuLaunchKernelEx. */
 enum { QL_CU_LAUNCH_CLUSTER_DIMENSION = 4, QL_CU_LAUNCH_PROGRAMMATIC_STREAM_SERIALIZATION = 6 };
 
+/* Of cuTensorMapEncodeTiled. */
+enum { QL_CU_TENSOR_F16 = 6, QL_CU_TENSOR_BF16 = 9, QL_CU_TENSOR_SWIZZLE_128B = 3, QL_CU_TENSOR_L2_128B = 2 };
+
 /* Of cuLibraryLoadData: the driver keeps no copy, the image stays where it is. */
 enum { QL_CU_LIBRARY_BINARY_IS_PRESERVED = 1 };
 
@@ -90,6 +93,9 @@ typedef ql_cu_result (*ql_cu_get_proc_address)(const char *symbol, void **functi
       (int attribute, int value, ql_cu_kernel kernel, ql_cu_device device))                                            \
     X(launch_kernel, "cuLaunchKernelEx", 11060,                                                                        \
       (const ql_cu_launch_config *config, ql_cu_kernel kernel, void **parameters, void **extra))                       \
+    X(tensor_map_encode_tiled, "cuTensorMapEncodeTiled", 12000,                                                        \
+      (void *map, int type, uint32_t rank, void *address, const uint64_t *shape, const uint64_t *strides,              \
+       const uint32_t *box, const uint32_t *steps, int interleave, int swizzle, int promotion, int fill))              \
     X(memcpy_dtoh_async, "cuMemcpyDtoHAsync", 3020, (void *host, uint64_t device_data, size_t bytes, void *stream))    \
     X(stream_synchronize, "cuStreamSynchronize", 2000, (void *stream))                                                 \
     X(mem_alloc, "cuMemAlloc", 3020, (uint64_t *device_data, size_t bytes))                                            \

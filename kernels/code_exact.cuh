@@ -1,0 +1,117 @@
+/* Codes of a packed weight as exact 16-bit numbers, q - zero, in the fragment order of the matrix instructions; scales are
+ * applied elsewhere. A code is put into the mantissa of a power of two by one mask, and one fused multiply-add takes that
+ * power and the zero away: both steps are exact. A table's values are rounded to 16 bit, once.
+ *
+ * Each row has a "zero word", the same for a whole group, that says what the multiply-add subtracts. */
+#ifndef QL_KERNELS_CODE_EXACT_CUH
+#define QL_KERNELS_CODE_EXACT_CUH
+
+#include "packed.h"
+#include "ptx.cuh"
+
+static __device__ __forceinline__ uint32_t twice(uint32_t bits) { return bits * 0x00010001u; }
+
+/* What subtracts zero `z` from codes that stand at bit `at` of the mantissa, as a pair: -(2^10 / 2^at + z) in fp16,
+ * -(2^7 / 2^at + z) in bf16. */
+static __device__ __forceinline__ uint32_t minus_pair(uint32_t z, int at, int type) {
+    return type == QL_VALUE_F16 ? (z << at) * 0x00010001u + twice(0xe400u - ((uint32_t)at << 10))
+                                : (z << at) * 0x00010001u + twice(0xc300u - ((uint32_t)at << 7));
+}
+
+/* bits << at taken as part of a power of two; divided by 2^at and the power and zero subtracted. */
+static __device__ __forceinline__ uint32_t take_away(uint32_t raw, int at, uint32_t minus, int type) {
+    if (type == QL_VALUE_F16)
+        return at ? fma_half2(raw, twice(0x3c00u - ((uint32_t)at << 10)), minus) : add_half2(raw, minus);
+    return fma_bf162(raw, twice(0x3f80u - ((uint32_t)at << 7)), minus);
+}
+
+/* The zero word of a row: `zero` is the row's, in all formats. */
+static __device__ __forceinline__ uint32_t zero_word(uint32_t zero, int code, int type) {
+    if (code == QL_CODE_INT8 && type == QL_VALUE_BF16) {
+        uint32_t bits = __bfloat16_as_ushort(__float2bfloat16_rn(128.0f - (float)zero));
+        return twice(bits);
+    }
+    return zero;
+}
+
+/* Bit of a code's lowest bit within 16: step s of a tile, row g + 8 * h; columns 8 further on are 8 bits higher. */
+static __device__ __forceinline__ int code_bit(int code, int s, int h) {
+    return code == QL_CODE_INT4 ? 4 * h : 4 * (s % 2) + 2 * h;
+}
+
+/* (word & mask) | rest in one instruction: the compiler makes two of it where both are constants. */
+static __device__ __forceinline__ uint32_t masked_or(uint32_t word, uint32_t mask, uint32_t rest) {
+    uint32_t result;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(word), "r"(mask), "r"(rest));
+    return result;
+}
+
+static __device__ __forceinline__ uint32_t shift_right(uint32_t word, int by) {
+    return by >= 0 ? word >> by : word << -by;
+}
+
+/* Two 2-, 3- or 4-bit codes of a row less its zero: `word` has them at bit `from` of each half. */
+static __device__ __forceinline__ uint32_t small_codes(uint32_t word, uint32_t high, int code, int s, int p, int h,
+                                                       uint32_t zero, int type) {
+    const int bits = code == QL_CODE_INT2 ? 2 : code == QL_CODE_INT3 ? 3 : 4;
+    const int from = code_bit(code, s, h), room = type == QL_VALUE_F16 ? 10 : 7;
+    /* Where the mantissa has no room for the code in its place, it comes down. */
+    const int at = from + bits <= room ? from : from - (code == QL_CODE_INT4 ? 4 : 2);
+    const uint32_t low_mask = twice((code == QL_CODE_INT4 ? 15u : 3u) << at);
+    uint32_t magic = twice(type == QL_VALUE_F16 ? 0x6400u : 0x4300u);
+    if (code == QL_CODE_INT3)
+        magic = masked_or(shift_right(high, 8 * p + 2 * (s % 4) + h - (at + 2)), twice(4u << at), magic);
+    return take_away(masked_or(word >> (8 * p + from - at), low_mask, magic), at, minus_pair(zero, at, type), type);
+}
+
+/* Two 8-bit codes less their zero: bytes h and h + 2 of the word. */
+static __device__ __forceinline__ uint32_t byte_codes(uint32_t word, int h, uint32_t zero, int type, int has_zeros) {
+    if (type == QL_VALUE_F16)
+        return add_half2(__byte_perm(word, 0x64646464u, h ? 0x4341 : 0x4240), minus_pair(zero, 0, type));
+    /* bf16 has room for seven bits: 128 + (q & 127), less 128 with or without 128 by the highest bit, is q - 128. */
+    const uint32_t in_place = word >> (8 * h);
+    const uint32_t low = masked_or(in_place, 0x007f007fu, 0x43004300u);
+    const uint32_t high = masked_or(in_place, 0x00800080u, 0x43004300u) ^ 0x00800080u;
+    uint32_t exact = sub_bf162(low, high);
+    return has_zeros ? add_bf162(exact, zero) : exact;
+}
+
+/* a[4] of one step of 16 columns: rows g and g + 8, columns 2t.. and 2t + 8... `words`, `high`: the lane's codes of a tile;
+ * zero: of both rows; table: this lane's column of the pair table in shared memory, 256 bytes an entry. */
+static __device__ __forceinline__ void exact_step(uint32_t a[4], const uint32_t *words, const uint32_t *high, int s,
+                                                  const uint32_t zero[2], uint32_t table, int has_zeros, int code,
+                                                  int type) {
+#pragma unroll
+    for (int p = 0; p < 2; p++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            uint32_t *to = &a[2 * p + h];
+            if (code == QL_CODE_INT8) {
+                *to = byte_codes(words[2 * s + p], h, zero[h], type, has_zeros);
+            } else if (code == QL_CODE_TABLE4) {
+                /* The byte becomes bits 8-15 of the address. */
+                uint32_t address = __byte_perm(words[s], table, 0x7604 | (2 * p + h) << 4);
+                asm("ld.shared.u32 %0, [%1];" : "=r"(*to) : "r"(address));
+            } else {
+                uint32_t word = words[code == QL_CODE_INT4 ? s : s / 2];
+                *to = small_codes(word, high[s / 4], code, s, p, h, zero[h], type);
+            }
+        }
+}
+
+/* The same for a table's values times their scales, rounded once; table: this lane's column of the table of pairs of
+ * fp32. */
+static __device__ __forceinline__ void scaled_table_step(uint32_t a[4], uint32_t word, float2 scale, uint32_t table,
+                                                         int type) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        float2 pair;
+        asm("ld.shared.v2.f32 {%0, %1}, [%2];"
+            : "=f"(pair.x), "=f"(pair.y)
+            : "r"(__byte_perm(word, table, 0x7604 | i << 4)));
+        const float by = i % 2 ? scale.y : scale.x;
+        a[i] = round16_pair(__fmul_rn(pair.x, by), __fmul_rn(pair.y, by), type);
+    }
+}
+
+#endif

@@ -1,0 +1,166 @@
+#include "wgmma.h"
+
+#include "../../kernels/streamk.h"
+#include "nonce.h"
+
+#include <limits.h>
+#include <stdio.h>
+
+enum {
+    MOST_STAGES = 24,
+    SWIZZLE_COLUMNS = 64,
+    MOST_K = 1 << 27, /* so that blocks of all split tiles are counted in 32 bits */
+};
+
+typedef struct variant {
+    ql_cuda_kernel kernel;
+    int code, type, rows, tokens, scaling, steps;
+} variant;
+
+#define VARIANT(name, source, code, type, rows, tokens, scaling, steps)                                                \
+    {QL_KERNEL_##name, code, type, rows, tokens, scaling, steps},
+static const variant variants[] = {QL_WGMMA_VARIANTS(VARIANT)};
+#undef VARIANT
+enum { VARIANTS = sizeof(variants) / sizeof(variants[0]) };
+
+static int64_t ceil_div(int64_t count, int64_t each) { return count / each + (count % each != 0); }
+
+static const variant *variant_of(ql_cuda_kernel kernel) {
+    for (int i = 0; i < VARIANTS; i++)
+        if (variants[i].kernel == kernel) return &variants[i];
+    return NULL;
+}
+
+/* Whether its way with scales serves groups of this size. */
+static bool fits_groups(const variant *v, bool one_group, int64_t group_size) {
+    if (v->scaling == QL_SCALES_OUTPUTS) return one_group;
+    return one_group || group_size % (v->steps * QL_STEP) == 0;
+}
+
+/* Shared memory of a thread block: stages, those of them before a pair table, bytes. */
+typedef struct memory {
+    int stages, low_stages, bytes;
+} memory;
+
+static memory memory_of(const variant *v, int room) {
+    const int head = QL_STREAMK_HEAD_BYTES(v->code, v->rows, v->tokens), stage = QL_STREAMK_STAGE_BYTES(v->tokens);
+    memory m;
+    if (v->code == QL_CODE_TABLE4) {
+        const int table_end = QL_STREAMK_TABLE_AT + QL_STREAMK_TABLE_BYTES;
+        m.low_stages = (QL_STREAMK_TABLE_AT - QL_STREAMK_SHARED_START - head) / stage;
+        m.stages = m.low_stages + (QL_STREAMK_SHARED_START + room - table_end) / stage;
+        m.bytes = room;
+    } else {
+        m.stages = (room - head) / stage;
+        m.low_stages = m.stages;
+    }
+    if (m.stages > MOST_STAGES) m.stages = MOST_STAGES;
+    if (m.low_stages > m.stages) m.low_stages = m.stages;
+    if (v->code != QL_CODE_TABLE4) m.bytes = head + m.stages * stage;
+    return m;
+}
+
+/* Lower is better: how well a variant suits so many rows of x. */
+static int64_t rank(const variant *v, const ql_cuda_problem *problem) {
+    const int64_t tokens = ceil_div(problem->m, v->tokens) * v->tokens;
+    int64_t cost = tokens * 4;
+    if (v->rows == 256) cost += problem->m > 128 ? -tokens : tokens;
+    if (v->steps == 1) cost *= 4;
+    if (v->scaling == QL_SCALES_OUTPUTS) cost -= 1;
+    return cost;
+}
+
+static bool serves(const variant *v, const ql_cuda_device *device, const ql_cuda_problem *problem) {
+    return v->code == problem->code && v->type == problem->x_type && device->kernels[v->kernel] &&
+           fits_groups(v, problem->group_size == problem->k, problem->group_size) && problem->k <= MOST_K &&
+           problem->n <= INT_MAX - 256 && problem->m <= INT_MAX - 128;
+}
+
+static int candidates(ql_cuda_choice *out, int room, const ql_cuda_device *device, const ql_cuda_problem *problem) {
+    int64_t ranks[VARIANTS];
+    int order[VARIANTS], found = 0, count = 0;
+    for (int i = 0; i < VARIANTS; i++) {
+        if (!serves(&variants[i], device, problem)) continue;
+        int place = found++;
+        const int64_t own = rank(&variants[i], problem);
+        for (; place > 0 && ranks[place - 1] > own; place--) {
+            ranks[place] = ranks[place - 1];
+            order[place] = order[place - 1];
+        }
+        ranks[place] = own;
+        order[place] = i;
+    }
+    for (int i = 0; i < found; i++) {
+        const variant *v = &variants[order[i]];
+        if (count < room)
+            out[count++] = (ql_cuda_choice){.kernel = v->kernel, .parameter = device->properties.multiprocessors};
+    }
+    return count;
+}
+
+static bool takes(const ql_cuda_device *device, const ql_packed_params *p, ql_cuda_choice choice) {
+    const variant *v = variant_of(choice.kernel);
+    if (!v || !device->kernels[v->kernel] || p->order || p->m < 1 || choice.parameter < 1) return false;
+    if (v->code != p->code || v->type != p->x_type || !fits_groups(v, p->groups == 1, p->group_size)) return false;
+    if (p->nested_table && (p->nested_blocksize & (p->nested_blocksize - 1))) return false;
+    if (p->k > MOST_K || p->n > INT_MAX - 256 || p->m > INT_MAX - 128) return false;
+    if (ceil_div(p->n, v->rows) * ceil_div(p->m, v->tokens) > INT_MAX / 2) return false;
+    return (uintptr_t)p->x % 16 == 0 && (p->x_stride % 8 == 0 || p->m == 1);
+}
+
+/* Sums of a range's first, broken tile, then a flag for each of its warps. */
+static int64_t partial_bytes(const variant *v, int64_t grid) { return grid * v->rows * v->tokens * 4; }
+
+static int64_t scratch(const ql_cuda_device *device, const ql_packed_params *p, ql_cuda_choice choice) {
+    (void)device;
+    (void)p;
+    return partial_bytes(variant_of(choice.kernel), choice.parameter) +
+           (int64_t)choice.parameter * QL_STREAMK_WARPS * (int64_t)sizeof(uint64_t);
+}
+
+/* x as boxes of 64 columns by a tile's tokens. */
+static ql_cu_result map_x(void *map, const ql_cuda_driver *driver, const ql_packed_params *p, const variant *v) {
+    const uint64_t shape[2] = {(uint64_t)p->k, (uint64_t)p->m};
+    const int64_t stride = p->m == 1 ? (p->k + 7) / 8 * 8 : p->x_stride;
+    const uint64_t bytes[1] = {(uint64_t)stride * 2};
+    const uint32_t box[2] = {SWIZZLE_COLUMNS, (uint32_t)v->tokens}, step[2] = {1, 1};
+    return driver->tensor_map_encode_tiled(map, p->x_type == QL_VALUE_F16 ? QL_CU_TENSOR_F16 : QL_CU_TENSOR_BF16, 2,
+                                           (void *)(uintptr_t)p->x, shape, bytes, box, step, 0,
+                                           QL_CU_TENSOR_SWIZZLE_128B, QL_CU_TENSOR_L2_128B, 0);
+}
+
+static int launch(const ql_cuda_guard *guard, void *stream, const ql_packed_params *p, ql_cuda_choice choice,
+                  void *scratch_bytes, char message[QL_CUDA_MESSAGE]) {
+    const variant *v = variant_of(choice.kernel);
+    const memory m = memory_of(v, guard->properties->shared_bytes);
+    ql_streamk_params params = {.product = *p};
+    params.row_tiles = (int32_t)ceil_div(p->n, v->rows);
+    params.token_tiles = (int32_t)ceil_div(p->m, v->tokens);
+    params.k_blocks = (int32_t)ceil_div(p->k, QL_STREAMK_K);
+    const int64_t tiles = (int64_t)params.row_tiles * params.token_tiles, all = tiles * params.k_blocks;
+    const int32_t grid = all < choice.parameter ? (int32_t)all : choice.parameter;
+    /* What is left over whole waves is split together with one of them, so that no range is short. */
+    params.split_tiles = (int32_t)(tiles % grid == 0 ? 0 : tiles < grid ? tiles : tiles % grid + grid);
+    const int32_t units = params.split_tiles * params.k_blocks;
+    params.range = units / grid;
+    params.longer_ranges = units % grid;
+    params.stages = m.stages;
+    params.low_stages = m.low_stages;
+    while (p->nested_blocksize >> (params.nested_shift + 1)) params.nested_shift++;
+    params.partials = scratch_bytes;
+    params.flags = (uint64_t *)(void *)((char *)scratch_bytes + partial_bytes(v, choice.parameter));
+    params.nonce = ql_cuda_nonce();
+    const ql_cu_result result = map_x(params.x_map, guard->driver, p, v);
+    if (result != QL_CU_SUCCESS) {
+        snprintf(message, QL_CUDA_MESSAGE, "%s: x of %lld by %lld could not be described to the GPU: %s.",
+                 ql_cuda_kernel_name(choice.kernel), (long long)p->m, (long long)p->k,
+                 ql_cuda_error(guard->driver, result));
+        return -1;
+    }
+    const ql_cuda_grid launched = {
+        .x = grid, .y = 1, .threads = QL_STREAMK_THREADS, .shared_bytes = m.bytes, .overlaps = true};
+    return ql_cuda_launch(guard, choice.kernel, stream, &launched, &params, message);
+}
+
+const ql_cuda_product_engine ql_cuda_wgmma = {
+    .most_rows = INT64_MAX, .candidates = candidates, .takes = takes, .scratch = scratch, .launch = launch};

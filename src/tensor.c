@@ -1,5 +1,6 @@
 #include "tensor.h"
 
+#include "cuda/driver.h"
 #include "dlpack_abi.h"
 #include "dlpack_array.h"
 #include "tensor_numpy.h"
@@ -401,6 +402,12 @@ int ql_output_begin_beside(ql_output *output, PyObject *like, const ql_tensor *b
                            const int64_t *shape) {
     if (beside->device_type == QL_DEVICE_CPU) return ql_output_begin(output, like, dtype, ndim, shape);
     if (ql_check_output_size(dtype, ndim, shape) < 0) return -1;
+    /* Before the framework's allocator meets a driver that does not work and says less. */
+    if (ql_cuda_forked()) {
+        char message[QL_CUDA_MESSAGE];
+        (void)ql_cuda_open(message);
+        return ql_cuda_failed(message);
+    }
     ql_output_clear(output, like);
     const DLPackExchangeAPI *api = ql_exchange_of(like);
     if (api) return ql_exchange_begin(output, api, (DLDevice){kDLCUDA, beside->device_id}, dtype, ndim, shape);

@@ -321,7 +321,7 @@ static uint32_t get_zero(const ql_packed *packed, int64_t place) {
     const ql_packed_spec *spec = &packed->spec;
     if (!packed->zeros) return 1u << (QL_CODE_BITS(spec->code) - 1);
     if (!has_nibbles(spec)) return packed->zeros[place];
-    return packed->zeros[place / 2] >> place % 2 * 4 & 15u;
+    return (uint32_t)packed->zeros[place / 2] >> place % 2 * 4 & 15u;
 }
 
 /* Where the packed weight keeps column `col` of the checkpoint. An order is not trusted with the bounds. */

@@ -59,6 +59,31 @@
     QL_WGMMA_TYPES(X, QL_CODE_INT8, int8, 128_rows, 128, 128, QL_SCALES_OUTPUTS, 4)                                    \
     QL_WGMMA_TYPES(X, QL_CODE_INT8, int8, 256_rows, 128, 256, QL_SCALES_OUTPUTS, 4)
 
+/* X(name, source, code, type of x, tokens, groups): products of up to `tokens` tokens. groups: of a batch of columns, 0
+ * where one is all of K (decode.h). Threads, grid and shared memory: src/cuda/decode.c, cut(). */
+#define QL_DECODE_TYPES(X, code, name, tokens, groups)                                                                 \
+    X(ql_decode_##name##_f16_##tokens##_##groups, decode, code, QL_VALUE_F16, tokens, groups)                          \
+    X(ql_decode_##name##_bf16_##tokens##_##groups, decode, code, QL_VALUE_BF16, tokens, groups)
+#define QL_DECODE_TILES(X, code, name, groups)                                                                         \
+    QL_DECODE_TYPES(X, code, name, 8, groups)                                                                          \
+    QL_DECODE_TYPES(X, code, name, 16, groups)
+#define QL_DECODE_VARIANTS(X)                                                                                          \
+    QL_DECODE_TILES(X, QL_CODE_INT2, int2, 0)                                                                          \
+    QL_DECODE_TILES(X, QL_CODE_INT2, int2, 8)                                                                          \
+    QL_DECODE_TILES(X, QL_CODE_INT3, int3, 0)                                                                          \
+    QL_DECODE_TILES(X, QL_CODE_INT3, int3, 4)                                                                          \
+    QL_DECODE_TILES(X, QL_CODE_INT3, int3, 8)                                                                          \
+    QL_DECODE_TILES(X, QL_CODE_INT4, int4, 0)                                                                          \
+    QL_DECODE_TILES(X, QL_CODE_INT4, int4, 4)                                                                          \
+    QL_DECODE_TILES(X, QL_CODE_INT4, int4, 8)                                                                          \
+    QL_DECODE_TILES(X, QL_CODE_INT8, int8, 0)                                                                          \
+    QL_DECODE_TILES(X, QL_CODE_INT8, int8, 2)                                                                          \
+    QL_DECODE_TILES(X, QL_CODE_INT8, int8, 4)                                                                          \
+    QL_DECODE_TILES(X, QL_CODE_TABLE4, table4, 1)                                                                      \
+    QL_DECODE_TILES(X, QL_CODE_TABLE4, table4, 2)                                                                      \
+    QL_DECODE_TILES(X, QL_CODE_TABLE4, table4, 4)                                                                      \
+    QL_DECODE_TILES(X, QL_CODE_TABLE4, table4, 8)
+
 /* X(name, source): the kernels that have one form. */
 #define QL_SINGLE_KERNELS(X)                                                                                           \
     X(ql_dequantize, linear)                                                                                           \
@@ -105,6 +130,7 @@
 /* X(name, source, ...): all of them, in the order of the host's table. */
 #define QL_KERNELS(X)                                                                                                  \
     QL_LINEAR_VARIANTS(X)                                                                                              \
+    QL_DECODE_VARIANTS(X)                                                                                              \
     QL_MMA_VARIANTS(X)                                                                                                 \
     QL_WGMMA_VARIANTS(X)                                                                                               \
     QL_SINGLE_KERNELS(X)                                                                                               \

@@ -1,5 +1,6 @@
 #include "choose.h"
 
+#include "decode.h"
 #include "memo.h"
 #include "mma.h"
 #include "wgmma.h"
@@ -9,7 +10,7 @@
 #include <string.h>
 
 /* In the order of preference among those meant for the rows at hand. */
-static const ql_cuda_product_engine *const engines[] = {&ql_cuda_wgmma, &ql_cuda_mma, NULL};
+static const ql_cuda_product_engine *const engines[] = {&ql_cuda_decode, &ql_cuda_wgmma, &ql_cuda_mma, NULL};
 
 static bool base_wanted;
 static pthread_once_t wish_read = PTHREAD_ONCE_INIT;

@@ -1,0 +1,84 @@
+/* Codes as 16-bit numbers for mma without any scaling: what the decode kernels multiply by x. A lane's fragment is four
+ * pairs: rows g, g + 8, then the same rows 8 columns on.
+ *
+ * For fp16 a code is left where it lies: as a denormal it is code * 2^-24 times the power of two of its place, which is
+ * one for all codes of a row (QL_RAW_UNIT). For bf16, whose denormals are below fp32's, it is 128 + code, or code - 128 of
+ * a byte. Both are exact. A table's codes become its values, rounded to 16 bit when the table of pairs was made. */
+#ifndef QL_KERNELS_CODE_RAW_CUH
+#define QL_KERNELS_CODE_RAW_CUH
+
+#include "decode.h"
+#include "ptx.cuh"
+
+/* A lane's codes of a batch. */
+typedef struct ql_batch_codes {
+    uint4 low[8];
+    uint2 high[4]; /* 3 bit */
+} ql_batch_codes;
+
+/* Row g + 8 * half of the fragment holds (code + QL_RAW_OFFSET) * QL_RAW_ONE * QL_RAW_UNIT. */
+#define QL_RAW_UNIT(code, type, half)                                                                                  \
+    ((type) != QL_VALUE_F16 || !(half)                  ? 1.0f                                                         \
+     : (code) == QL_CODE_INT4                           ? 16.0f                                                        \
+     : (code) == QL_CODE_INT2 || (code) == QL_CODE_INT3 ? 4.0f                                                         \
+                                                        : 1.0f)
+#define QL_RAW_ONE(code, type) ((type) == QL_VALUE_F16 && (code) != QL_CODE_TABLE4 ? 0x1p-24f : 1.0f)
+#define QL_RAW_OFFSET(code, type) ((type) == QL_VALUE_F16 ? 0.0f : (code) == QL_CODE_INT8 ? -128.0f : 128.0f)
+
+/* A fragment of ones in the unit of row g, for sums of x. */
+#define QL_RAW_ONES(type) ((type) == QL_VALUE_F16 ? 0x00010001u : 0x3f803f80u)
+
+static __device__ __forceinline__ uint32_t word_of(const uint4 *words, int index) {
+    return index == 0 ? words->x : index == 1 ? words->y : index == 2 ? words->z : words->w;
+}
+
+/* bits >> by, or << -by. */
+static __device__ __forceinline__ uint32_t shifted(uint32_t bits, int by) { return by < 0 ? bits << -by : bits >> by; }
+
+/* Two bytes of the pair table: `low` is the byte offset of the lane's copy. */
+static __device__ __forceinline__ uint32_t table_pair(const uint8_t *pairs, uint32_t word, int byte, uint32_t low) {
+    uint32_t at = __byte_perm(word, low, 0x7704u + (uint32_t)byte * 0x10u);
+    return *(const uint32_t *)(pairs + at);
+}
+
+/* The fragment of step `step` (of 4) of block `block` of a batch. low: of a table, 4 * lane. All but codes, pairs and low
+ * are constants. */
+static __device__ __forceinline__ void raw_fragment(uint32_t a[4], const ql_batch_codes *codes, int code, int type,
+                                                    int block, int step, const uint8_t *pairs, uint32_t low) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int h = i % 2, p = i / 2;
+        if (code == QL_CODE_TABLE4) {
+            a[i] = table_pair(pairs, word_of(&codes->low[block], step), 2 * p + h, low);
+        } else if (code == QL_CODE_INT8) {
+            uint32_t word = word_of(&codes->low[2 * block + step / 2], step % 2 * 2 + p);
+            if (type == QL_VALUE_F16) {
+                a[i] = h ? __byte_perm(word, 0, 0x4341) : word & 0x00ff00ffu;
+            } else {
+                /* 128 + the low seven bits, less 128 or 256 as the byte's high bit is set or not. */
+                uint32_t bytes = shifted(word, 8 * h);
+                a[i] = sub_bf162((bytes & 0x007f007fu) | 0x43004300u, (~bytes & 0x00800080u) | 0x43004300u);
+            }
+        } else if (code == QL_CODE_INT4) {
+            uint32_t word = word_of(&codes->low[block], step);
+            if (type == QL_VALUE_F16)
+                a[i] = shifted(word, 8 * p) & (h ? 0x00f000f0u : 0x000f000fu);
+            else
+                a[i] = (shifted(word, 8 * p + 4 * h) & 0x000f000fu) | 0x43004300u;
+        } else {
+            const int place = 4 * (step % 2) + 2 * h;
+            /* Where the code's lowest bit is to stand. */
+            const int to = type != QL_VALUE_F16 ? 0 : 2 * h;
+            const uint32_t mask = (3u << to) * 0x00010001u;
+            uint32_t word = word_of(&codes->low[block / 2], block % 2 * 2 + step / 2);
+            a[i] = shifted(word, 8 * p + place - to) & mask;
+            if (type != QL_VALUE_F16) a[i] |= 0x43004300u;
+            if (code == QL_CODE_INT3) {
+                uint32_t high = block % 2 ? codes->high[block / 2].y : codes->high[block / 2].x;
+                a[i] |= shifted(high, 8 * p + 2 * step + h - to - 2) & ((4u << to) * 0x00010001u);
+            }
+        }
+    }
+}
+
+#endif

@@ -1,0 +1,192 @@
+#include "decode.h"
+
+#include "../../kernels/decode.h"
+
+#include <limits.h>
+
+enum { MOST_ROWS = 16, MOST_CLUSTER = 8, MOST_GROUPS = 8, UNWANTED = -1 };
+
+/* One more than the kernel, by code, type of x, token tile and grouping; 0 where there is none. */
+#define ENTRY(name, source, code, type, tokens, groups)                                                                \
+    [code][(type) == QL_VALUE_BF16][(tokens) == 16][groups] = QL_KERNEL_##name + 1,
+static const int kernels[QL_CODE_COUNT][2][2][MOST_GROUPS + 1] = {QL_DECODE_VARIANTS(ENTRY)};
+#undef ENTRY
+
+static int64_t ceil_div(int64_t count, int64_t each) { return count / each + (count % each != 0); }
+
+/* log2 of a power of two, or -1. */
+static int log2_of(int64_t value) {
+    int shift = 0;
+    if (value < 1 || value & (value - 1)) return -1;
+    while (value >> shift > 1) shift++;
+    return shift;
+}
+
+/* How groups lie in batches: the groups of a batch, 0 for one group, or -1 for what no kernel knows. */
+static int groups_of_batch(int code, int64_t k, int64_t group_size) {
+    const int64_t batch = QL_DECODE_BATCH_K(code);
+    if (group_size >= k) return 0;
+    if (group_size >= batch) return group_size % batch == 0 && log2_of(group_size / batch) >= 0 ? 1 : -1;
+    return batch % group_size == 0 && batch / group_size <= MOST_GROUPS ? (int)(batch / group_size) : -1;
+}
+
+static int kernel_of(const ql_cuda_problem *problem) {
+    const int groups = groups_of_batch(problem->code, problem->k, problem->group_size);
+    if (groups < 0 || problem->m < 1 || problem->m > MOST_ROWS) return UNWANTED;
+    return kernels[problem->code][problem->x_type == QL_VALUE_BF16][problem->m > 8][groups] - 1;
+}
+
+/* Whether pieces of 16 bytes of x can be copied. */
+static bool is_aligned(const ql_packed_params *p) {
+    return (uintptr_t)p->x % 16 == 0 && (p->x_stride % 8 == 0 || p->m == 1);
+}
+
+static int take(int *at, int64_t bytes) {
+    const int start = *at;
+    /* More than any block has, whatever else it takes. */
+    *at = bytes > 1 << 24 || *at > 1 << 24 ? INT_MAX / 2 : start + (int)((bytes + 15) / 16 * 16);
+    return start;
+}
+
+/* Cuts a product for `warps` warps a team and clusters of `cluster`; the bytes of shared memory that a block takes. */
+static int cut(ql_decode_params *p, const ql_packed_params *product, int multiprocessors, int warps, int cluster) {
+    const int code = product->code, batch_k = QL_DECODE_BATCH_K(code), batch_tiles = QL_DECODE_BATCH_TILES(code);
+    const bool table = code == QL_CODE_TABLE4, nested = product->nested_table != NULL;
+    const int64_t k = product->k, n = product->n, m = product->m, tiles = ceil_div(k, QL_TILE_K(code));
+    const int groups = groups_of_batch(code, k, product->groups == 1 ? k : product->group_size);
+    const int tokens = m > 8 ? 16 : 8, entry_bytes = table ? 4 : 8;
+    *p = (ql_decode_params){.product = *product, .cluster = cluster, .team_warps = warps};
+    p->strips = (int32_t)ceil_div(n, QL_STRIP);
+    p->strip_bytes = (uint32_t)(tiles * QL_TILE_BYTES(code));
+    p->batches = (int32_t)ceil_div(k, batch_k);
+    p->block_batches = (int32_t)ceil_div(p->batches, cluster);
+    p->share = p->block_batches / warps;
+    p->rest = p->block_batches % warps;
+    p->last_tiles = (int32_t)(tiles - (int64_t)(p->batches - 1) * batch_tiles);
+    p->pairs = (int32_t)ceil_div(product->groups, 2);
+    p->group_shift = groups == 1 ? log2_of(product->group_size / batch_k) : 0;
+    p->nested_shift = nested ? log2_of(product->nested_blocksize) : 0;
+    p->bare_zero = product->zeros         ? -1
+                   : code == QL_CODE_INT8 ? 128
+                   : code == QL_CODE_INT4 ? 0x88
+                   : code == QL_CODE_INT3 ? 0x44
+                                          : 0x22;
+    p->scale_size = nested ? 1 : table || product->scales_type == QL_VALUE_F32 ? 4 : 2;
+
+    p->teams = QL_DECODE_THREADS / 32 / warps;
+    p->warp_team = (65536 + warps - 1) / warps;
+    const int64_t room = multiprocessors / cluster, wanted = ceil_div(p->strips, p->teams);
+    p->blocks = (int32_t)(room < wanted ? room : wanted);
+    p->hop = p->blocks * p->teams;
+    p->hop_bytes = (int64_t)p->strip_bytes * p->hop;
+
+    int at = 0;
+    if (table) take(&at, 65536);
+    p->nested_at = take(&at, nested ? 1024 : 0);
+    p->x_pitch = p->block_batches * batch_k * 2 + 16;
+    /* Rows of x are few enough for each team to wait for its own alone. */
+    const bool own = m <= 2 && p->teams > 1;
+    p->x_team_bytes = own ? (int32_t)(m * p->x_pitch) : 0;
+    p->x_at = take(&at, m * p->x_pitch * (own ? p->teams : 1));
+    p->x_aligned = !product->order && is_aligned(product);
+    /* Beside each 128 bytes of the table's pairs, 128 are free. */
+    const int64_t partials = (int64_t)p->teams * warps * (tokens / 2) * 2 * 128;
+    p->partial_pitch = table ? 256 : 128;
+    p->partials_at = table ? 128 : take(&at, partials);
+    p->sums_at = take(&at, table ? 0 : (int64_t)p->teams * (groups ? groups * p->block_batches : warps) * tokens * 4);
+    p->entries_at = take(&at, (int64_t)p->teams * warps * ((groups + 2) / 2) * 32 * entry_bytes);
+    p->adders = (int32_t)(ceil_div(m, 4) < warps ? ceil_div(m, 4) : warps);
+    p->barriers_at = take(&at, (int64_t)p->teams * 32);
+    const int64_t rounds = ceil_div(p->strips, p->hop);
+    p->exchange_at = take(&at, cluster > 1 ? ceil_div(rounds, cluster) * p->teams * cluster * m * 64 : 0);
+    return at;
+}
+
+/* Warps of a team: as many as batches divide well over and a block divides into. */
+static int preferred_warps(int64_t batches) {
+    const int all = QL_DECODE_THREADS / 32;
+    int best = 1;
+    double best_use = 0;
+    for (int warps = 16; warps >= 4; warps--) {
+        if (warps > all || warps > batches) continue;
+        const double use = (double)batches / (double)(ceil_div(batches, warps) * warps) * (all / warps * warps) / all;
+        if (use > best_use + 0.02) {
+            best_use = use;
+            best = warps;
+        }
+    }
+    return best_use > 0 ? best : batches < 16 ? (int)batches : best;
+}
+
+static bool sizes_fit(const ql_packed_params *p) {
+    const int64_t places = QL_GROUP_PLACES(p->n, p->groups);
+    return p->n > 0 && p->k > 0 && p->n <= INT_MAX - 16 && p->k <= 1 << 26 && places <= INT_MAX &&
+           p->x_stride <= INT_MAX / 32 && p->x_stride >= -(INT_MAX / 32);
+}
+
+static int candidates(ql_cuda_choice *out, int room, const ql_cuda_device *device, const ql_cuda_problem *problem) {
+    const int kernel = kernel_of(problem);
+    if (kernel == UNWANTED || !device->kernels[kernel]) return 0;
+    const int most = device->properties.major >= 9 ? MOST_CLUSTER : 1;
+    int count = 0;
+    for (int cluster = 1; cluster <= most; cluster *= 2) {
+        ql_packed_params product = {.m = problem->m, .n = problem->n, .k = problem->k, .code = problem->code};
+        product.group_size = problem->group_size;
+        product.groups = ceil_div(problem->k, problem->group_size);
+        if (!sizes_fit(&product)) return 0;
+        ql_decode_params cut_params;
+        const int64_t batches = ceil_div(ceil_div(problem->k, QL_DECODE_BATCH_K(problem->code)), cluster);
+        const int warps = preferred_warps(batches), tried[] = {warps, warps == 16 ? 8 : 16};
+        for (int i = 0; i < 2 && count < room; i++) {
+            if (tried[i] > batches || tried[i] > QL_DECODE_THREADS / 32) continue;
+            const int bytes = cut(&cut_params, &product, device->properties.multiprocessors, tried[i], cluster);
+            if (bytes > device->properties.shared_bytes) continue;
+            out[count++] = (ql_cuda_choice){.kernel = (ql_cuda_kernel)kernel, .parameter = tried[i] + 32 * cluster};
+        }
+        if (count) break;
+    }
+    return count;
+}
+
+static bool takes(const ql_cuda_device *device, const ql_packed_params *p, ql_cuda_choice choice) {
+    const int warps = choice.parameter % 32, cluster = choice.parameter / 32;
+    if (warps < 1 || warps > QL_DECODE_THREADS / 32 || cluster < 1 || cluster > MOST_CLUSTER || !sizes_fit(p))
+        return false;
+    const ql_cuda_problem problem = {.n = p->n,
+                                     .k = p->k,
+                                     .group_size = p->groups == 1 ? p->k : p->group_size,
+                                     .m = p->m,
+                                     .code = p->code,
+                                     .x_type = p->x_type};
+    if (kernel_of(&problem) != (int)choice.kernel) return false;
+    if (p->nested_table && log2_of(p->nested_blocksize) < 0) return false;
+    /* Columns in another order, or rows that pieces of 16 bytes do not meet, are gathered one by one: for one row. */
+    if ((p->order || !is_aligned(p)) && p->m > 1) return false;
+    ql_decode_params cut_params;
+    return cut(&cut_params, p, device->properties.multiprocessors, warps, cluster) <= device->properties.shared_bytes;
+}
+
+static int64_t scratch(const ql_cuda_device *device, const ql_packed_params *p, ql_cuda_choice choice) {
+    (void)device;
+    (void)p;
+    (void)choice;
+    return 0;
+}
+
+static int launch(const ql_cuda_guard *guard, void *stream, const ql_packed_params *p, ql_cuda_choice choice,
+                  void *nothing, char message[QL_CUDA_MESSAGE]) {
+    (void)nothing;
+    ql_decode_params params;
+    const int warps = choice.parameter % 32, cluster = choice.parameter / 32;
+    const int bytes = cut(&params, p, guard->properties->multiprocessors, warps, cluster);
+    const ql_cuda_grid grid = {.x = (int64_t)params.blocks * cluster,
+                               .y = 1,
+                               .threads = params.teams * warps * 32,
+                               .shared_bytes = bytes,
+                               .cluster = cluster,
+                               .overlaps = true};
+    return ql_cuda_launch(guard, choice.kernel, stream, &grid, &params, message);
+}
+
+const ql_cuda_product_engine ql_cuda_decode = {
+    .most_rows = MOST_ROWS, .candidates = candidates, .takes = takes, .scratch = scratch, .launch = launch};

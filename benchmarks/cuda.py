@@ -10,6 +10,7 @@ import contextlib
 import gc
 import itertools
 import re
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -116,6 +117,17 @@ class Run:
                 raise
             self.console.print(f"{name} is not here at {k}x{n}: {str(error).splitlines()[0]}")
             return None
+
+    def all(self) -> None:
+        if "layers" in self.options.parts:
+            with _launches_by_themselves():
+                self.layers()
+        if "chains" in self.options.parts:
+            self.chain()
+        if "pairs" in self.options.parts:
+            self.pair()
+        if "host" in self.options.parts:
+            self.hosts()
 
     def layers(self) -> None:
         for k, n in self.options.shapes:
@@ -295,23 +307,20 @@ def _about() -> dict:
 def run(options: Options) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("torch sees no NVIDIA GPU here")
+    # So that a time limit from outside leaves what was measured.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console(width=max(Console().width, 200))
     began = time.monotonic()
     console.print(
-        f"{_count(options)} measurements, about {_minutes(options):.0f} minutes if nothing is slower than meant"
+        f"{_count(options)} measurements, about {_minutes(options):.1f} minutes if nothing is slower than meant"
     )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with torch.inference_mode(), Progress(*columns, console=console, transient=True) as progress:
         measured = Run(options, console, progress)
-        if "layers" in options.parts:
-            with _launches_by_themselves():
-                measured.layers()
-        if "chains" in options.parts:
-            measured.chain()
-        if "pairs" in options.parts:
-            measured.pair()
-        if "host" in options.parts:
-            measured.hosts()
+        try:
+            measured.all()
+        except KeyboardInterrupt:
+            console.print("Stopped: these are the figures so far.")
     content = {
         "about": _about() | {"minutes": round((time.monotonic() - began) / 60, 1)},
         "rows": measured.rows,

@@ -231,6 +231,27 @@ def fp8_matmul(
 ) -> Tensor:
     """a e4m3 [M, K], b e4m3 [K, N] of any strides, scale_a one or M values, scale_b one or N -> [M, N] in dtype."""
 
+# The call of a torch module
+
+class Shortcut:
+    """To stand as `__call__` in the class of a torch module that has its C layer as `_made = (layer, tensors)`: runs the
+    product where nobody wants to see the call, and calls module.__call__ otherwise. To whoever reads the attribute it is
+    module.__call__."""
+
+    def __init__(
+        self,
+        *,
+        module: type,  # torch.nn.Module
+        types: tuple[type, ...],  # of x, exactly one of them
+        forwards: list[Any],  # what the module's class may have as forward
+        empty: tuple[tuple[dict, str], ...],  # entries that are dicts, to be empty
+        constant: tuple[tuple[dict, str, Any], ...],  # entries that are to have this value
+        silent: tuple[Any, ...],  # callables that are to give None, False or 0
+        is_grad_enabled: Any,
+        is_autocast_enabled: Any,  # of "cpu" or "cuda"
+    ) -> None: ...
+    def __call__(self, module: Any, *args: Any, **kwargs: Any) -> Any: ...
+
 # What is here
 
 def cpu_info() -> dict[str, Any]:

@@ -1,51 +1,47 @@
 /* What is done to activations before a product: strided ones laid out as rows; for the 8-bit layers row maxima, outlier
  * columns and FP8 rounding. */
 #include "params.h"
-#include "value.cuh"
+#include "source.cuh"
 
 enum { THREADS = QL_LINEAR_THREADS };
 
-/* The bits of |value|: they order as magnitudes do, with every NaN above infinity, so that a maximum keeps NaN. */
-static __device__ __forceinline__ uint32_t magnitude_bits(float value) { return __float_as_uint(value) & 0x7fffffffu; }
-
-/* The maximum over the block, for every thread. */
-static __device__ uint32_t block_max(uint32_t value) {
-    __shared__ uint32_t most[THREADS / 32];
-    value = __reduce_max_sync(0xffffffffu, value);
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) most[threadIdx.x / 32] = value;
-    __syncthreads();
-    value = 0;
-    for (int i = 0; i < THREADS / 32; i++) value = max(value, most[i]);
-    return value;
-}
-
-/* outliers[col] = 1 where any row has |x| >= threshold there; one thread a column. */
+/* outliers[col] = 1 where any row has |x| >= threshold there: a block has QL_OUTLIER_COLUMNS columns, which its warps share
+ * by rows. */
 extern "C" __global__ void __launch_bounds__(THREADS) ql_find_outliers(const __grid_constant__ ql_activation_params p) {
-    int64_t col = (int64_t)blockIdx.x * THREADS + threadIdx.x;
-    if (col >= p.k) return;
+    __shared__ bool found_by[THREADS / QL_OUTLIER_COLUMNS][QL_OUTLIER_COLUMNS];
+    int lane = (int)threadIdx.x % QL_OUTLIER_COLUMNS, part = (int)threadIdx.x / QL_OUTLIER_COLUMNS;
+    int64_t col = (int64_t)blockIdx.x * QL_OUTLIER_COLUMNS + lane;
     bool found = false;
-    for (int64_t m = 0; m < p.m; m++) found |= fabsf(load_value(p.x, p.x_type, m * p.x_stride + col)) >= p.threshold;
+    if (col < p.k)
+#pragma unroll 8
+        for (int64_t m = part; m < p.m; m += THREADS / QL_OUTLIER_COLUMNS)
+            found |= fabsf(load_value(p.x, p.x_type, m * p.x_stride + col)) >= p.threshold;
+    found_by[part][lane] = found;
+    __syncthreads();
+    if (part > 0 || col >= p.k) return;
+    for (int i = 1; i < THREADS / QL_OUTLIER_COLUMNS; i++) found |= found_by[i][lane];
     p.outliers[col] = found;
 }
 
 /* row_absmax[m] = max |x[m][col]|, over |x| < threshold where one is given; one block a row. */
 extern "C" __global__ void __launch_bounds__(THREADS) ql_row_absmax(const __grid_constant__ ql_activation_params p) {
+    int64_t size = p.x_type == QL_VALUE_F32 ? 4 : 2;
+    bool vector = ((uintptr_t)p.x | (uintptr_t)(p.x_stride * size)) % 16 == 0;
     for (int64_t m = blockIdx.x; m < p.m; m += gridDim.x) {
+        const void *row = (const char *)p.x + m * p.x_stride * size;
         uint32_t most = 0;
-        for (int64_t col = threadIdx.x; col < p.k; col += THREADS) {
-            float value = load_value(p.x, p.x_type, m * p.x_stride + col);
-            bool outlier = p.threshold > 0.0f && fabsf(value) >= p.threshold;
-            most = outlier ? most : max(most, magnitude_bits(value));
+        for (int64_t col = (int)threadIdx.x * QL_RUN; col < p.k; col += THREADS * QL_RUN) {
+            float run[QL_RUN];
+            load_run(run, row, p.x_type, vector, col, p.k);
+#pragma unroll
+            for (int i = 0; i < QL_RUN; i++) {
+                bool outlier = p.threshold > 0.0f && fabsf(run[i]) >= p.threshold;
+                most = outlier ? most : max(most, magnitude_bits(run[i]));
+            }
         }
         most = block_max(most);
         if (threadIdx.x == 0) p.row_absmax[m] = __uint_as_float(most);
     }
-}
-
-/* absmax / 448, 1 for zero; NaN stays. */
-static __device__ __forceinline__ float plain_scale(float absmax) {
-    return absmax == 0.0f ? 1.0f : __fdiv_rn(absmax, 448.0f);
 }
 
 /* out[m][col] = e4m3(x / s) * s in fp32, with s as the layer's mode says; one block a row. */
@@ -57,7 +53,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (p.mode == QL_ACTIVATION_TENSOR) {
         uint32_t most = 0;
         for (int64_t m = threadIdx.x; m < p.m; m += THREADS) most = max(most, magnitude_bits(p.row_absmax[m]));
-        scale = plain_scale(__uint_as_float(block_max(most)));
+        scale = e4m3_scale(__uint_as_float(block_max(most)));
     }
     for (int64_t m = blockIdx.x; m < p.m; m += gridDim.x) {
         if (p.mode == QL_ACTIVATION_TOKEN) {
@@ -70,8 +66,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             int64_t col = base + threadIdx.x;
             bool inside = threadIdx.x < QL_ACTIVATION_GROUP && col < p.k;
             float value = inside ? load_value(p.x, p.x_type, m * p.x_stride + col) : 0.0f;
-            if (p.mode == QL_ACTIVATION_GROUP128)
-                scale = plain_scale(__uint_as_float(block_max(magnitude_bits(value))));
+            if (p.mode == QL_ACTIVATION_GROUP128) scale = e4m3_scale(__uint_as_float(block_max(magnitude_bits(value))));
             float scaled = reciprocal ? __fmul_rn(value, __fdiv_rn(1.0f, scale)) : __fdiv_rn(value, scale);
             if (inside) p.out[m * p.k + col] = __fmul_rn(value_from_e4m3(e4m3_from_value(scaled)), scale);
         }

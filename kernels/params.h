@@ -58,6 +58,9 @@ enum {
     QL_ACTIVATION_GROUP = 128
 };
 
+/* Columns that a block looks for outliers in. */
+enum { QL_OUTLIER_COLUMNS = 32 };
+
 /* The activations of an 8-bit layer: [m, k], rows x_stride apart, x_type. */
 typedef struct ql_activation_params {
     float *out; /* [m, k]: FP8's rounded activations */

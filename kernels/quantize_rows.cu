@@ -202,12 +202,6 @@ extern "C" __global__ void __launch_bounds__(QL_ROW_THREADS)
 
 /* ---- FP8 ---- */
 
-/* absmax / 448, 1 for zero; NaN stays. */
-static __device__ __forceinline__ float plain_scale(float absmax) {
-    float scale = __fdiv_rn(absmax, 448.0f);
-    return scale == 0.0f ? 1.0f : scale;
-}
-
 /* Codes of a run by x * inverse or x / scale, as formats/fp8.h decides; a scale of 0 gives 0. */
 static __device__ __forceinline__ void encode_e4m3(int *code, const float *run, float scale, bool reciprocal) {
     float inverse = __fdiv_rn(1.0f, scale);
@@ -226,7 +220,7 @@ static __device__ __forceinline__ float fp8_row_scale(const ql_rows_params *p, c
     if (p->mode == QL_ROW_TENSOR) {
         for (int64_t row = threadIdx.x; row < p->source.rows; row += blockDim.x)
             most = max(most, magnitude_bits(p->row_absmax[row]));
-        return plain_scale(__uint_as_float(block_max(most)));
+        return e4m3_scale(__uint_as_float(block_max(most)));
     }
     for (int64_t col = (int)threadIdx.x * QL_RUN; col < cols; col += (int64_t)blockDim.x * QL_RUN) {
         float run[QL_RUN];
@@ -277,7 +271,7 @@ extern "C" __global__ void __launch_bounds__(QL_QUANTIZE_THREADS)
         float run[QL_RUN] = {0};
         int code[QL_RUN];
         if (inside) load_run(run, row_of(&p.source, row), p.source.type, p.source.vector, col, cols);
-        float scale = plain_scale(__uint_as_float(lanes_max(run_magnitude(0, run), BLOCK_LANES)));
+        float scale = e4m3_scale(__uint_as_float(lanes_max(run_magnitude(0, run), BLOCK_LANES)));
         if (!inside) continue;
         encode_e4m3(code, run, scale, false);
         store_bytes(p.codes + row * cols, cols % QL_RUN == 0, col, cols, code);
@@ -299,7 +293,7 @@ extern "C" __global__ void __launch_bounds__(QL_TILE_THREADS)
         load_run(run, row_of(&p.source, row), p.source.type, p.source.vector, col, cols);
         most = run_magnitude(most, run);
     }
-    float scale = plain_scale(__uint_as_float(block_max(most)));
+    float scale = e4m3_scale(__uint_as_float(block_max(most)));
     for (int64_t row = first; row < last; row += QL_TILE_THREADS / BLOCK_LANES) {
         load_run(run, row_of(&p.source, row), p.source.type, p.source.vector, col, cols);
         encode_e4m3(code, run, scale, false);

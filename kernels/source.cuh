@@ -95,6 +95,12 @@ static __device__ __forceinline__ float near_quotient(float a, float b, float in
     return fraction < 0.499f ? quotient : __fdiv_rn(a, b);
 }
 
+/* FP8's scale of an absmax: absmax / 448, 1 for zero; NaN stays. */
+static __device__ __forceinline__ float e4m3_scale(float absmax) {
+    float scale = __fdiv_rn(absmax, 448.0f);
+    return scale == 0.0f ? 1.0f : scale;
+}
+
 /* 64-bit division is a long sequence, and sizes rarely need it. Neither is negative. */
 static __device__ __forceinline__ int64_t divide(int64_t a, int64_t b) {
     return (a | b) >> 32 ? a / b : (int64_t)((uint32_t)a / (uint32_t)b);

@@ -180,7 +180,7 @@ static int launch_int8(const ql_cuda_guard *guard, void *stream, ql_linear_param
     p->row_absmax = a.row_absmax;
     if (threshold > 0.0f) {
         p->outliers = a.outliers;
-        ql_cuda_grid columns = {.x = blocks(p->k, QL_LINEAR_THREADS), .y = 1, .threads = QL_LINEAR_THREADS};
+        ql_cuda_grid columns = {.x = blocks(p->k, QL_OUTLIER_COLUMNS), .y = 1, .threads = QL_LINEAR_THREADS};
         if (ql_cuda_launch(guard, QL_KERNEL_ql_find_outliers, stream, &columns, &a, message) < 0) return -1;
     }
     ql_cuda_grid rows = rows_of(p->m);

@@ -142,8 +142,8 @@ int ql_cuda_int8_outliers(const ql_cuda_place *place, uint8_t *outliers, const q
                               .x_stride = rows->row_stride,
                               .x_type = (int32_t)rows->dtype,
                               .threshold = threshold};
-    /* A thread a column: this one does not go on by the grid's size. */
-    ql_cuda_grid grid = plane(parts(rows->cols, QL_LINEAR_THREADS), 1, QL_LINEAR_THREADS);
+    /* This one does not go on by the grid's size. */
+    ql_cuda_grid grid = plane(parts(rows->cols, QL_OUTLIER_COLUMNS), 1, QL_LINEAR_THREADS);
     return run(place, QL_KERNEL_ql_find_outliers, grid, &p, message);
 }
 

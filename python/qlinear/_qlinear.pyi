@@ -234,9 +234,8 @@ def fp8_matmul(
 # The call of a torch module
 
 class Shortcut:
-    """To stand as `__call__` in the class of a torch module that has its C layer as `_made = (layer, tensors)`: runs the
-    product where nobody wants to see the call, and calls module.__call__ otherwise. To whoever reads the attribute it is
-    module.__call__."""
+    """To stand as `__call__` in the class of a torch module that has its C layer as `_made = (layer, tensors)`: runs
+    the product where nobody wants to see it, calls module.__call__ otherwise. As an attribute it is module.__call__."""
 
     def __init__(
         self,

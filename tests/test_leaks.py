@@ -148,6 +148,7 @@ ENTRIES = [
     ("dequantize_4bit", ["packed", "absmax", "code"], {"count": N * K, "blocksize": 64, "dtype": "float16"}),
     ("quantize_blockwise", ["weight", "code256"], {"blocksize": 256}),
     ("dequantize_blockwise", ["bytes8", "absmax8", "code256"], {"blocksize": 256, "dtype": "float16"}),
+    ("absmax_mean", ["absmax"], {}),
     ("fp8_quantize", ["weight"], {"mode": "tensor"}),
     ("fp8_quantize", ["weight"], {"mode": "group"}),
     ("fp8_matmul", ["fp8", "fp8_t", "fp8_scale", "fp8_scale", "bias"], {"dtype": "float32"}),

@@ -8,52 +8,52 @@ enum { THREADS = QL_LINEAR_THREADS, WARPS = THREADS / 32, BLOCK_ROWS = WARPS * Q
 static __device__ __forceinline__ int64_t first_item(void) { return (int64_t)blockIdx.x * THREADS + threadIdx.x; }
 static __device__ __forceinline__ int64_t item_step(void) { return (int64_t)gridDim.x * THREADS; }
 
-/* Code (row, col) of GPTQ, wherever act-order has the column. */
-static __device__ __forceinline__ uint32_t gptq_code(const ql_pack_params *p, int64_t row, int64_t col, int code) {
-    return load_code((const int32_t *)p->words + row, p->n, QL_CODE_BITS(code), col);
-}
-
-/* Where a lane's codes come from: of formats that pack along N, lines of words, `stride` words apart, of which the first is
- * the tile's and begins at the word of `row`; a copy in shared memory, as neighbours use the same words. */
+/* Where a lane finds its codes in the checkpoint: for each of its two rows, what has the tile's first column. 32-bit
+ * numbers count within a tile: 64-bit ones would take most of the time. */
 typedef struct lane_source {
-    const int32_t *lines;
-    int64_t stride, row;
+    const uint8_t *at[2]; /* NULL beyond the last row */
+    int shift;            /* AWQ: of the rows' nibble in its word */
 } lane_source;
 
-/* Codes of row `row` at columns tile * QL_TILE_K + inside, even, and the next, which lies 16 bits up; 0 beyond the last
- * column. `format` and `code` are constants, and so is all of inside but the lane's part. */
-static __device__ __forceinline__ uint32_t source_pair(const ql_pack_params *p, const lane_source *source, int64_t row,
-                                                       int64_t tile, int inside, int format, int code) {
-    const int bits = QL_CODE_BITS(code), local = (int)(row - source->row);
-    const int64_t col = tile * QL_TILE_K(code) + inside;
-    const bool both = col + 1 < p->k;
-    if (format == QL_WEIGHT_GPTQ && p->order)
-        return gptq_code(p, row, p->order[col], code) | (both ? gptq_code(p, row, p->order[col + 1], code) << 16 : 0);
+/* Columns `inside` the tile, even, and the next, which lies 16 bits up, of row h. `format`, `code` and `stride`, the words
+ * of a line of those that pack along N, are constants, and so is all of inside but the lane's part. */
+static __device__ __forceinline__ uint32_t source_pair(const lane_source *source, int h, int inside, int stride,
+                                                       int format, int code) {
+    const uint8_t *at = source->at[h];
+    if (!at) return 0;
     if (format == QL_WEIGHT_GPTQ) {
         /* A tile is whole words. Of 3 bit a pair can straddle two. */
-        const int32_t *words = source->lines + local;
-        int at = inside * bits, shift = at & 31;
-        uint32_t pair = (uint32_t)words[(at >> 5) * source->stride] >> shift;
-        if (bits == 3 && shift + 6 > 32) pair |= (uint32_t)words[((at >> 5) + 1) * source->stride] << (32 - shift);
-        const uint32_t mask = (1u << bits) - 1u;
-        return (pair & mask) | (both ? (pair >> bits & mask) << 16 : 0);
+        const int bits = QL_CODE_BITS(code), bit = inside * bits, shift = bit & 31;
+        const uint32_t *words = (const uint32_t *)at + (bit >> 5) * stride, mask = (1u << bits) - 1u;
+        uint32_t pair = words[0] >> shift;
+        if (bits == 3 && shift + 6 > 32) pair |= words[stride] << (32 - shift);
+        return (pair & mask) | (pair >> bits & mask) << 16;
     }
     if (format == QL_WEIGHT_AWQ) {
-        const int32_t *words = source->lines + inside * source->stride;
-        return awq_nibble(words, local) | (both ? awq_nibble(words + source->stride, local) << 16 : 0);
+        const uint32_t *words = (const uint32_t *)at + inside * stride;
+        return (words[0] >> source->shift & 15u) | (words[stride] >> source->shift & 15u) << 16;
     }
     if (format == QL_WEIGHT_EETQ) {
-        /* Four bytes are columns c, c + 8, c + 1, c + 9. */
-        const uint8_t *bytes = (const uint8_t *)p->words + eetq_offset(p->k, row, col);
-        return *(const uint32_t *)((uintptr_t)bytes & ~(uintptr_t)3) >> (inside / 8 % 2 * 8) & 0xff00ffu;
+        /* Of 16 inputs, four bytes are columns c, c + 8, c + 1, c + 9. */
+        return *(const uint32_t *)(at + inside / 16 * 16 + inside % 8 * 2) >> (inside / 8 % 2 * 8) & 0xff00ffu;
     }
-    uint32_t byte = ((const uint8_t *)p->words)[(row * p->k + col) >> 1];
+    uint32_t byte = at[inside / 2];
     return byte >> 4 | (byte & 15u) << 16;
 }
 
-/* The 16 bytes of a lane, and of 3 bit 8 more. */
+/* The same of GPTQ with act-order, wherever it has the columns; 0 beyond the last of them. */
+static __device__ __forceinline__ uint32_t ordered_pair(const ql_pack_params *p, int64_t row, int64_t col, int code) {
+    const int32_t *words = (const int32_t *)p->words + row;
+    const int bits = QL_CODE_BITS(code);
+    if (row >= p->n || col >= p->k) return 0;
+    uint32_t pair = load_code(words, p->n, bits, p->order[col]);
+    return col + 1 < p->k ? pair | load_code(words, p->n, bits, p->order[col + 1]) << 16 : pair;
+}
+
+/* The 16 bytes of a lane, and of 3 bit 8 more. ordered: a constant, too; then there is no source. */
 static __device__ __forceinline__ void pack_lane(const ql_pack_params *p, const lane_source *source, int64_t strip,
-                                                 int64_t tile, int lane, int format, int code) {
+                                                 int64_t tile, int lane, int stride, bool ordered, int format,
+                                                 int code) {
     const int columns = QL_TILE_K(code) / 4; /* of a word */
     const int64_t tiles = (p->k + QL_TILE_K(code) - 1) / QL_TILE_K(code);
     uint32_t low[4] = {0}, high[2] = {0};
@@ -63,11 +63,13 @@ static __device__ __forceinline__ void pack_lane(const ql_pack_params *p, const 
         for (int i = 0; i < columns / 8; i++) {
             const int step = word * columns + i * 8; /* the lane's columns come in pairs, 8 apart */
             const int inside = step + lane % 4 * 2;
-            if (tile * QL_TILE_K(code) + inside >= p->k) continue;
+            /* Rows of 4 bit end in the middle of a tile at most; the others' words are 0 there, or they end with it. */
+            if (format == QL_WEIGHT_FOURBIT && tile * QL_TILE_K(code) + step >= p->k) continue;
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                int64_t row = strip * QL_STRIP + lane / 4 + 8 * h;
-                uint32_t pair = row < p->n ? source_pair(p, source, row, tile, inside, format, code) : 0;
+                uint32_t pair = ordered ? ordered_pair(p, strip * QL_STRIP + lane / 4 + 8 * h,
+                                                       tile * QL_TILE_K(code) + inside, code)
+                                        : source_pair(source, h, inside, stride, format, code);
                 if (code == QL_CODE_TABLE4) pair = (pair & 15u) | pair >> 12;
                 low[word] |= (code == QL_CODE_INT3 ? pair & 0x30003u : pair) << QL_PACKED_BIT(code, 8 * h, step);
                 if (code == QL_CODE_INT3)
@@ -81,25 +83,33 @@ static __device__ __forceinline__ void pack_lane(const ql_pack_params *p, const 
 }
 
 /* A warp a tile, one below the other: a block brings what they have in common into shared memory, lines of words. */
-static __device__ __forceinline__ void pack_lines(const ql_pack_params *p, int32_t *shared, int format, int code) {
+static __device__ __forceinline__ void pack_lines(const ql_pack_params *p, uint32_t *shared, int format, int code) {
     const int bits = QL_CODE_BITS(code);
     const bool awq = format == QL_WEIGHT_AWQ;
     const int lines = awq ? QL_TILE_K(code) : QL_TILE_K(code) * bits / 32, across = awq ? BLOCK_ROWS / 8 : BLOCK_ROWS;
     const int64_t width = awq ? (p->n + 7) / 8 : p->n, height = awq ? p->k : (p->k * bits + 31) / 32;
     const uint32_t columns = (uint32_t)((p->n + BLOCK_ROWS - 1) / BLOCK_ROWS);
+    const uint32_t last = p->word_tail && !awq ? (1u << (p->k * bits) % 32) - 1u : 0xffffffffu; /* of the last line */
     const int64_t blocks = columns * ((p->k + QL_TILE_K(code) - 1) / QL_TILE_K(code));
     for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
         const int64_t tile = (uint32_t)block / columns, column = (uint32_t)block % columns;
-        const int64_t first = column * across, row = column * BLOCK_ROWS;
+        const int64_t first = column * across;
         __syncthreads();
         for (int i = (int)threadIdx.x; i < lines * across; i += THREADS) {
             int64_t line = tile * lines + i / across, word = first + i % across;
-            shared[i] = line < height && word < width ? ((const int32_t *)p->words)[line * width + word] : 0;
+            uint32_t found = line < height && word < width ? ((const uint32_t *)p->words)[line * width + word] : 0;
+            shared[i] = line == height - 1 ? found & last : found;
         }
         __syncthreads();
-        const int64_t strip = row / QL_STRIP + threadIdx.x / 32;
-        const lane_source source = {shared, across, row};
-        if (strip * QL_STRIP < p->n) pack_lane(p, &source, strip, tile, (int)threadIdx.x % 32, format, code);
+        const int lane = (int)threadIdx.x % 32, local = (int)threadIdx.x / 32 * QL_STRIP + lane / 4;
+        const int64_t strip = column * WARPS + threadIdx.x / 32;
+        if (strip * QL_STRIP >= p->n) continue;
+        lane_source source = {{NULL, NULL}, 4 * awq_place(lane / 4)};
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+            if (column * BLOCK_ROWS + local + 8 * h < p->n)
+                source.at[h] = (const uint8_t *)(shared + (awq ? (local + 8 * h) / 8 : local + 8 * h));
+        pack_lane(p, &source, strip, tile, lane, across, false, format, code);
     }
 }
 
@@ -107,13 +117,23 @@ static __device__ __forceinline__ void pack_lines(const ql_pack_params *p, int32
 static __device__ __forceinline__ void pack_rows(const ql_pack_params *p, int format, int code) {
     const uint32_t tiles = (uint32_t)((p->k + QL_TILE_K(code) - 1) / QL_TILE_K(code));
     const int64_t count = (p->n + QL_STRIP - 1) / QL_STRIP * tiles;
-    const lane_source source = {0};
-    for (int64_t i = first_item() / 32; i < count; i += item_step() / 32)
-        pack_lane(p, &source, (uint32_t)i / tiles, (uint32_t)i % tiles, (int)threadIdx.x % 32, format, code);
+    const int lane = (int)threadIdx.x % 32;
+    for (int64_t i = first_item() / 32; i < count; i += item_step() / 32) {
+        const int64_t strip = (uint32_t)i / tiles, tile = (uint32_t)i % tiles;
+        lane_source source = {{NULL, NULL}, 0};
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            int64_t row = strip * QL_STRIP + lane / 4 + 8 * h, col = tile * QL_TILE_K(code);
+            if (row >= p->n) continue;
+            int64_t byte = format == QL_WEIGHT_EETQ ? eetq_offset(p->k, row, col) : (row * p->k + col) / 2;
+            source.at[h] = (const uint8_t *)p->words + byte;
+        }
+        pack_lane(p, &source, strip, tile, lane, 0, format == QL_WEIGHT_GPTQ, format, code);
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 4) ql_pack_codes(const __grid_constant__ ql_pack_params p) {
-    __shared__ int32_t shared[12 * BLOCK_ROWS]; /* of 3 bit, whose tiles have the most words */
+    __shared__ uint32_t shared[12 * BLOCK_ROWS]; /* of 3 bit, whose tiles have the most words */
     if (p.format == QL_WEIGHT_AWQ) {
         pack_lines(&p, shared, QL_WEIGHT_AWQ, QL_CODE_INT4);
     } else if (p.format == QL_WEIGHT_EETQ) {

@@ -112,8 +112,11 @@ static __device__ __forceinline__ void encode_run(uint8_t *code, const ql_encode
                 inverse = __fdiv_rn(1.0f, scale);
             }
         }
-        code[i] =
-            (uint8_t)code_from_value(rintf(near_quotient(__fadd_rn(run[i], scale_zero), scale, inverse)), largest);
+        float shifted = __fadd_rn(run[i], scale_zero);
+        int whole;
+        code[i] = round_quotient(&whole, shifted, inverse)
+                      ? (uint8_t)min(max(whole, 0), (int)largest)
+                      : (uint8_t)code_from_value(rintf(__fdiv_rn(shifted, scale)), largest);
     }
 }
 

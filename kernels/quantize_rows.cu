@@ -1,9 +1,53 @@
 /* Quantizers with a scale a row: EETQ, LLM.int8() and FP8, and what EETQ's tiles and strided weights need. The formulas
  * are those of formats/eetq.h, int8.h and fp8.h, to the bit: nothing is fused, and divisions are IEEE's.
  *
- * A block reads a row for its absmax and, from the cache, again for the codes. */
+ * A block has a row. Its threads hold it in registers from the absmax to the codes where it is not too long; else they read
+ * it twice. */
 #include "quantize.h"
 #include "source.cuh"
+
+/* ---- a row ---- */
+
+enum { HELD = 4 }; /* runs of a thread */
+
+/* Where the thread's run `i` begins. */
+static __device__ __forceinline__ int64_t held_col(int i) { return ((int64_t)i * blockDim.x + threadIdx.x) * QL_RUN; }
+
+/* Loads a row of a 16-bit type into held, zeros beyond its end; false where it does not fit. */
+static __device__ __forceinline__ bool hold_row(uint4 *held, const ql_source *source, const void *from) {
+    int64_t cols = source->cols;
+    if (!source->vector || source->type == QL_VALUE_F32 || cols % QL_RUN || cols > (int64_t)HELD * blockDim.x * QL_RUN)
+        return false;
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        uint4 none = {0, 0, 0, 0};
+        held[i] = held_col(i) < cols ? *(const uint4 *)((const uint16_t *)from + held_col(i)) : none;
+    }
+    return true;
+}
+
+/* The largest magnitude of what the thread holds, as magnitude_bits: the bits of 16-bit floats order as well. */
+static __device__ __forceinline__ uint32_t held_magnitude(const uint4 *held, int type) {
+    uint32_t most = 0;
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        most = __vmaxu2(most, __vmaxu2(held[i].x & 0x7fff7fffu, held[i].y & 0x7fff7fffu));
+        most = __vmaxu2(most, __vmaxu2(held[i].z & 0x7fff7fffu, held[i].w & 0x7fff7fffu));
+    }
+    most = max(most & 0xffffu, most >> 16);
+    return type == QL_VALUE_F16 ? magnitude_bits(__half2float(__ushort_as_half((uint16_t)most))) : most << 16;
+}
+
+/* That of the thread's part of a row that it reads. */
+static __device__ __forceinline__ uint32_t row_magnitude(const ql_source *source, const void *from) {
+    uint32_t most = 0;
+    for (int64_t col = held_col(0); col < source->cols; col += (int64_t)blockDim.x * QL_RUN) {
+        float run[QL_RUN];
+        load_run(run, from, source->type, source->vector, col, source->cols);
+        most = run_magnitude(most, run);
+    }
+    return most;
+}
 
 /* ---- EETQ ---- */
 
@@ -13,10 +57,12 @@ static __device__ __forceinline__ float eetq_scale(uint32_t most) {
 
 /* Half away from zero, clamped; NaN (of 0 / 0) becomes 127. */
 static __device__ __forceinline__ int eetq_code(float weight, float scale, float inverse) {
-    float quotient = near_quotient(weight, scale, inverse);
+    int whole;
+    if (round_quotient(&whole, weight, inverse)) return min(max(whole, -128), 127);
+    float quotient = __fdiv_rn(weight, scale);
     quotient = quotient < 127.0f ? quotient : 127.0f;
     quotient = quotient > -128.0f ? quotient : -128.0f;
-    int whole = (int)quotient;
+    whole = (int)quotient;
     float fraction = __fsub_rn(quotient, (float)whole);
     return whole + (fraction >= 0.5f) - (fraction <= -0.5f);
 }
@@ -26,35 +72,46 @@ static __device__ __forceinline__ uint32_t four_bytes(const int *code) {
     return (code[0] & 0xff) | (code[1] & 0xff) << 8 | (code[2] & 0xff) << 16 | (uint32_t)code[3] << 24;
 }
 
-/* A thread's run is inputs 0 to 7 or 8 to 15 of 16; neighbours exchange halves, as the order in memory is 0, 8, 1, 9, ... */
-extern "C" __global__ void __launch_bounds__(QL_ROW_THREADS, 2)
+/* Stores the codes of a run at `col` of a channel whose bytes begin at `to`; none from `cols` on, but the whole warp is
+ * here. A thread's run is inputs 0 to 7 or 8 to 15 of 16, and neighbours exchange halves: the order in memory is 0, 8, 1, 9,
+ * ... */
+static __device__ __forceinline__ void store_eetq(uint8_t *to, int64_t col, int64_t cols, const float *run, float scale,
+                                                  float inverse) {
+    int code[QL_RUN];
+#pragma unroll
+    for (int i = 0; i < QL_RUN; i++) code[i] = eetq_code(run[i], scale, inverse);
+    uint32_t low = four_bytes(code) ^ 0x80808080u, high = four_bytes(code + 4) ^ 0x80808080u;
+    bool odd = threadIdx.x & 1;
+    uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? low : high, 1);
+    uint32_t first = odd ? other : low, second = odd ? high : other;
+    uint2 bytes = {__byte_perm(first, second, 0x5140), __byte_perm(first, second, 0x7362)};
+    if (col < cols) __stcs((uint2 *)(to + (col >> 6) * 128 + (col & 63)), bytes);
+}
+
+extern "C" __global__ void __launch_bounds__(QL_ROW_THREADS)
     ql_eetq_quantize(const __grid_constant__ ql_rows_params p) {
-    int64_t cols = p.source.cols, step = (int64_t)blockDim.x * QL_RUN;
+    int64_t cols = p.source.cols;
     for (int64_t row = blockIdx.x; row < p.source.rows; row += gridDim.x) {
         const void *from = row_of(&p.source, row);
+        uint4 held[HELD];
         float run[QL_RUN];
-        uint32_t most = 0;
-        for (int64_t col = (int)threadIdx.x * QL_RUN; col < cols; col += step) {
-            load_run(run, from, p.source.type, p.source.vector, col, cols);
-            most = run_magnitude(most, run);
-        }
+        bool is_held = hold_row(held, &p.source, from);
+        uint32_t most = is_held ? held_magnitude(held, p.source.type) : row_magnitude(&p.source, from);
         float scale = eetq_scale(block_max(most)), inverse = __fdiv_rn(1.0f, scale);
         uint8_t *to = (uint8_t *)p.codes + (row & ~(int64_t)1) * cols + (row & 1) * 64;
-        /* Threads beyond the row have zeros and store none: the whole warp is there for the exchange. */
-        for (int64_t base = (int)threadIdx.x / 32 * 32 * QL_RUN; base < cols; base += step) {
-            int64_t col = base + (int)threadIdx.x % 32 * QL_RUN;
-            int code[QL_RUN];
-            load_run(run, from, p.source.type, p.source.vector, col, cols);
-#pragma unroll
-            for (int i = 0; i < QL_RUN; i++) code[i] = eetq_code(run[i], scale, inverse);
-            uint32_t low = four_bytes(code) ^ 0x80808080u, high = four_bytes(code + 4) ^ 0x80808080u;
-            bool odd = threadIdx.x & 1;
-            uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? low : high, 1);
-            uint32_t first = odd ? other : low, second = odd ? high : other;
-            uint2 bytes = {__byte_perm(first, second, 0x5140), __byte_perm(first, second, 0x7362)};
-            if (col < cols) __stcs((uint2 *)(to + (col >> 6) * 128 + (col & 63)), bytes);
-        }
         if (threadIdx.x == 0) store_value(p.scales, p.scales_type, row, scale);
+        if (is_held) {
+#pragma unroll
+            for (int i = 0; i < HELD; i++) {
+                unpack_run(run, held[i], p.source.type);
+                store_eetq(to, held_col(i), cols, run, scale, inverse);
+            }
+            continue;
+        }
+        for (int64_t base = 0; base < cols; base += (int64_t)blockDim.x * QL_RUN) {
+            load_run(run, from, p.source.type, p.source.vector, base + held_col(0), cols);
+            store_eetq(to, base + held_col(0), cols, run, scale, inverse);
+        }
     }
 }
 
@@ -140,41 +197,75 @@ static __device__ __forceinline__ void store_bytes(uint8_t *codes, bool vector, 
         if (col + i < end) codes[col + i] = (uint8_t)code[i];
 }
 
-extern "C" __global__ void __launch_bounds__(QL_ROW_THREADS, 2)
+/* What decides the codes of a row. */
+typedef struct int8_row {
+    uint32_t limit; /* magnitudes from here to infinity are outliers */
+    float lift, factor;
+    bool zero; /* every code is 0 */
+} int8_row;
+
+static __device__ __forceinline__ void store_int8(const ql_rows_params *p, uint8_t *codes, int64_t col,
+                                                  const float *run, int8_row by) {
+    int64_t cols = p->source.cols;
+    int code[QL_RUN];
+    /* Adding 1.5 * 2^23 leaves the sum's last place at 1: the addition itself rounds half to even. */
+#pragma unroll
+    for (int i = 0; i < QL_RUN; i++) {
+        float shifted = __fadd_rn(__fmul_rn(__fmul_rn(run[i], by.lift), by.factor), 0x1.8p23f);
+        code[i] = by.zero ? 0 : (int)__float_as_uint(shifted) - 0x4b400000;
+    }
+    if (p->threshold > 0.0f)
+#pragma unroll
+        for (int i = 0; i < QL_RUN; i++)
+            if (is_outlier(magnitude_bits(run[i]), by.limit) || (p->outliers && col + i < cols && p->outliers[col + i]))
+                code[i] = 0;
+    store_bytes(codes, cols % QL_RUN == 0, col, cols, code);
+}
+
+/* The thread's part of a row without its outliers. */
+static __device__ __forceinline__ uint32_t inlier_magnitude(const ql_source *source, const void *from, uint32_t limit) {
+    uint32_t most = 0;
+    for (int64_t col = held_col(0); col < source->cols; col += (int64_t)blockDim.x * QL_RUN) {
+        float run[QL_RUN];
+        load_run(run, from, source->type, source->vector, col, source->cols);
+#pragma unroll
+        for (int i = 0; i < QL_RUN; i++) {
+            uint32_t magnitude = magnitude_bits(run[i]);
+            most = max(most, is_outlier(magnitude, limit) ? 0 : magnitude);
+        }
+    }
+    return most;
+}
+
+extern "C" __global__ void __launch_bounds__(QL_ROW_THREADS)
     ql_int8_quantize(const __grid_constant__ ql_rows_params p) {
-    int64_t cols = p.source.cols, step = (int64_t)blockDim.x * QL_RUN;
-    uint32_t limit = p.threshold > 0.0f ? __float_as_uint(p.threshold) : 0x7fffffffu;
+    int64_t cols = p.source.cols;
+    uint32_t limit = __float_as_uint(p.threshold);
     for (int64_t row = blockIdx.x; row < p.source.rows; row += gridDim.x) {
         const void *from = row_of(&p.source, row);
+        uint4 held[HELD];
         float run[QL_RUN];
-        uint32_t most = 0;
-        for (int64_t col = (int)threadIdx.x * QL_RUN; col < cols; col += step) {
-            load_run(run, from, p.source.type, p.source.vector, col, cols);
-#pragma unroll
-            for (int i = 0; i < QL_RUN; i++) {
-                uint32_t magnitude = magnitude_bits(run[i]);
-                most = max(most, is_outlier(magnitude, limit) ? 0 : magnitude);
-            }
-        }
+        bool is_held = hold_row(held, &p.source, from);
+        uint32_t most = p.threshold > 0.0f ? inlier_magnitude(&p.source, from, limit)
+                        : is_held          ? held_magnitude(held, p.source.type)
+                                           : row_magnitude(&p.source, from);
         most = block_max(most);
-        float absmax = __uint_as_float(most);
-        bool zero = most == 0 || most >= 0x7f800000u;
-        float lift = absmax < 0x1p-100f ? 0x1p100f : 1.0f, factor = __fdiv_rn(127.0f, __fmul_rn(absmax, lift));
+        float absmax = __uint_as_float(most), lift = absmax < 0x1p-100f ? 0x1p100f : 1.0f;
+        int8_row by = {limit, lift, __fdiv_rn(127.0f, __fmul_rn(absmax, lift)), most == 0 || most >= 0x7f800000u};
         uint8_t *codes = (uint8_t *)p.codes + row * cols;
-        for (int64_t col = (int)threadIdx.x * QL_RUN; col < cols; col += step) {
-            int code[QL_RUN];
-            load_run(run, from, p.source.type, p.source.vector, col, cols);
-#pragma unroll
-            for (int i = 0; i < QL_RUN; i++) {
-                /* Adding 1.5 * 2^23 leaves the sum's last place at 1: the addition itself rounds half to even. */
-                bool dropped = zero || is_outlier(magnitude_bits(run[i]), limit) ||
-                               (p.outliers && col + i < cols && p.outliers[col + i]);
-                float shifted = __fadd_rn(__fmul_rn(__fmul_rn(run[i], lift), factor), 0x1.8p23f);
-                code[i] = dropped ? 0 : (int)__float_as_uint(shifted) - 0x4b400000;
-            }
-            store_bytes(codes, cols % QL_RUN == 0, col, cols, code);
-        }
         if (threadIdx.x == 0) ((float *)p.scales)[row] = absmax;
+        if (is_held) {
+#pragma unroll
+            for (int i = 0; i < HELD; i++) {
+                unpack_run(run, held[i], p.source.type);
+                if (held_col(i) < cols) store_int8(&p, codes, held_col(i), run, by);
+            }
+            continue;
+        }
+        for (int64_t col = held_col(0); col < cols; col += (int64_t)blockDim.x * QL_RUN) {
+            load_run(run, from, p.source.type, p.source.vector, col, cols);
+            store_int8(&p, codes, col, run, by);
+        }
     }
 }
 
@@ -212,44 +303,51 @@ static __device__ __forceinline__ void encode_e4m3(int *code, const float *run, 
         code[i] = e4m3_from_value(multiply ? __fmul_rn(run[i], factor) : __fdiv_rn(run[i], scale));
 }
 
-/* The scale of a row, and whether codes are by its reciprocal. */
-static __device__ __forceinline__ float fp8_row_scale(const ql_rows_params *p, const void *from) {
-    int64_t cols = p->source.cols;
-    uint32_t most = 0;
+/* The scale of all rows. */
+static __device__ __forceinline__ float fp8_scale_of_all(const ql_rows_params *p) {
     if (p->mode == QL_ROW_STATIC) return p->given_scale ? load_value(p->given_scale, p->given_type, 0) : p->given;
-    if (p->mode == QL_ROW_TENSOR) {
-        for (int64_t row = threadIdx.x; row < p->source.rows; row += blockDim.x)
-            most = max(most, magnitude_bits(p->row_absmax[row]));
-        return e4m3_scale(__uint_as_float(block_max(most)));
-    }
-    for (int64_t col = (int)threadIdx.x * QL_RUN; col < cols; col += (int64_t)blockDim.x * QL_RUN) {
-        float run[QL_RUN];
-        load_run(run, from, p->source.type, p->source.vector, col, cols);
-        most = run_magnitude(most, run);
-    }
-    float absmax = __uint_as_float(block_max(most));
+    uint32_t most = 0;
+    for (int64_t row = threadIdx.x; row < p->source.rows; row += blockDim.x)
+        most = max(most, magnitude_bits(p->row_absmax[row]));
+    return e4m3_scale(__uint_as_float(block_max(most)));
+}
+
+/* The scale of a row of this absmax. */
+static __device__ __forceinline__ float fp8_scale_of_row(const ql_rows_params *p, float absmax) {
     float bound = p->upper_bound ? load_value(p->upper_bound, p->bound_type, 0) : p->bound;
     float scale = __fdiv_rn(absmax > bound ? bound : absmax, 448.0f);
     return scale < p->least_scale ? p->least_scale : scale;
 }
 
-extern "C" __global__ void __launch_bounds__(QL_ROW_THREADS, 2)
-    ql_fp8_quantize(const __grid_constant__ ql_rows_params p) {
+extern "C" __global__ void __launch_bounds__(QL_ROW_THREADS) ql_fp8_quantize(const __grid_constant__ ql_rows_params p) {
     int64_t cols = p.source.cols;
-    float scale = p.mode == QL_ROW_TOKEN ? 1.0f : fp8_row_scale(&p, p.source.data);
-    if (p.mode != QL_ROW_TOKEN && blockIdx.x == 0 && threadIdx.x == 0) ((float *)p.scales)[0] = scale;
+    bool by_token = p.mode == QL_ROW_TOKEN;
+    float scale = by_token ? 1.0f : fp8_scale_of_all(&p);
+    if (!by_token && blockIdx.x == 0 && threadIdx.x == 0) ((float *)p.scales)[0] = scale;
     for (int64_t row = blockIdx.x; row < p.source.rows; row += gridDim.x) {
         const void *from = row_of(&p.source, row);
-        if (p.mode == QL_ROW_TOKEN) {
-            scale = fp8_row_scale(&p, from);
+        uint4 held[HELD];
+        float run[QL_RUN];
+        int code[QL_RUN];
+        bool is_held = hold_row(held, &p.source, from);
+        if (by_token) {
+            uint32_t most = is_held ? held_magnitude(held, p.source.type) : row_magnitude(&p.source, from);
+            scale = fp8_scale_of_row(&p, __uint_as_float(block_max(most)));
             if (threadIdx.x == 0) ((float *)p.scales)[row] = scale;
         }
         uint8_t *codes = (uint8_t *)p.codes + row * cols;
-        for (int64_t col = (int)threadIdx.x * QL_RUN; col < cols; col += (int64_t)blockDim.x * QL_RUN) {
-            float run[QL_RUN];
-            int code[QL_RUN];
+        if (is_held) {
+#pragma unroll
+            for (int i = 0; i < HELD; i++) {
+                unpack_run(run, held[i], p.source.type);
+                encode_e4m3(code, run, scale, !by_token);
+                if (held_col(i) < cols) store_bytes(codes, true, held_col(i), cols, code);
+            }
+            continue;
+        }
+        for (int64_t col = held_col(0); col < cols; col += (int64_t)blockDim.x * QL_RUN) {
             load_run(run, from, p.source.type, p.source.vector, col, cols);
-            encode_e4m3(code, run, scale, p.mode != QL_ROW_TOKEN);
+            encode_e4m3(code, run, scale, !by_token);
             store_bytes(codes, cols % QL_RUN == 0, col, cols, code);
         }
     }

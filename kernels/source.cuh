@@ -24,6 +24,14 @@ static __device__ __forceinline__ void unpack_bfloats(float *out, uint4 bits) {
     }
 }
 
+/* Eight values of a 16-bit type. */
+static __device__ __forceinline__ void unpack_run(float *out, uint4 bits, int type) {
+    if (type == QL_VALUE_F16)
+        unpack_halves(out, bits);
+    else
+        unpack_bfloats(out, bits);
+}
+
 /* out[i] = fp32 of array[first + i] for i in [0, 8), 0 from `end` on. vector: array + first is at a multiple of 16 bytes. */
 static __device__ __forceinline__ void load_run(float *out, const void *array, int type, bool vector, int64_t first,
                                                 int64_t end) {
@@ -34,11 +42,7 @@ static __device__ __forceinline__ void load_run(float *out, const void *array, i
             *(float4 *)(out + 4) = from[1];
             return;
         }
-        uint4 bits = *(const uint4 *)((const uint16_t *)array + first);
-        if (type == QL_VALUE_F16)
-            unpack_halves(out, bits);
-        else
-            unpack_bfloats(out, bits);
+        unpack_run(out, *(const uint4 *)((const uint16_t *)array + first), type);
         return;
     }
 #pragma unroll
@@ -85,14 +89,15 @@ static __device__ __forceinline__ uint32_t block_max(uint32_t value) {
     return value;
 }
 
-/* a / b for what is rounded to a whole number afterwards: the quotient itself, or a float so close to it that no half lies
- * between the two. `inverse` is 1 / b rounded, so the product is off by less than three units in the last place, and only
- * near a half (or where it is no number) the division is needed. Quotients of magnitude 512 and more are clamped by every
- * caller and may be anything as large. */
-static __device__ __forceinline__ float near_quotient(float a, float b, float inverse) {
-    float quotient = __fmul_rn(a, inverse);
-    float fraction = fabsf(__fsub_rn(quotient, rintf(quotient)));
-    return fraction < 0.499f ? quotient : __fdiv_rn(a, b);
+/* *whole = a / b rounded to the nearest whole number, by inverse = 1 / b rounded; false where that may be wrong. The product
+ * is off by less than three units in the last place, so it is right but near a half or where it is no number; beyond 512 it
+ * may be off by some, which every caller clamps. */
+static __device__ __forceinline__ bool round_quotient(int *whole, float a, float inverse) {
+    /* Adding 1.5 * 2^23 rounds to a whole number, which the low bits then are. */
+    float quotient = __fmul_rn(a, inverse), shifted = __fadd_rn(quotient, 0x1.8p23f);
+    *whole = (int)__float_as_uint(shifted) - 0x4b400000;
+    float fraction = __fsub_rn(quotient, __fsub_rn(shifted, 0x1.8p23f));
+    return fabsf(fraction) < 0.499f && fabsf(quotient) < 0x1p20f;
 }
 
 /* FP8's scale of an absmax: absmax / 448, 1 for zero; NaN stays. */

@@ -135,7 +135,7 @@ def layouts(x):
     }
 
 
-SHAPES = [(2, 64), (34, 192), (130, 1088), (4, 8256)]
+SHAPES = [(2, 64), (34, 192), (130, 1088), (4, 8256), (2, 40000)]
 ANY_SHAPES = [(1, 1), (3, 5), (5, 31), (7, 130), (33, 257), (66, 1032), (3, 9001)]
 
 
@@ -187,7 +187,7 @@ def test_int8_quantize(numbers, threshold):
 
 @pytest.mark.parametrize("mode", ["tensor", "token", "group", "block"])
 def test_fp8_quantize(numbers, mode):
-    for x in weights(numbers, [(1, 128), (130, 384), (300, 257), *ANY_SHAPES]):
+    for x in weights(numbers, [(1, 128), (130, 384), (300, 257), (2, 40000), *ANY_SHAPES]):
         check(_qlinear.fp8_quantize, x, mode=mode)
 
 

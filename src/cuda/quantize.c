@@ -42,10 +42,12 @@ static int run(const ql_cuda_place *place, ql_cuda_kernel kernel, ql_cuda_grid g
     return result;
 }
 
-/* A row a block. The longer the row, the more of its threads: fewer rows at a time then, so that they stay in the cache to be
- * read twice. */
-static ql_cuda_grid row_grid(const ql_matrix *rows) {
-    return line(rows->rows, rows->cols > 16384 ? QL_ROW_THREADS : rows->cols > 2048 ? QL_ROW_THREADS / 2 : 256);
+/* A row a block, of as many threads as hold it with four runs each, but no more than `most`: where a row takes 1024 of them
+ * only one fits a multiprocessor, and kernels that do much to a value rather read twice. */
+static ql_cuda_grid row_grid(const ql_matrix *rows, int most) {
+    int threads = 128;
+    while (threads < most && (int64_t)threads * 4 * QL_RUN < rows->cols) threads *= 2;
+    return line(rows->rows, threads);
 }
 
 static bool is_aligned(const void *data, int64_t stride, ql_dtype dtype) {
@@ -110,7 +112,7 @@ int ql_cuda_eetq_quantize(const ql_cuda_place *place, uint8_t *packed, void *sca
                           const ql_matrix *rows, char message[QL_CUDA_MESSAGE]) {
     ql_rows_params p = {
         .codes = packed, .scales = scales, .source = source_of(rows), .scales_type = (int32_t)scales_dtype};
-    return run(place, QL_KERNEL_ql_eetq_quantize, row_grid(rows), &p, message);
+    return run(place, QL_KERNEL_ql_eetq_quantize, row_grid(rows, QL_ROW_THREADS / 2), &p, message);
 }
 
 int ql_cuda_eetq_codes(const ql_cuda_place *place, int8_t *codes, void *scales, ql_dtype scales_dtype,
@@ -130,7 +132,7 @@ int ql_cuda_int8_quantize(const ql_cuda_place *place, int8_t *codes, float *absm
                           float threshold, const uint8_t *outliers, char message[QL_CUDA_MESSAGE]) {
     ql_rows_params p = {
         .codes = codes, .scales = absmax, .source = source_of(rows), .outliers = outliers, .threshold = threshold};
-    return run(place, QL_KERNEL_ql_int8_quantize, row_grid(rows), &p, message);
+    return run(place, QL_KERNEL_ql_int8_quantize, row_grid(rows, QL_ROW_THREADS), &p, message);
 }
 
 int ql_cuda_int8_outliers(const ql_cuda_place *place, uint8_t *outliers, const ql_matrix *rows, float threshold,
@@ -162,15 +164,18 @@ int ql_cuda_fp8_static(const ql_cuda_place *place, uint8_t *codes, float *scales
                         .given = scale->value,
                         .given_scale = scale->data,
                         .given_type = (int32_t)scale->dtype};
-    return run(place, QL_KERNEL_ql_fp8_quantize, row_grid(rows), &p, message);
+    return run(place, QL_KERNEL_ql_fp8_quantize, row_grid(rows, QL_ROW_THREADS / 2), &p, message);
 }
 
 int ql_cuda_fp8_tensor(const ql_cuda_place *place, uint8_t *codes, float *scales, const ql_matrix *rows, float *absmax,
                        char message[QL_CUDA_MESSAGE]) {
     ql_rows_params p = {
         .codes = codes, .scales = scales, .source = source_of(rows), .mode = QL_ROW_TENSOR, .row_absmax = absmax};
+    /* Each block takes the maximum of all rows first: no more blocks than a GPU has at once. */
+    ql_cuda_grid grid = row_grid(rows, QL_ROW_THREADS / 2);
+    if (grid.x > 1024) grid.x = 1024;
     if (row_absmax(place, absmax, rows, message) < 0) return -1;
-    return run(place, QL_KERNEL_ql_fp8_quantize, row_grid(rows), &p, message);
+    return run(place, QL_KERNEL_ql_fp8_quantize, grid, &p, message);
 }
 
 int ql_cuda_fp8_tokens(const ql_cuda_place *place, uint8_t *codes, float *scales, const ql_matrix *rows,
@@ -183,7 +188,7 @@ int ql_cuda_fp8_tokens(const ql_cuda_place *place, uint8_t *codes, float *scales
                         .upper_bound = upper_bound->data,
                         .bound_type = (int32_t)upper_bound->dtype,
                         .least_scale = 1.0f / (448.0f * 512.0f)};
-    return run(place, QL_KERNEL_ql_fp8_quantize, row_grid(rows), &p, message);
+    return run(place, QL_KERNEL_ql_fp8_quantize, row_grid(rows, QL_ROW_THREADS / 2), &p, message);
 }
 
 int ql_cuda_fp8_blocks(const ql_cuda_place *place, uint8_t *codes, float *scales, const ql_matrix *rows,

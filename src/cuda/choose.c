@@ -12,6 +12,23 @@
 /* In the order of preference among those meant for the rows at hand. */
 static const ql_cuda_product_engine *const engines[] = {&ql_cuda_decode, &ql_cuda_wgmma, &ql_cuda_mma, NULL};
 
+/* The most rows for which the decode kernels beat wgmma, by code, for K up to 8192 and beyond, where x is spread over
+ * clusters. An H200's us at 16 rows, decode / wgmma, 4096x6144, 4096x28672, 8192x10240, 14336x4096: 4 bit 14.6 / 16.2,
+ * 30.4 / 36.3, 24.6 / 29.2, 35.3 / 25.9; 8 bit 16.2 / 14.6, 42.0 / 34.8, 34.0 / 30.1, 44.3 / 23.5. */
+static const struct {
+    int8_t near, far;
+} decode_rows[QL_CODE_COUNT] = {
+    [QL_CODE_INT2] = {16, 8}, [QL_CODE_INT3] = {16, 8},   [QL_CODE_INT4] = {16, 8},
+    [QL_CODE_INT8] = {8, 8},  [QL_CODE_TABLE4] = {16, 8}, [QL_CODE_E4M3] = {0, 0},
+};
+
+/* Whether the table gives the problem to this engine, if it takes it. */
+static bool is_meant(int engine, const ql_cuda_device *device, const ql_cuda_problem *problem) {
+    if (engines[engine] == &ql_cuda_decode && device->properties.major == 9)
+        return problem->m <= (problem->k <= 8192 ? decode_rows[problem->code].near : decode_rows[problem->code].far);
+    return problem->m <= engines[engine]->most_rows;
+}
+
 static bool base_wanted;
 static pthread_once_t wish_read = PTHREAD_ONCE_INIT;
 
@@ -82,7 +99,7 @@ ql_cuda_plan ql_cuda_choose(const ql_cuda_device *device, const ql_packed_params
     if (ql_cuda_choice_find(&choice, device->ordinal, &problem))
         for (int i = 0; engines[i] && !plan.engine; i++) plan = plan_with(engines[i], device, params, choice);
     for (int i = 0; engines[i] && !plan.engine; i++)
-        if (problem.m <= engines[i]->most_rows && preferred(&choice, i, device, &problem))
+        if (is_meant(i, device, &problem) && preferred(&choice, i, device, &problem))
             plan = plan_with(engines[i], device, params, choice);
     return plan;
 }
@@ -124,7 +141,7 @@ int ql_cuda_candidates(ql_cuda_choice out[QL_CUDA_MOST_CANDIDATES], const ql_cud
     if (base_wanted || problem->x_type == QL_VALUE_F32) return 0;
     for (int meant = 1; meant >= 0; meant--)
         for (int i = 0; engines[i]; i++)
-            if ((problem->m <= engines[i]->most_rows) == meant)
+            if (is_meant(i, device, problem) == meant)
                 count += engines[i]->candidates(out + count, QL_CUDA_MOST_CANDIDATES - count, device, problem);
     return count;
 }

@@ -13,7 +13,8 @@
 /* An engine: kernels of one design with their host side. Each has one of these in its header. None of the functions but
  * launch may be slow: each call asks them. */
 typedef struct ql_cuda_product_engine {
-    /* The most rows of x that it is meant for, where the table chooses; it takes more if candidates says so. */
+    /* The most rows of x that it is meant for, where the table of choose.c does not say more; it takes more if candidates
+     * says so. */
     int64_t most_rows;
     /* What it could run the problem with on this GPU, its own preference first, at most `room`; how many. 0: nothing, as for
      * a code or an architecture that it has no kernels for. */

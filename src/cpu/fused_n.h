@@ -32,7 +32,8 @@ typedef struct n_parts {
     int64_t part, parts;   /* columns of K a part, a multiple of MAX_CHUNK; it depends on K alone */
     int64_t strip, strips; /* rows of W a strip, a multiple of BLOCK; sums do not depend on it */
     int64_t width;         /* rows of W in whole blocks */
-    float *sums;           /* [parts][m + 1][width] in n_order; a part's last row holds scales of AWQ's group at hand */
+    int64_t rows;          /* of sums: m, times the pieces of each row of x */
+    float *sums; /* [parts][rows + 1][width] in n_order; a part's last row holds scales of AWQ's group at hand */
 } n_parts;
 
 typedef struct n_item {
@@ -45,14 +46,14 @@ typedef struct n_item {
 static n_item n_item_of(const n_parts *parts, int64_t index) {
     const ql_product *product = parts->product;
     const int64_t part = index / parts->strips, col = part * parts->part, row = index % parts->strips * parts->strip;
-    float *sums = parts->sums + part * (product->m + 1) * parts->width;
+    float *sums = parts->sums + part * (parts->rows + 1) * parts->width;
     n_item item = {.col = col,
                    .col_end = min_of(col + parts->part, product->weight->k),
                    .row = row,
                    .row_end = min_of(row + parts->strip, product->weight->n),
                    .sums = sums,
-                   .scales = sums + product->m * parts->width};
-    for (int64_t m = 0; m < product->m; m++)
+                   .scales = sums + parts->rows * parts->width};
+    for (int64_t m = 0; m < parts->rows; m++)
         memset(sums + m * parts->width + row, 0,
                (size_t)(min_of(row + parts->strip, parts->width) - row) * sizeof *sums);
     return item;
@@ -62,16 +63,18 @@ static n_item n_item_of(const n_parts *parts, int64_t index) {
 static void n_store(void *context, int64_t begin, int64_t end) {
     const n_parts *parts = context;
     const ql_product *product = parts->product;
-    const int64_t n = product->weight->n, next_part = (product->m + 1) * parts->width;
+    const int64_t n = product->weight->n, next_part = (parts->rows + 1) * parts->width;
+    const int64_t pieces = parts->rows / product->m;
     for (int64_t block = begin; block < end; block++) {
         for (int64_t m = 0; m < product->m; m++) {
-            const float *from = parts->sums + m * parts->width + block * BLOCK;
+            const float *from = parts->sums + m * pieces * parts->width + block * BLOCK;
             float natural[BLOCK];
             for (int v = 0; v < 8; v++) {
                 float lane[LANES];
-                vf sum = vf_load(from + v * LANES);
-                for (int64_t part = 1; part < parts->parts; part++)
-                    sum = sum + vf_load(from + part * next_part + v * LANES);
+                vf sum = vf_set(0);
+                for (int64_t part = 0; part < parts->parts; part++)
+                    for (int64_t piece = 0; piece < pieces; piece++)
+                        sum = sum + vf_load(from + part * next_part + piece * parts->width + v * LANES);
                 vf_store(lane, sum);
                 for (int i = 0; i < LANES; i++) natural[parts->order[v * LANES + i]] = lane[i];
             }
@@ -94,7 +97,7 @@ static int n_parts_run(n_parts *parts, void (*body)(void *context, int64_t begin
     parts->strip = (blocks + strips - 1) / strips * BLOCK;
     parts->width = blocks * BLOCK;
     parts->strips = (parts->width + parts->strip - 1) / parts->strip;
-    parts->sums = malloc((size_t)(parts->parts * (product->m + 1) * parts->width) * sizeof *parts->sums);
+    parts->sums = malloc((size_t)(parts->parts * (parts->rows + 1) * parts->width) * sizeof *parts->sums);
     if (!parts->sums) return -1;
     ql_cpu_parallel(parts->parts * parts->strips, 1, body, parts);
     ql_cpu_parallel(blocks, 1 + blocks / (2 * ql_cpu_thread_count()), n_store, parts);
@@ -282,7 +285,7 @@ INLINE void n_awq_chunk(float *sums, int64_t width, const int32_t *from, int64_t
 }
 
 /* Columns of a chunk: the longer, the fewer times sums are read and written; the next must fit the second cache. */
-INLINE int64_t awq_chunk(int m_count) { return m_count == 1 ? 16 : 64; }
+INLINE int64_t awq_chunk(int m_count) { return m_count <= 2 ? 16 : 64; }
 
 /* Of the vectors of a row of words, 8 times as many codes. */
 INLINE int awq_vectors(int m_count) {
@@ -361,7 +364,7 @@ static int n_fused_linear(const ql_product *product) {
     static loop_body *const awq_bodies[MAX_FUSED_ROWS] = BODIES(awq_fused);
     const bool awq = product->weight->format == QL_FORMAT_AWQ;
     const int bits = awq ? 4 : product->weight->gptq.bits;
-    n_fused work = {.parts.product = product};
+    n_fused work = {.parts = {.product = product, .rows = product->m}};
     n_decoder_init(&work.decoder, bits);
     return n_parts_run(&work.parts,
                        awq ? awq_bodies[product->m - 1] : gptq_bodies[bits == 8 ? 3 : bits - 2][product->m - 1]);

@@ -1,5 +1,6 @@
 """10,000 calls of every entry point, those that fail included, leave as much memory in use as they found."""
 
+import contextlib
 import ctypes
 import gc
 import platform
@@ -166,12 +167,29 @@ ENTRIES = [
 ]
 # Their arguments are other projects' layouts; the errors below go through them all the same.
 ONLY_ERRORS = ["awq_from_gemv", "awq_from_gemv_fast", "awq_from_marlin"]
+# Positional numbers and no tensor; without a GPU the last two have nothing but an error.
+PROBLEM = (0, "int4", 256, 256, 128, "float16", 4)
+NUMBERS = [
+    ("choice_bucket", (7,)),
+    ("set_cuda_overlap", (True,)),
+    ("candidates", PROBLEM),
+    ("set_choice", (*PROBLEM, None, 0)),
+]
 LAYERS = [entry for entry in ENTRIES if entry[0][0].isupper()]
 
 
 def test_every_entry_point_is_here():
     public = {name for name in dir(_qlinear) if not name.startswith("_")} - {"Layer", "DLPackArray", "Shortcut"}
-    assert public == {name for name, _, _ in ENTRIES} | set(ONLY_ERRORS)
+    assert public == {name for name, *_ in (*ENTRIES, *NUMBERS)} | set(ONLY_ERRORS)
+
+
+@pytest.mark.parametrize(("name", "arguments"), NUMBERS)
+def test_calls_with_numbers(name, arguments):
+    def call():
+        with contextlib.suppress(RuntimeError):
+            getattr(_qlinear, name)(*arguments)
+
+    check_no_leak(call)
 
 
 def label(entry):

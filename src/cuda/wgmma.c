@@ -60,14 +60,10 @@ static memory memory_of(const variant *v, int room) {
     return m;
 }
 
-/* Lower is better: how well a variant suits so many rows of x. */
+/* Lower is better: each tile of tokens costs its products, and decoding the weights once. */
 static int64_t rank(const variant *v, const ql_cuda_problem *problem) {
-    const int64_t tokens = ceil_div(problem->m, v->tokens) * v->tokens;
-    int64_t cost = tokens * 4;
-    if (v->rows == 256) cost += problem->m > 128 ? -tokens : tokens;
-    if (v->steps == 1) cost *= 4;
-    if (v->scaling == QL_SCALES_OUTPUTS) cost -= 1;
-    return cost;
+    const int64_t cost = ceil_div(problem->m, v->tokens) * (v->tokens + 64) * 8;
+    return (v->steps == 1 ? cost * 4 : cost) - (v->scaling == QL_SCALES_OUTPUTS);
 }
 
 static bool serves(const variant *v, const ql_cuda_device *device, const ql_cuda_problem *problem) {

@@ -127,9 +127,9 @@ static void bf16_range(void *context, int64_t begin, int64_t end) {
 }
 
 /* Fewer rows than that in fp32, where pairs do not suit the format: panels would have to be made in either case. */
-/* fp16's pieces: codes less zeros are exact in bf16. More rows than one pass takes are quicker in fp32. */
+/* fp16's pieces: codes less zeros are exact in bf16. More rows than one pass takes are quicker in fp32, and AWQ is. */
 static bool bf16_pieces_suit(const ql_weight *weight, int64_t rows) {
-    return rows <= MAX_FUSED_ROWS && weight->k > 0 && has_n_lanes(weight) && n_pairs_fits(weight);
+    return rows <= MAX_FUSED_ROWS && weight->k > 0 && weight->format == QL_FORMAT_GPTQ && n_pairs_fits(weight);
 }
 
 static bool bf16_suits(const ql_weight *weight, int64_t m) { return m > BF16_FUSED_ROWS || pairs_fit(weight); }

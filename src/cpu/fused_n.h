@@ -285,7 +285,7 @@ INLINE void n_awq_chunk(float *sums, int64_t width, const int32_t *from, int64_t
 }
 
 /* Columns of a chunk: the longer, the fewer times sums are read and written; the next must fit the second cache. */
-INLINE int64_t awq_chunk(int m_count) { return m_count <= 2 ? 16 : 64; }
+INLINE int64_t awq_chunk(int m_count) { return m_count == 1 ? 16 : 64; }
 
 /* Of the vectors of a row of words, 8 times as many codes. */
 INLINE int awq_vectors(int m_count) {

@@ -102,49 +102,71 @@ static int cut(ql_decode_params *p, const ql_packed_params *product, int multipr
     return at;
 }
 
-/* Warps of a team: as many as batches divide well over and a block divides into. */
-static int preferred_warps(int64_t batches) {
-    const int all = QL_DECODE_THREADS / 32;
-    int best = 1;
-    double best_use = 0;
-    for (int warps = 16; warps >= 4; warps--) {
-        if (warps > all || warps > batches) continue;
-        const double use = (double)batches / (double)(ceil_div(batches, warps) * warps) * (all / warps * warps) / all;
-        if (use > best_use + 0.02) {
-            best_use = use;
-            best = warps;
-        }
-    }
-    return best_use > 0 ? best : batches < 16 ? (int)batches : best;
-}
-
 static bool sizes_fit(const ql_packed_params *p) {
     const int64_t places = QL_GROUP_PLACES(p->n, p->groups);
     return p->n > 0 && p->k > 0 && p->n <= INT_MAX - 16 && p->k <= 1 << 26 && places <= INT_MAX &&
            p->x_stride <= INT_MAX / 32 && p->x_stride >= -(INT_MAX / 32);
 }
 
+/* A way to cut a product, and what it costs: the batches that one warp walks, where the multiprocessors share strips, and
+ * an eighth more in a cluster larger than x needs. Of equal ones the smaller cluster, then the one whose warps are idle
+ * least, then the one with most of them. */
+typedef struct way {
+    int64_t cost;
+    int cluster, idle, warps;
+} way;
+
+static bool is_better(const way *a, const way *b) {
+    if (a->cost != b->cost) return a->cost < b->cost;
+    if (a->cluster != b->cluster) return a->cluster < b->cluster;
+    return a->idle != b->idle ? a->idle < b->idle : a->warps > b->warps;
+}
+
+enum { WIDTHS = 6, CLUSTERS = 2 };
+
+/* Inserts into ways, which are sorted, those of a cluster size that fit; how many there are then. */
+static int add_ways(way ways[WIDTHS * CLUSTERS], int count, const ql_cuda_device *device,
+                    const ql_packed_params *product, int cluster) {
+    const int all = QL_DECODE_THREADS / 32, weight = count ? 9 : 8;
+    const int64_t whole = ceil_div(product->k, QL_DECODE_BATCH_K(product->code)), batches = ceil_div(whole, cluster);
+    /* Each block has a part of K. */
+    if (batches * (cluster - 1) >= whole) return count;
+    const int widths[WIDTHS] = {16, 14, 8, 7, 4, batches < 4 ? (int)batches : 0};
+    ql_decode_params cut_params;
+    for (int i = 0; i < WIDTHS; i++) {
+        const int warps = widths[i];
+        if (warps < 1 || warps > all || warps > batches ||
+            cut(&cut_params, product, device->properties.multiprocessors, warps, cluster) >
+                device->properties.shared_bytes)
+            continue;
+        const int64_t turns = ceil_div(batches, warps), teams = all / warps;
+        const int64_t strips = ceil_div(product->n, QL_STRIP);
+        const int64_t rounds = ceil_div(strips, teams * (device->properties.multiprocessors / cluster));
+        const way new = {rounds * turns * weight, cluster, (int)(turns * warps - batches), warps};
+        int place = count++;
+        for (; place > 0 && is_better(&new, &ways[place - 1]); place--) ways[place] = ways[place - 1];
+        ways[place] = new;
+    }
+    return count;
+}
+
 static int candidates(ql_cuda_choice *out, int room, const ql_cuda_device *device, const ql_cuda_problem *problem) {
     const int kernel = kernel_of(problem);
     if (kernel == UNWANTED || !device->kernels[kernel]) return 0;
+    ql_packed_params product = {.m = problem->m, .n = problem->n, .k = problem->k, .code = problem->code};
+    product.group_size = problem->group_size;
+    product.groups = ceil_div(problem->k, problem->group_size);
+    if (!sizes_fit(&product)) return 0;
     const int most = device->properties.major >= 9 ? MOST_CLUSTER : 1;
-    int count = 0;
-    for (int cluster = 1; cluster <= most; cluster *= 2) {
-        ql_packed_params product = {.m = problem->m, .n = problem->n, .k = problem->k, .code = problem->code};
-        product.group_size = problem->group_size;
-        product.groups = ceil_div(problem->k, problem->group_size);
-        if (!sizes_fit(&product)) return 0;
-        ql_decode_params cut_params;
-        const int64_t batches = ceil_div(ceil_div(problem->k, QL_DECODE_BATCH_K(problem->code)), cluster);
-        const int warps = preferred_warps(batches), tried[] = {warps, warps == 16 ? 8 : 16};
-        for (int i = 0; i < 2 && count < room; i++) {
-            if (tried[i] > batches || tried[i] > QL_DECODE_THREADS / 32) continue;
-            const int bytes = cut(&cut_params, &product, device->properties.multiprocessors, tried[i], cluster);
-            if (bytes > device->properties.shared_bytes) continue;
-            out[count++] = (ql_cuda_choice){.kernel = (ql_cuda_kernel)kernel, .parameter = tried[i] + 32 * cluster};
-        }
-        if (count) break;
+    way ways[WIDTHS * CLUSTERS];
+    int count = 0, smallest = 0;
+    for (int cluster = 1; cluster <= most && (!smallest || cluster <= 2 * smallest); cluster *= 2) {
+        count = add_ways(ways, count, device, &product, cluster);
+        if (count && !smallest) smallest = cluster;
     }
+    if (count > room) count = room;
+    for (int i = 0; i < count; i++)
+        out[i] = (ql_cuda_choice){.kernel = (ql_cuda_kernel)kernel, .parameter = ways[i].warps + 32 * ways[i].cluster};
     return count;
 }
 

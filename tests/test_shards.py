@@ -166,3 +166,15 @@ def test_broken_indices(tmp_path):
     written(good)
     (tmp_path / second).write_bytes(safetensors_bytes(TENSORS))
     refused(tmp_path, f"tensor 'a' is in two files, .*{first} and .*{second}")
+
+
+@pytest.mark.parametrize("size", [0x280, 0x380, 0x480, 0x580])
+def test_a_header_whose_size_begins_as_a_pickle_does(tmp_path, size):
+    def padded(header, data):
+        text = json.dumps(header).encode()
+        return text + b" " * (size - len(text)), data
+
+    content = safetensors_bytes(TENSORS, change=padded)
+    assert content[:2] == struct.pack("<H", size)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    assert set(Shards(tmp_path)) == set(TENSORS)

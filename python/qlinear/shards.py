@@ -96,11 +96,13 @@ def read_header(path: Path) -> dict[str, Entry]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            head = file.read(8)
+            head, opening = file.read(8), file.read(1)
             count = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-            if head[:2] in _PICKLES or head[:4] == b"PK\x03\x04":
+            # The size of a header may begin with the same bytes.
+            is_other = opening != b"{"
+            if is_other and (head[:2] in _PICKLES or head[:4] == b"PK\x03\x04"):
                 raise ValueError(f"{path}: is a pickle, which could run anything when loaded, not safetensors")
-            if head[:4] == b"GGUF":
+            if is_other and head[:4] == b"GGUF":
                 raise ValueError(f"{path}: is a GGUF file, not safetensors")
             if len(head) < 8:
                 raise ValueError(f"{path}: is cut short: {size} bytes, the size of the header takes 8")
@@ -108,6 +110,7 @@ def read_header(path: Path) -> dict[str, Entry]:
                 raise ValueError(f"{path}: says that its header has {count} bytes, at most {_LARGEST_HEADER} are read")
             if 8 + count > size:
                 raise ValueError(f"{path}: is cut short: its header has {count} bytes, the file {size}")
+            file.seek(8)
             text = file.read(count)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None

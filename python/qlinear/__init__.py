@@ -15,6 +15,7 @@ _HOMES = {
     "layers.bnb": ("Linear4bit", "Linear8bitLt", "warn_deprecate_bnb"),
     "layers.fp8": ("Fp8Linear", "apply_fp8_linear"),
     "layers.linear": ("FastLinear", "get_linear"),
+    "checkpoint": ("load_checkpoint",),
     "model": ("Report", "dequantize", "replace_linear", "to_linear"),
     "tuning": ("autotune",),
 }
@@ -37,6 +38,7 @@ __all__ = [
     "functional",
     "get_linear",
     "layers",
+    "load_checkpoint",
     "model",
     "replace_linear",
     "to_linear",
@@ -45,6 +47,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from . import functional, layers, model
+    from .checkpoint import load_checkpoint
     from .layers.awq import AWQLinear
     from .layers.bnb import Linear4bit, Linear8bitLt, warn_deprecate_bnb
     from .layers.eetq import EETQLinear

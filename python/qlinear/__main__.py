@@ -1,4 +1,4 @@
-"""python -m qlinear demo | info"""
+"""python -m qlinear demo | info | inspect"""
 
 from __future__ import annotations
 
@@ -37,8 +37,23 @@ def _info(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _inspect(arguments: argparse.Namespace) -> int:
+    from . import inspection
+
+    try:
+        found = inspection.collect(arguments.directory)
+    except ValueError as error:
+        print(f"qlinear inspect: {error}", file=sys.stderr)
+        return 2
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+    else:
+        inspection.print_found(found)
+    return 1 if found["refused"] else 0
+
+
 def main(argv: list[str] | None = None) -> int:
-    """0: all well; 1: a bar of the demo was missed; 2: it cannot run here."""
+    """0: all well; 1: a bar of the demo was missed, a layer cannot be loaded; 2: it cannot run here, or read that."""
     parser = argparse.ArgumentParser(prog="python -m qlinear", description="Quantized linear layers for PyTorch.")
     commands = parser.add_subparsers(required=True, metavar="command")
     demo = commands.add_parser("demo", help="run a real model with each format and compare")
@@ -46,7 +61,10 @@ def main(argv: list[str] | None = None) -> int:
     demo.set_defaults(run=_demo)
     info = commands.add_parser("info", help="show versions, what was found and what is missing")
     info.set_defaults(run=_info)
-    for command in (demo, info):
+    inspect = commands.add_parser("inspect", help="show what a checkpoint's layers are, and what would be refused")
+    inspect.add_argument("directory", help="a directory with safetensors files")
+    inspect.set_defaults(run=_inspect)
+    for command in (demo, info, inspect):
         command.add_argument("--json", action="store_true", help="print JSON for programs")
     arguments = parser.parse_args(argv)
     return arguments.run(arguments)

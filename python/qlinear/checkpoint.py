@@ -1,0 +1,270 @@
+"""load_checkpoint: a directory of safetensors files into any nn.Module, quantized layers as what they are.
+
+Everything is planned from the headers of the files before the model is touched, loaded beside the model, and put into
+it at the end: an error leaves the model as it was. A model on the meta device takes no memory meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .detect import Layer, detect
+from .layers._module import QuantizedLinear
+from .layers.awq import AWQLinear
+from .layers.bnb import Linear4bit, Linear8bitLt
+from .layers.eetq import EETQLinear
+from .layers.fp8 import Fp8Linear
+from .layers.gptq import QuantLinear
+from .model import Report, _Bar, _is_conv1d, _nbytes, _owners, _weights_of_attention
+from .quantization_config import read_config
+from .shards import Shards
+
+_CLASSES: dict[str, type[QuantizedLinear]] = {
+    "gptq": QuantLinear,
+    "awq": AWQLinear,
+    "eetq": EETQLinear,
+    "bitsandbytes": Linear8bitLt,
+    "bitsandbytes-nf4": Linear4bit,
+    "bitsandbytes-fp4": Linear4bit,
+    "fp8": Fp8Linear,
+}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Of the problems of one directory.
+_SHOWN = 20
+
+
+@dataclass
+class _Slot:
+    """A tensor of the model that is no quantized layer's: wherever it is held, and its name in the files."""
+
+    tensor: Tensor
+    places: list[tuple[dict, str]] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    source: str = ""
+
+
+@dataclass
+class _Plan:
+    layers: list[Layer] = field(default_factory=list)
+    slots: list[_Slot] = field(default_factory=list)
+    # Buffers that no file has, and that only move.
+    moved: list[_Slot] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def _size(module: nn.Module) -> tuple[int, int] | None:
+    """(K, N) of what a quantized layer may replace."""
+    if isinstance(module, (nn.Linear, QuantizedLinear)):
+        return module.in_features, module.out_features
+    return tuple(module.weight.shape) if _is_conv1d(module) else None
+
+
+def _obstacle(module: nn.Module) -> str:
+    """Why a linear-like module must stay; an empty string where nothing speaks against replacing it."""
+    if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
+        return f"{type(module).__name__} is a subclass of nn.Linear, whose users may read its weight"
+    if nn.utils.parametrize.is_parametrized(module):
+        return "its parameters are parametrized"
+    if any(vars(module).get(key) for key in _HOOKS):
+        return "it has hooks, which its replacement would lose"
+    return ""
+
+
+def _plan_layer(plan: _Plan, layer: Layer, module: nn.Module | None, shards: Shards, reserved: dict[int, str]) -> None:
+    where = f"{layer.name}: {layer.format}"
+    size = None if module is None else _size(module)
+    if module is None or not layer.name:
+        plan.problems.append(
+            f"{where}: the model has no such module" if layer.name else f"{where}: it is the model itself"
+        )
+    elif size is None:
+        plan.problems.append(f"{where}: in the model it is a {type(module).__name__}, which is no linear layer")
+    elif size != (layer.in_features, layer.out_features):
+        plan.problems.append(
+            f"{where}: has {layer.in_features} inputs and {layer.out_features} outputs, "
+            f"the model's {size[0]} and {size[1]}"
+        )
+    elif obstacle := _obstacle(module) or reserved.get(id(module), ""):
+        plan.problems.append(f"{where}: cannot be replaced: {obstacle}")
+    elif module.bias is not None and "bias" not in layer.tensors:
+        plan.problems.append(f"missing: {layer.name}.bias")
+    # Some writers give each layer a bias, zero where there was none.
+    elif module.bias is None and "bias" in layer.tensors and shards.tensor(layer.tensors["bias"]).any():
+        plan.problems.append(f"unexpected: {layer.tensors['bias']} is not zero, the model's layer has no bias")
+    else:
+        plan.layers.append(layer)
+
+
+def _slots(model: nn.Module, replaced: set[int]) -> tuple[list[_Slot], list[_Slot]]:
+    """(the tensors that the files must have, the buffers that no file has), each once however often it is held."""
+    kept: dict[int, _Slot] = {}
+    moved: dict[int, _Slot] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if id(module) in replaced:
+            continue
+        for store in (module._parameters, module._buffers):
+            for key, tensor in store.items():
+                if tensor is None:
+                    continue
+                to = moved if store is module._buffers and key in module._non_persistent_buffers_set else kept
+                slot = to.setdefault(id(tensor), _Slot(tensor))
+                slot.names.append(f"{prefix}.{key}" if prefix else key)
+                if not any(held is store and name == key for held, name in slot.places):
+                    slot.places.append((store, key))
+    return list(kept.values()), list(moved.values())
+
+
+def _plan_slot(plan: _Plan, slot: _Slot, shards: Shards) -> None:
+    there = [name for name in dict.fromkeys(slot.names) if name in shards]
+    if not there:
+        plan.problems.append(f"missing: {slot.names[0]}")
+        return
+    slot.source = there[0]
+    entry, tensor = shards[slot.source], slot.tensor
+    floats = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    if entry.dtype != tensor.dtype and not (entry.dtype in floats and tensor.dtype in floats):
+        plan.problems.append(f"{entry.path.name}: {slot.source} is {entry.dtype}, the model's is {tensor.dtype}")
+    elif entry.shape != tuple(tensor.shape):
+        plan.problems.append(
+            f"{entry.path.name}: {slot.source} has the shape {list(entry.shape)}, the model's has {list(tensor.shape)}"
+        )
+    elif any(shards[name].shape != entry.shape or not _is_same(shards, name, slot.source) for name in there[1:]):
+        plan.problems.append(f"{' and '.join(there)} are one tensor in the model, but differ in the files")
+    else:
+        plan.slots.append(slot)
+
+
+def _is_same(shards: Shards, name: str, other: str) -> bool:
+    left, right = shards.tensor(name), shards.tensor(other)
+    return left.dtype == right.dtype and torch.equal(left, right)
+
+
+def _plan(model: nn.Module, shards: Shards) -> _Plan:
+    plan = _Plan()
+    modules = dict(model.named_modules(remove_duplicate=False))
+    sizes = {name: size for name, module in modules.items() if (size := _size(module)) is not None}
+    found = detect(shards, read_config(shards.directory), sizes)
+    plan.problems += [f"{name}: {reason}" for name, reason in found.refused.items()]
+    reserved = _weights_of_attention(model)
+    replaced: dict[int, str] = {}
+    for layer in found.layers.values():
+        module = modules.get(layer.name)
+        if module is not None and id(module) in replaced:
+            plan.problems.append(f"{layer.name} and {replaced[id(module)]} are one module in the model")
+            continue
+        if module is not None:
+            replaced[id(module)] = layer.name
+        _plan_layer(plan, layer, module, shards, reserved)
+    for name, module in modules.items():
+        if isinstance(module, QuantizedLinear) and id(module) not in replaced:
+            plan.problems.append(f"{name}: is quantized in the model, but not in the files")
+            replaced[id(module)] = name
+    refused = {id(modules[name]) for name in found.refused if name in modules}
+    slots, moved = _slots(model, {*replaced, *refused})
+    for slot in slots:
+        _plan_slot(plan, slot, shards)
+    known = {name for slot in (*slots, *moved) for name in slot.names}
+    plan.problems += [f"unexpected: {name}" for name in found.plain if name not in known]
+    for slot in moved:
+        if slot.tensor.is_meta:
+            plan.problems.append(f"{slot.names[0]}: is a buffer on the meta device that no file has: compute it first")
+        else:
+            plan.moved.append(slot)
+    return plan
+
+
+def _device(model: nn.Module) -> torch.device:
+    tensors = (tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta)
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
+def _layer(shards: Shards, layer: Layer, device: torch.device, dtype: torch.dtype | None) -> QuantizedLinear:
+    """The layer on its device; on the way there it is checked by the C types on the mapped tensors."""
+    tensors = {key: shards.tensor(name) for key, name in layer.tensors.items()}
+    try:
+        made = _CLASSES[layer.format].from_tensors(tensors, **layer.options)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        path = shards[next(iter(layer.tensors.values()))].path
+        raise ValueError(f"{path}: {layer.name}: {error}") from error
+    return made.to(device=device, dtype=dtype)
+
+
+def _place(changes: list[tuple[dict, str, object]]) -> None:
+    """Sets key in each store; on an error or an interrupt every store is as before."""
+    before = [(store, key, store[key]) for store, key, _ in changes]
+    try:
+        for store, key, value in changes:
+            store[key] = value
+    except BaseException:
+        for store, key, value in before:
+            store[key] = value
+        raise
+
+
+def load_checkpoint(
+    model: nn.Module,
+    directory: str | os.PathLike,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool | None = None,
+) -> Report:
+    """Loads a directory of safetensors files into model: quantized layers replace the model's linear ones (nn.Linear,
+    transformers' Conv1D), everything else is loaded as it is in the files.
+
+    Which layers are quantized and how is told by their tensors; config.json, quantize_config.json or quant_config.json
+    decides what tensors leave open. device: None is the model's own, the CPU for a model on the meta device. dtype: of
+    biases and of whatever is not quantized, None is the files'. progress: as for replace_linear.
+
+    On the CPU tensors are mapped: they take memory as they are used, and the files must not be written in place.
+    ValueError names every tensor that is missing, unexpected or wrong; after any error the model is as it was.
+    """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
+        raise TypeError(f"dtype must be a floating-point dtype or None, got {dtype!r}")
+    shards = Shards(directory)
+    plan = _plan(model, shards)
+    if plan.problems:
+        shown = [f"  {problem}" for problem in plan.problems[:_SHOWN]]
+        more = [f"  and {len(plan.problems) - _SHOWN} more"] if len(plan.problems) > _SHOWN else []
+        raise ValueError("\n".join([f"{shards.directory} cannot be loaded into this model:", *shown, *more]))
+    device = _device(model) if device is None else torch.device(device)
+    names, _ = _owners(model)
+    report = Report()
+    changes: list[tuple[dict, str, object]] = []
+    bar = _Bar(len(plan.layers) + len(plan.slots), "qlinear: load", progress)
+    try:
+        with torch.no_grad(), torch.inference_mode(False):
+            for layer in plan.layers:
+                old, new = model.get_submodule(layer.name), _layer(shards, layer, device, dtype)
+                report.replaced.append(layer.name)
+                report.bytes_before += _nbytes(old)
+                report.bytes_after += _nbytes(new)
+                new.train(old.training)
+                for place in names[id(old)]:
+                    parent, _, leaf = place.rpartition(".")
+                    changes.append((model.get_submodule(parent)._modules, leaf, new))
+                bar.step()
+            for slot in plan.slots:
+                changes += _changes(slot, _converted(shards.tensor(slot.source), device, dtype))
+                bar.step()
+            for slot in plan.moved:
+                changes += _changes(slot, slot.tensor.to(device))
+    finally:
+        bar.close()
+    _place(changes)
+    return report
+
+
+def _converted(tensor: Tensor, device: torch.device, dtype: torch.dtype | None) -> Tensor:
+    return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+
+
+def _changes(slot: _Slot, tensor: Tensor) -> list[tuple[dict, str, object]]:
+    """One new Parameter or buffer for all the places that shared the old one."""
+    if isinstance(slot.tensor, nn.Parameter):
+        tensor = nn.Parameter(tensor, requires_grad=slot.tensor.requires_grad and tensor.is_floating_point())
+    return [(store, key, tensor) for store, key in slot.places]

@@ -533,17 +533,21 @@ static __device__ __forceinline__ void product(const ql_streamk_params *q, int c
             barrier_init_done();
         }
         __syncthreads();
-        start_next_kernel();
+        /* By a warp that has asked for nothing yet: it is held until what it has asked for is there. */
+        if (lane < WARP) start_next_kernel();
         if (lane == 0) copy_x(q, &l, code, tokens);
         if (lane >= WARP) expand_scales(q, &l, code, type, scaling);
     } else {
         /* A branch that takes its registers before anything else: what it has before must fit in fewer. */
         WARPGROUP_TAKES_REGISTERS(224);
         uint32_t table = 0;
-        code_stream codes = start_codes(q, &l, code, rows, tokens);
-        if (code == QL_CODE_TABLE4) table = fill_pairs(q->product.table, type, scaling);
+        /* First, so that x and scales are asked for before the many codes, which the block would wait for here. */
         __syncthreads();
-        start_next_kernel();
+        code_stream codes = start_codes(q, &l, code, rows, tokens);
+        if (code == QL_CODE_TABLE4) {
+            table = fill_pairs(q->product.table, type, scaling);
+            named_barrier(1, QL_STREAMK_WARPS * WARP);
+        }
         multiply_all(q, &l, codes, table, code, type, rows, tokens, scaling, steps);
     }
 }

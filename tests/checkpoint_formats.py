@@ -41,6 +41,14 @@ def stream(codes, bits):
     return packed[:-1]
 
 
+def planar(codes):
+    """Codes [count, columns] of 3 bits as gptq_p has them: of each 32 two words of low bits, then one of high ones."""
+    blocks = codes.reshape(-1, 32, codes.shape[1]).astype(np.uint64)
+    low = ((blocks & 3).reshape(len(blocks), 2, 16, -1) << (2 * np.arange(16, dtype=np.uint64))[:, None]).sum(2)
+    high = ((blocks >> 2) << np.arange(32, dtype=np.uint64)[:, None]).sum(1, keepdims=True)
+    return np.concatenate([low, high], 1).reshape(-1, codes.shape[1])
+
+
 def nibbles(codes, order):
     """Codes [rows, columns], eight of a row in a word, nibble i of which holds column order[i]."""
     eights = codes.reshape(len(codes), -1, 8)[:, :, order].astype(np.uint64)
@@ -51,7 +59,9 @@ def group_of(K, size):
     return np.arange(K) // (K if size == -1 else size)
 
 
-def gptq(bits, *, version=1, act_order=False, sym=False, g_idx=True):
+def gptq(bits, *, version=1, act_order=False, sym=False, g_idx=True, pack=None):
+    pack = pack or (lambda codes: stream(codes, bits))
+
     def write(rng, N, K, size):
         q = rng.integers(0, 2**bits, (K, N))
         group = rng.permutation(group_of(K, size)) if act_order else group_of(K, size)
@@ -60,8 +70,8 @@ def gptq(bits, *, version=1, act_order=False, sym=False, g_idx=True):
         s = random_scales(rng, G, N)
         stored = (z - 1) % 2**bits if version == 1 else z
         tensors = {
-            "qweight": words(stream(q, bits)),
-            "qzeros": words(stream(stored.T, bits).T),
+            "qweight": words(pack(q)),
+            "qzeros": words(pack(stored.T).T),
             "scales": torch.from_numpy(s),
         }
         if g_idx:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from . import _qlinear
 from .detect import Layer, detect
 from .layers._module import QuantizedLinear
 from .layers.awq import AWQLinear
@@ -186,6 +187,10 @@ def _layer(shards: Shards, layer: Layer, device: torch.device, dtype: torch.dtyp
     """The layer on its device; on the way there it is checked by the C types on the mapped tensors."""
     tensors = {key: shards.tensor(name) for key, name in layer.tensors.items()}
     try:
+        if layer.planar:
+            qzeros = _qlinear.gptq_unplanar(tensors["qzeros"].t().contiguous(), bits=3)
+            tensors["qzeros"] = qzeros.t().contiguous()
+            tensors["qweight"] = _qlinear.gptq_unplanar(tensors["qweight"], bits=3)
         made = _CLASSES[layer.format].from_tensors(tensors, **layer.options)
     except (ValueError, TypeError, NotImplementedError) as error:
         path = shards[next(iter(layer.tensors.values()))].path

@@ -7,7 +7,7 @@ what looks like a format that is not implemented. Only the JSON of bitsandbytes'
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +28,9 @@ _IGNORED = (".k_scale", ".v_scale", ".q_scale", ".output_scale", ".rotary_emb.in
 
 @dataclass(frozen=True)
 class Layer:
-    """A quantized layer: the file's names of its tensors by those that from_tensors takes, and its options."""
+    """A quantized layer: the file's names of its tensors by those that from_tensors takes, and its options.
+
+    planar: GPTQModel's 3-bit layout (gptq_p), whose planes of 2 bits and of 1 are to be put together first."""
 
     name: str
     format: str
@@ -38,6 +40,7 @@ class Layer:
     out_features: int
     nbytes: int
     options: Mapping[str, Any] = field(default_factory=dict)
+    planar: bool = False
 
 
 @dataclass
@@ -252,10 +255,10 @@ def _made_of(group: _Group, storage: _Storage, codes: str, scales: str) -> Layer
     if "g_idx" in group.entries:
         group.check("g_idx", (torch.int32, torch.int64))
     said = str(config.values.get("checkpoint_format") or config.values.get("format") or "gptq")
-    if said not in ("gptq", "gptq_v2", "gptq_p") or (said == "gptq_p" and storage.bits == 3):
+    if said not in ("gptq", "gptq_v2", "gptq_p"):
         raise ValueError(f"{config.source} says checkpoint_format {said:.60}, which is not implemented")
     # Files that say gptq may hold zeros of v2: where they can be told, the layer does.
-    return group.made(
+    made = group.made(
         "gptq",
         f"{storage.bits} bits, group_size {group_size}",
         ("qweight", "qzeros", "scales", "g_idx"),
@@ -265,6 +268,7 @@ def _made_of(group: _Group, storage: _Storage, codes: str, scales: str) -> Layer
         zero_format="auto" if said == "gptq" else "gptq_v2",
         in_features=storage.in_features,
     )
+    return replace(made, planar=said == "gptq_p" and storage.bits == 3)
 
 
 # EETQ, bitsandbytes, FP8

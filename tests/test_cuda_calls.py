@@ -288,8 +288,9 @@ def test_outputs_and_scratch_come_back(case, M):
     layer(x)
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
-    # The output, scratch of a row or two of fp32 for each row of x, the allocator's rounding.
-    assert peak <= 4 * M * (K + N) * 4 + (1 << 20)
+    # The output, scratch of a row or two of fp32 for each row of x, partial sums of a tile for each multiprocessor, the
+    # allocator's rounding.
+    assert peak <= 4 * M * (K + N) * 4 + (16 << 20)
 
 
 @every_case

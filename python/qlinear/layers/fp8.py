@@ -12,7 +12,7 @@ from ._module import QuantizedLinear, check_bias, check_weight, frozen
 
 _MAX = 448.0
 _ACTIVATIONS = ("none", "static", "tensor", "token", "group")
-# Elements at a time where a float weight is quantized, which bound its fp32 copies: on a GPU a launch wants more of them.
+# Elements at a time where a float weight is quantized, which bound its fp32 copies; a launch on a GPU wants more.
 _CHUNK, _GPU_CHUNK = 1 << 20, 1 << 26
 
 

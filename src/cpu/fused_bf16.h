@@ -133,8 +133,10 @@ INLINE void k_pairs_step(const k_pairs *work, const pairs_tables *tables, vf sum
         if (scaled && format == QL_FORMAT_FOURBIT) scale = k_fourbit_scale(&streams[r], scales, step, whole && even);
         UNROLL
         for (int m = 0; m < m_count; m++) {
+            /* A fourth row that stands in for none has no scales either. */
             if (groups)
-                sum[r][m] = vf_fma(part[r][m] * vf_set(groups[m * work->steps + step]), scale, sum[r][m]);
+                sum[r][m] = vf_fma(part[r][m] * vf_set(groups[min_of(m, work->product->m - 1) * work->steps + step]),
+                                   scale, sum[r][m]);
             else
                 sum[r][m] = scaled ? vf_fma(part[r][m], scale, sum[r][m]) : sum[r][m] + part[r][m];
         }

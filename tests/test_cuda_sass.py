@@ -64,7 +64,7 @@ def test_hot_kernels_have_the_instructions_meant(machine_code):
 
 
 def test_hot_kernels_use_no_local_memory(machine_code):
-    # For the architecture that they were tuned on none; a few words that the compiler put aside elsewhere, but no array.
+    # None on the architecture that they were tuned on; elsewhere a few words that the compiler put aside, but no array.
     for (_, architecture, kernel), operations in machine_code.items():
         count = sum(operations[name] for name in ("LDL", "LDL128", "STL", "STL128"))
         assert count <= (0 if architecture == "sm_90a" else 8), f"{kernel} for {architecture}: {count}"

@@ -46,10 +46,6 @@ static __device__ __forceinline__ uint32_t masked_or(uint32_t word, uint32_t mas
     return result;
 }
 
-static __device__ __forceinline__ uint32_t shift_right(uint32_t word, int by) {
-    return by >= 0 ? word >> by : word << -by;
-}
-
 /* Two 2-, 3- or 4-bit codes of a row less its zero: `word` has them at bit `from` of each half. */
 static __device__ __forceinline__ uint32_t small_codes(uint32_t word, uint32_t high, int code, int s, int p, int h,
                                                        uint32_t zero, int type) {
@@ -60,7 +56,7 @@ static __device__ __forceinline__ uint32_t small_codes(uint32_t word, uint32_t h
     const uint32_t low_mask = twice((code == QL_CODE_INT4 ? 15u : 3u) << at);
     uint32_t magic = twice(type == QL_VALUE_F16 ? 0x6400u : 0x4300u);
     if (code == QL_CODE_INT3)
-        magic = masked_or(shift_right(high, 8 * p + 2 * (s % 4) + h - (at + 2)), twice(4u << at), magic);
+        magic = masked_or(shifted(high, 8 * p + 2 * (s % 4) + h - (at + 2)), twice(4u << at), magic);
     return take_away(masked_or(word >> (8 * p + from - at), low_mask, magic), at, minus_pair(zero, at, type), type);
 }
 

@@ -28,13 +28,6 @@ typedef struct ql_batch_codes {
 /* A fragment of ones in the unit of row g, for sums of x. */
 #define QL_RAW_ONES(type) ((type) == QL_VALUE_F16 ? 0x00010001u : 0x3f803f80u)
 
-static __device__ __forceinline__ uint32_t word_of(const uint4 *words, int index) {
-    return index == 0 ? words->x : index == 1 ? words->y : index == 2 ? words->z : words->w;
-}
-
-/* bits >> by, or << -by. */
-static __device__ __forceinline__ uint32_t shifted(uint32_t bits, int by) { return by < 0 ? bits << -by : bits >> by; }
-
 /* Two bytes of the pair table: `low` is the byte offset of the lane's copy. */
 static __device__ __forceinline__ uint32_t table_pair(const uint8_t *pairs, uint32_t word, int byte, uint32_t low) {
     uint32_t at = __byte_perm(word, low, 0x7704u + (uint32_t)byte * 0x10u);
@@ -49,9 +42,9 @@ static __device__ __forceinline__ void raw_fragment(uint32_t a[4], const ql_batc
     for (int i = 0; i < 4; i++) {
         const int h = i % 2, p = i / 2;
         if (code == QL_CODE_TABLE4) {
-            a[i] = table_pair(pairs, word_of(&codes->low[block], step), 2 * p + h, low);
+            a[i] = table_pair(pairs, word_of(codes->low[block], step), 2 * p + h, low);
         } else if (code == QL_CODE_INT8) {
-            uint32_t word = word_of(&codes->low[2 * block + step / 2], step % 2 * 2 + p);
+            uint32_t word = word_of(codes->low[2 * block + step / 2], step % 2 * 2 + p);
             if (type == QL_VALUE_F16) {
                 a[i] = h ? __byte_perm(word, 0, 0x4341) : word & 0x00ff00ffu;
             } else {
@@ -60,7 +53,7 @@ static __device__ __forceinline__ void raw_fragment(uint32_t a[4], const ql_batc
                 a[i] = sub_bf162((bytes & 0x007f007fu) | 0x43004300u, (~bytes & 0x00800080u) | 0x43004300u);
             }
         } else if (code == QL_CODE_INT4) {
-            uint32_t word = word_of(&codes->low[block], step);
+            uint32_t word = word_of(codes->low[block], step);
             if (type == QL_VALUE_F16)
                 a[i] = shifted(word, 8 * p) & (h ? 0x00f000f0u : 0x000f000fu);
             else
@@ -70,7 +63,7 @@ static __device__ __forceinline__ void raw_fragment(uint32_t a[4], const ql_batc
             /* Where the code's lowest bit is to stand. */
             const int to = type != QL_VALUE_F16 ? 0 : 2 * h;
             const uint32_t mask = (3u << to) * 0x00010001u;
-            uint32_t word = word_of(&codes->low[block / 2], block % 2 * 2 + step / 2);
+            uint32_t word = word_of(codes->low[block / 2], block % 2 * 2 + step / 2);
             a[i] = shifted(word, 8 * p + place - to) & mask;
             if (type != QL_VALUE_F16) a[i] |= 0x43004300u;
             if (code == QL_CODE_INT3) {

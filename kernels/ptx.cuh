@@ -109,6 +109,16 @@ static __device__ __forceinline__ void multiply_16816(float sum[4], const uint32
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+/* ---- words of codes ---- */
+
+/* index: a constant. */
+static __device__ __forceinline__ uint32_t word_of(uint4 words, int index) {
+    return index == 0 ? words.x : index == 1 ? words.y : index == 2 ? words.z : words.w;
+}
+
+/* bits >> by, or << -by. */
+static __device__ __forceinline__ uint32_t shifted(uint32_t bits, int by) { return by >= 0 ? bits >> by : bits << -by; }
+
 /* ---- pairs of 16-bit numbers in a register, the first in the low half ---- */
 
 static __device__ __forceinline__ uint32_t fma_half2(uint32_t a, uint32_t b, uint32_t c) {

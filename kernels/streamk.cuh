@@ -173,7 +173,7 @@ static __device__ __forceinline__ float entry_scale(raw_entry raw, int code, con
 }
 
 static __device__ __forceinline__ uint32_t entry_zero(raw_entry raw, const ql_packed_params *p, int code, int odd) {
-    if (!p->zeros) return code == QL_CODE_INT8 ? 128 : code == QL_CODE_INT4 ? 8 : code == QL_CODE_INT3 ? 4 : 2;
+    if (!p->zeros) return 1u << (QL_CODE_BITS(code) - 1);
     return code == QL_CODE_INT8 ? raw.byte : raw.byte >> 4 * odd & 15u;
 }
 

@@ -81,7 +81,6 @@ static __device__ __forceinline__ void load_group(ql_group_bits *to, const ql_pa
 
 static __device__ __forceinline__ void use_group(ql_group16 *to, const ql_group_bits *bits, const ql_packed_params *p,
                                                  int code, int type) {
-    const int middle = code == QL_CODE_INT2 ? 2 : code == QL_CODE_INT3 ? 4 : code == QL_CODE_INT4 ? 8 : 128;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         float scale;
@@ -93,7 +92,7 @@ static __device__ __forceinline__ void use_group(ql_group16 *to, const ql_group_
             scale = __half2float(__ushort_as_half((uint16_t)bits->scale[h]));
         else
             scale = __uint_as_float(bits->scale[h] << 16);
-        float zero = (float)middle;
+        float zero = (float)(1u << (QL_CODE_BITS(code) - 1));
         /* A nibble's place is even in the lane's first row and odd in the second; of one group for all, that of its row. */
         if (has_zeros(p, code)) {
             const int odd = p->groups == 1 ? (int)(threadIdx.x / 4 % 2) : h;
@@ -113,13 +112,6 @@ static __device__ __forceinline__ void use_group(ql_group16 *to, const ql_group_
         }
     }
 }
-
-static __device__ __forceinline__ uint32_t word_of(uint4 words, int index) {
-    return index == 0 ? words.x : index == 1 ? words.y : index == 2 ? words.z : words.w;
-}
-
-/* The pair of codes of row g + 8 * h, columns 2t + 8 * p and the next, of `step`; bits wide, from bit `at` of each half. */
-static __device__ __forceinline__ uint32_t shifted(uint32_t word, int by) { return by >= 0 ? word >> by : word << -by; }
 
 /* Codes as fp16 1024 + q, or for row g + 8 as 1024 + q * 2^bits: what the mask leaves in place. */
 static __device__ __forceinline__ uint32_t raw_half(const ql_lane_codes *c, int code, int step, int h, int p) {

@@ -127,6 +127,22 @@ INLINE void n_fetch(n_ahead *ahead) {
     }
 }
 
+/* ---- the end of a group of columns ---- */
+
+/* sums[m][v] += scales[v] * sum[v][m]; rows of sums are `width` apart. */
+INLINE void n_scale(float *sums, int64_t width, vf sum[8][MAX_FUSED_ROWS], const float *scales, const int vectors,
+                    const int m_count) {
+    UNROLL
+    for (int v = 0; v < vectors; v++) {
+        vf scale = vf_load(scales + v * LANES);
+        UNROLL
+        for (int m = 0; m < m_count; m++) {
+            float *to = sums + m * width + v * LANES;
+            vf_store(to, vf_fma(sum[v][m], scale, vf_load(to)));
+        }
+    }
+}
+
 /* ---- GPTQ ---- */
 
 /* Columns of a chunk: about 16 rows of words, as many runs as the processor follows at once. */
@@ -186,15 +202,7 @@ INLINE void n_gptq_chunk(float *sums, int64_t width, const int32_t *from, int64_
             }
         }
     }
-    UNROLL
-    for (int v = 0; v < vectors; v++) {
-        vf scale = vf_load(scales + v * LANES);
-        UNROLL
-        for (int m = 0; m < m_count; m++) {
-            float *to = sums + m * width + v * LANES;
-            vf_store(to, vf_fma(sum[v][m], scale, vf_load(to)));
-        }
-    }
+    n_scale(sums, width, sum, scales, vectors, m_count);
 }
 
 /* Bytes from a piece of `vectors` vectors to the next: on along the rows of words, or to the next chunk's rows. */
@@ -273,15 +281,7 @@ INLINE void n_awq_chunk(float *sums, int64_t width, const int32_t *from, int64_t
             for (int m = 0; m < m_count; m++) sum[v][m] = vf_fma(vf_set(x[m * x_stride + col]), code, sum[v][m]);
         }
     }
-    UNROLL
-    for (int v = 0; v < vectors; v++) {
-        vf scale = vf_load(scales + (first + v) * LANES);
-        UNROLL
-        for (int m = 0; m < m_count; m++) {
-            float *to = sums + m * width + (first + v) * LANES;
-            vf_store(to, vf_fma(sum[v][m], scale, vf_load(to)));
-        }
-    }
+    n_scale(sums + first * LANES, width, sum, scales + first * LANES, vectors, m_count);
 }
 
 /* Columns of a chunk: the longer, the fewer times sums are read and written; the next must fit the second cache. */

@@ -32,19 +32,6 @@ INLINE void n_pair_values(vi value[4], vi words, const vi *zeros, vi table) {
     value[3] = pair_at(table, vi_shift(odd, 8));
 }
 
-INLINE void n_pairs_scale(float *sums, int64_t width, vf sum[8][MAX_FUSED_ROWS], const float *scales, const int vectors,
-                          const int m_count) {
-    UNROLL
-    for (int v = 0; v < vectors; v++) {
-        vf scale = vf_load(scales + v * LANES);
-        UNROLL
-        for (int m = 0; m < m_count; m++) {
-            float *to = sums + m * width + v * LANES;
-            vf_store(to, vf_fma(sum[v][m], scale, vf_load(to)));
-        }
-    }
-}
-
 /* `whole`, `ahead`: as in n_gptq_chunk. */
 INLINE void n_pairs_gptq_chunk(float *sums, int64_t width, const int32_t *from, int64_t n, int64_t rows,
                                uintptr_t ahead, const int32_t *x, int64_t units, const float *zeros,
@@ -72,7 +59,7 @@ INLINE void n_pairs_gptq_chunk(float *sums, int64_t width, const int32_t *from, 
             }
         }
     }
-    n_pairs_scale(sums, width, sum, scales, vectors, m_count);
+    n_scale(sums, width, sum, scales, vectors, m_count);
 }
 
 INLINE void gptq_pairs_item(const n_pairs *work, int64_t index, const int m_count) {
@@ -148,7 +135,7 @@ INLINE void n_pairs_awq_chunk(float *sums, int64_t width, const int32_t *from, i
             }
         }
     }
-    n_pairs_scale(sums, width, sum, scales, vectors, m_count);
+    n_scale(sums, width, sum, scales, vectors, m_count);
 }
 
 INLINE void awq_pairs_item(const n_pairs *work, int64_t index, const int m_count) {

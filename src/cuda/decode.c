@@ -12,8 +12,6 @@ enum { MOST_ROWS = 16, MOST_CLUSTER = 8, MOST_GROUPS = 8, UNWANTED = -1 };
 static const int kernels[QL_CODE_COUNT][2][2][MOST_GROUPS + 1] = {QL_DECODE_VARIANTS(ENTRY)};
 #undef ENTRY
 
-static int64_t ceil_div(int64_t count, int64_t each) { return count / each + (count % each != 0); }
-
 /* log2 of a power of two, or -1. */
 static int log2_of(int64_t value) {
     int shift = 0;
@@ -52,18 +50,18 @@ static int take(int *at, int64_t bytes) {
 static int cut(ql_decode_params *p, const ql_packed_params *product, int multiprocessors, int warps, int cluster) {
     const int code = product->code, batch_k = QL_DECODE_BATCH_K(code), batch_tiles = QL_DECODE_BATCH_TILES(code);
     const bool table = code == QL_CODE_TABLE4, nested = product->nested_table != NULL;
-    const int64_t k = product->k, n = product->n, m = product->m, tiles = ceil_div(k, QL_TILE_K(code));
+    const int64_t k = product->k, n = product->n, m = product->m, tiles = ql_ceil_div(k, QL_TILE_K(code));
     const int groups = groups_of_batch(code, k, product->groups == 1 ? k : product->group_size);
     const int tokens = m > 8 ? 16 : 8, entry_bytes = table ? 4 : 8;
     *p = (ql_decode_params){.product = *product, .cluster = cluster, .team_warps = warps};
-    p->strips = (int32_t)ceil_div(n, QL_STRIP);
+    p->strips = (int32_t)ql_ceil_div(n, QL_STRIP);
     p->strip_bytes = (uint32_t)(tiles * QL_TILE_BYTES(code));
-    p->batches = (int32_t)ceil_div(k, batch_k);
-    p->block_batches = (int32_t)ceil_div(p->batches, cluster);
+    p->batches = (int32_t)ql_ceil_div(k, batch_k);
+    p->block_batches = (int32_t)ql_ceil_div(p->batches, cluster);
     p->share = p->block_batches / warps;
     p->rest = p->block_batches % warps;
     p->last_tiles = (int32_t)(tiles - (int64_t)(p->batches - 1) * batch_tiles);
-    p->pairs = (int32_t)ceil_div(product->groups, 2);
+    p->pairs = (int32_t)ql_ceil_div(product->groups, 2);
     p->group_shift = groups == 1 ? log2_of(product->group_size / batch_k) : 0;
     p->nested_shift = nested ? log2_of(product->nested_blocksize) : 0;
     p->bare_zero = product->zeros         ? -1
@@ -75,7 +73,7 @@ static int cut(ql_decode_params *p, const ql_packed_params *product, int multipr
 
     p->teams = QL_DECODE_THREADS / 32 / warps;
     p->warp_team = (65536 + warps - 1) / warps;
-    const int64_t room = multiprocessors / cluster, wanted = ceil_div(p->strips, p->teams);
+    const int64_t room = multiprocessors / cluster, wanted = ql_ceil_div(p->strips, p->teams);
     p->blocks = (int32_t)(room < wanted ? room : wanted);
     p->hop = p->blocks * p->teams;
     p->hop_bytes = (int64_t)p->strip_bytes * p->hop;
@@ -95,10 +93,10 @@ static int cut(ql_decode_params *p, const ql_packed_params *product, int multipr
     p->partials_at = table ? 128 : take(&at, partials);
     p->sums_at = take(&at, table ? 0 : (int64_t)p->teams * (groups ? groups * p->block_batches : warps) * tokens * 4);
     p->entries_at = take(&at, (int64_t)p->teams * warps * ((groups + 2) / 2) * 32 * entry_bytes);
-    p->adders = (int32_t)(ceil_div(m, 4) < warps ? ceil_div(m, 4) : warps);
+    p->adders = (int32_t)(ql_ceil_div(m, 4) < warps ? ql_ceil_div(m, 4) : warps);
     p->barriers_at = take(&at, (int64_t)p->teams * 32);
-    const int64_t rounds = ceil_div(p->strips, p->hop);
-    p->exchange_at = take(&at, cluster > 1 ? ceil_div(rounds, cluster) * p->teams * cluster * m * 64 : 0);
+    const int64_t rounds = ql_ceil_div(p->strips, p->hop);
+    p->exchange_at = take(&at, cluster > 1 ? ql_ceil_div(rounds, cluster) * p->teams * cluster * m * 64 : 0);
     return at;
 }
 
@@ -128,7 +126,8 @@ enum { WIDTHS = 6, CLUSTERS = 2 };
 static int add_ways(way ways[WIDTHS * CLUSTERS], int count, const ql_cuda_device *device,
                     const ql_packed_params *product, int cluster) {
     const int all = QL_DECODE_THREADS / 32, weight = count ? 9 : 8;
-    const int64_t whole = ceil_div(product->k, QL_DECODE_BATCH_K(product->code)), batches = ceil_div(whole, cluster);
+    const int64_t whole = ql_ceil_div(product->k, QL_DECODE_BATCH_K(product->code)),
+                  batches = ql_ceil_div(whole, cluster);
     /* Each block has a part of K. */
     if (batches * (cluster - 1) >= whole) return count;
     const int widths[WIDTHS] = {16, 14, 8, 7, 4, batches < 4 ? (int)batches : 0};
@@ -139,9 +138,9 @@ static int add_ways(way ways[WIDTHS * CLUSTERS], int count, const ql_cuda_device
             cut(&cut_params, product, device->properties.multiprocessors, warps, cluster) >
                 device->properties.shared_bytes)
             continue;
-        const int64_t turns = ceil_div(batches, warps), teams = all / warps;
-        const int64_t strips = ceil_div(product->n, QL_STRIP);
-        const int64_t rounds = ceil_div(strips, teams * (device->properties.multiprocessors / cluster));
+        const int64_t turns = ql_ceil_div(batches, warps), teams = all / warps;
+        const int64_t strips = ql_ceil_div(product->n, QL_STRIP);
+        const int64_t rounds = ql_ceil_div(strips, teams * (device->properties.multiprocessors / cluster));
         const way new = {rounds * turns * weight, cluster, (int)(turns * warps - batches), warps};
         int place = count++;
         for (; place > 0 && is_better(&new, &ways[place - 1]); place--) ways[place] = ways[place - 1];
@@ -155,7 +154,7 @@ static int candidates(ql_cuda_choice *out, int room, const ql_cuda_device *devic
     if (kernel == UNWANTED || !device->kernels[kernel]) return 0;
     ql_packed_params product = {.m = problem->m, .n = problem->n, .k = problem->k, .code = problem->code};
     product.group_size = problem->group_size;
-    product.groups = ceil_div(problem->k, problem->group_size);
+    product.groups = ql_ceil_div(problem->k, problem->group_size);
     if (!sizes_fit(&product)) return 0;
     const int most = device->properties.major >= 9 ? MOST_CLUSTER : 1;
     way ways[WIDTHS * CLUSTERS];

@@ -11,8 +11,6 @@ _Static_assert((int)QL_VALUE_F32 == (int)QL_F32 && (int)QL_VALUE_F16 == (int)QL_
                    (int)QL_VALUE_BF16 == (int)QL_BF16,
                "the kernels number the dtypes as the host does");
 
-static int64_t blocks(int64_t count, int64_t each) { return count / each + (count % each != 0); }
-
 /* The part of the parameters that the weight gives. */
 static ql_linear_params params_of(const ql_weight *weight) {
     ql_linear_params p = {.n = weight->n, .k = weight->k, .format = (int32_t)weight->format};
@@ -140,8 +138,8 @@ static int launch_products(const ql_cuda_guard *guard, void *stream, ql_cuda_ker
             out_bytes = outputs * (p.out_type == QL_VALUE_F32 ? 4 : 2);
     for (int64_t done = 0; done < m; done += most) {
         p.m = m - done < most ? m - done : most;
-        ql_cuda_grid grid = {.x = blocks(outputs, QL_LINEAR_OUTPUTS),
-                             .y = blocks(p.m, tokens),
+        ql_cuda_grid grid = {.x = ql_ceil_div(outputs, QL_LINEAR_OUTPUTS),
+                             .y = ql_ceil_div(p.m, tokens),
                              .threads = QL_LINEAR_THREADS,
                              .overlaps = true};
         if (ql_cuda_launch(guard, kernel, stream, &grid, &p, message) < 0) return -1;
@@ -164,7 +162,7 @@ static ql_cuda_grid line_of(int64_t count, int64_t most) {
 
 static ql_cuda_grid rows_of(int64_t m) { return line_of(m, 4096); }
 
-static ql_cuda_grid elements_of(int64_t count) { return line_of(blocks(count, QL_LINEAR_THREADS), 65536); }
+static ql_cuda_grid elements_of(int64_t count) { return line_of(ql_ceil_div(count, QL_LINEAR_THREADS), 65536); }
 
 static int launch_int8(const ql_cuda_guard *guard, void *stream, ql_linear_params *p, const ql_weight *weight,
                        void *scratch, char message[QL_CUDA_MESSAGE]) {
@@ -180,7 +178,7 @@ static int launch_int8(const ql_cuda_guard *guard, void *stream, ql_linear_param
     p->row_absmax = a.row_absmax;
     if (threshold > 0.0f) {
         p->outliers = a.outliers;
-        ql_cuda_grid columns = {.x = blocks(p->k, QL_OUTLIER_COLUMNS), .y = 1, .threads = QL_LINEAR_THREADS};
+        ql_cuda_grid columns = {.x = ql_ceil_div(p->k, QL_OUTLIER_COLUMNS), .y = 1, .threads = QL_LINEAR_THREADS};
         if (ql_cuda_launch(guard, QL_KERNEL_ql_find_outliers, stream, &columns, &a, message) < 0) return -1;
     }
     ql_cuda_grid rows = rows_of(p->m);

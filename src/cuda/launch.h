@@ -28,6 +28,9 @@ static inline bool ql_cuda_has(const ql_cuda_guard *guard, ql_cuda_kernel kernel
     return guard->device->kernels[kernel] != NULL;
 }
 
+/* How many of `each` hold `count`, which is not negative. */
+static inline int64_t ql_ceil_div(int64_t count, int64_t each) { return count / each + (count % each != 0); }
+
 /* x by y blocks of `threads`. */
 typedef struct ql_cuda_grid {
     int64_t x, y;

@@ -28,8 +28,6 @@ static const int kernels[QL_CODE_COUNT][TILES][3] = {
 #undef TABLE
 #undef NONE
 
-static int64_t blocks(int64_t count, int64_t each) { return count / each + (count % each != 0); }
-
 /* Problems and choices name the kernel of fp16 scales also where they are others: scales are no part of a problem. */
 static int kernel_of(int code, int tile, int x_type) { return kernels[code][tile][x_type == QL_VALUE_BF16 ? 2 : 0]; }
 
@@ -40,11 +38,11 @@ static int tile_of(const ql_packed_params *p, ql_cuda_choice choice) {
 }
 
 /* Stages of x and codes along K, of which a split has some. */
-static int64_t stages(int64_t k, int code) { return blocks(k, QL_MMA_STAGE_K(code)); }
+static int64_t stages(int64_t k, int code) { return ql_ceil_div(k, QL_MMA_STAGE_K(code)); }
 
 /* Enough splits to keep every multiprocessor at work, each with some stages to fill its pipeline. */
 static int preferred_splits(const ql_cuda_device *device, const ql_cuda_problem *problem, int tokens) {
-    const int64_t tiles = blocks(problem->n, QL_MMA_ROWS) * blocks(problem->m, tokens);
+    const int64_t tiles = ql_ceil_div(problem->n, QL_MMA_ROWS) * ql_ceil_div(problem->m, tokens);
     const int64_t room = (int64_t)device->properties.multiprocessors * (tokens == 16 ? 2 : 1);
     const int64_t most = stages(problem->k, problem->code) / 4;
     int64_t splits = room / tiles;
@@ -95,7 +93,7 @@ static bool takes(const ql_cuda_device *device, const ql_packed_params *p, ql_cu
 static int64_t scratch_parts(int64_t *flags_at, const ql_packed_params *p, ql_cuda_choice choice) {
     const int tokens = tile_tokens[tile_of(p, choice)];
     int64_t parts, bytes, flags;
-    if (__builtin_mul_overflow(blocks(p->n, QL_MMA_ROWS), blocks(p->m, tokens), &parts) ||
+    if (__builtin_mul_overflow(ql_ceil_div(p->n, QL_MMA_ROWS), ql_ceil_div(p->m, tokens), &parts) ||
         __builtin_mul_overflow(parts, choice.parameter - 1, &parts) ||
         __builtin_mul_overflow(parts, (int64_t)QL_MMA_ROWS * tokens * 4, flags_at) ||
         __builtin_mul_overflow(parts, 8, &flags) || __builtin_add_overflow(*flags_at, flags, &bytes))
@@ -121,7 +119,7 @@ static int launch(const ql_cuda_guard *guard, void *stream, const ql_packed_para
                                     .flags = (uint64_t *)(void *)((char *)scratch + flags_at),
                                     .nonce = ql_cuda_nonce(),
                                     .splits = choice.parameter};
-    const ql_cuda_grid grid = {.x = blocks(p->n, QL_MMA_ROWS) * blocks(p->m, tokens) * choice.parameter,
+    const ql_cuda_grid grid = {.x = ql_ceil_div(p->n, QL_MMA_ROWS) * ql_ceil_div(p->m, tokens) * choice.parameter,
                                .y = 1,
                                .threads = QL_MMA_THREADS,
                                .shared_bytes = QL_MMA_STAGES(p->code, tokens) * QL_MMA_STAGE_BYTES(p->code, tokens) +

@@ -23,8 +23,6 @@ static const variant variants[] = {QL_WGMMA_VARIANTS(VARIANT)};
 #undef VARIANT
 enum { VARIANTS = sizeof(variants) / sizeof(variants[0]) };
 
-static int64_t ceil_div(int64_t count, int64_t each) { return count / each + (count % each != 0); }
-
 static const variant *variant_of(ql_cuda_kernel kernel) {
     for (int i = 0; i < VARIANTS; i++)
         if (variants[i].kernel == kernel) return &variants[i];
@@ -62,7 +60,7 @@ static memory memory_of(const variant *v, int room) {
 
 /* Lower is better: each tile of tokens costs its products, and decoding the weights once. */
 static int64_t rank(const variant *v, const ql_cuda_problem *problem) {
-    const int64_t cost = ceil_div(problem->m, v->tokens) * (v->tokens + 64) * 8;
+    const int64_t cost = ql_ceil_div(problem->m, v->tokens) * (v->tokens + 64) * 8;
     return (v->steps == 1 ? cost * 4 : cost) - (v->scaling == QL_SCALES_OUTPUTS);
 }
 
@@ -100,7 +98,7 @@ static bool takes(const ql_cuda_device *device, const ql_packed_params *p, ql_cu
     if (v->code != p->code || v->type != p->x_type || !fits_groups(v, p->groups == 1, p->group_size)) return false;
     if (p->nested_table && (p->nested_blocksize & (p->nested_blocksize - 1))) return false;
     if (p->k > MOST_K || p->n > INT_MAX - 256 || p->m > INT_MAX - 128) return false;
-    if (ceil_div(p->n, v->rows) * ceil_div(p->m, v->tokens) > INT_MAX / 2) return false;
+    if (ql_ceil_div(p->n, v->rows) * ql_ceil_div(p->m, v->tokens) > INT_MAX / 2) return false;
     return (uintptr_t)p->x % 16 == 0 && (p->x_stride % 8 == 0 || p->m == 1);
 }
 
@@ -130,9 +128,9 @@ static int launch(const ql_cuda_guard *guard, void *stream, const ql_packed_para
     const variant *v = variant_of(choice.kernel);
     const memory m = memory_of(v, guard->properties->shared_bytes);
     ql_streamk_params params = {.product = *p};
-    params.row_tiles = (int32_t)ceil_div(p->n, v->rows);
-    params.token_tiles = (int32_t)ceil_div(p->m, v->tokens);
-    params.k_blocks = (int32_t)ceil_div(p->k, QL_STREAMK_K);
+    params.row_tiles = (int32_t)ql_ceil_div(p->n, v->rows);
+    params.token_tiles = (int32_t)ql_ceil_div(p->m, v->tokens);
+    params.k_blocks = (int32_t)ql_ceil_div(p->k, QL_STREAMK_K);
     const int64_t tiles = (int64_t)params.row_tiles * params.token_tiles, all = tiles * params.k_blocks;
     const int32_t grid = all < choice.parameter ? (int32_t)all : choice.parameter;
     /* What is left over whole waves is split together with one of them, so that no range is short. */

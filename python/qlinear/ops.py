@@ -183,24 +183,24 @@ def engine(name: str, arguments: tuple) -> Any:
 
 
 def _define(name: str, made: Format) -> tuple[Any, Any]:
-    def product(x: Tensor, *arguments: Any) -> Tensor:
+    def forward(x: Tensor, *arguments: Any) -> Tensor:
         return engine(name, arguments)(x.detach())
 
-    def product_fake(x: Tensor, *arguments: Any) -> Tensor:
+    def forward_fake(x: Tensor, *arguments: Any) -> Tensor:
         in_features, out_features = made.features(*arguments)
         torch._check(x.shape[-1] == in_features, lambda: f"x has {x.shape[-1]} features, the weight has {in_features}")
         return x.new_empty((*x.shape[:-1], out_features))
 
-    def gradient(grad_output: Tensor, *arguments: Any) -> Tensor:
+    def backward(grad_output: Tensor, *arguments: Any) -> Tensor:
         return engine(name, arguments).grad_input(grad_output.detach())
 
-    def gradient_fake(grad_output: Tensor, *arguments: Any) -> Tensor:
+    def backward_fake(grad_output: Tensor, *arguments: Any) -> Tensor:
         return grad_output.new_empty((*grad_output.shape[:-1], made.features(*arguments)[0]))
 
     tags = (torch.Tag.pt2_compliant_tag,)
     for op, first, kernel, fake in (
-        (name, "x", product, product_fake),
-        (f"{name}_grad_input", "grad_output", gradient, gradient_fake),
+        (name, "x", forward, forward_fake),
+        (f"{name}_grad_input", "grad_output", backward, backward_fake),
     ):
         _library.define(f"{op}(Tensor {first}, {made.schema}) -> Tensor", tags=tags)
         _library.impl(op, kernel, "CPU")
@@ -213,6 +213,35 @@ _library = torch.library.Library("qlinear", "DEF")
 _OPERATORS = {name: _define(name, made) for name, made in FORMATS.items()}
 
 
+def _quantize_int8_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    CB, SCB, _ = _qlinear.int8_quantize(weight.detach().to(torch.float16))
+    return CB, SCB
+
+
+def _quantize_int8_weight_fake(weight: Tensor) -> tuple[Tensor, Tensor]:
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    return codes, weight.new_empty(weight.shape[:1], dtype=torch.float32)
+
+
+_library.define("int8_quantize_weight(Tensor weight) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
+for _device in ("CPU", "CUDA"):
+    _library.impl("int8_quantize_weight", _quantize_int8_weight, _device)
+torch.library.register_fake("qlinear::int8_quantize_weight", _quantize_int8_weight_fake, lib=_library)
+
+# A float weight [N, K] -> (CB, SCB), rounded to fp16 first as bitsandbytes does.
+quantize_int8_weight = torch.ops.qlinear.int8_quantize_weight.default
+
+
+def product(name: str, x: Tensor, arguments: tuple) -> Tensor:
+    """The registered operator alone, for those who bring a gradient of their own."""
+    return _OPERATORS[name][0](x, *arguments)
+
+
+def gradient(name: str, grad_output: Tensor, arguments: tuple) -> Tensor:
+    """grad_output [..., N] times the weight: the gradient with respect to x [..., K]."""
+    return _OPERATORS[name][1](grad_output, *arguments)
+
+
 class _Linear(torch.autograd.Function):
     """The product with its gradient with respect to x; the packed weight and the bias are frozen."""
 
@@ -220,7 +249,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(x, name, *arguments):
-        return _OPERATORS[name][0](x, *arguments)
+        return product(name, x, arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -232,7 +261,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, grad_output):
         tensors = iter(ctx.saved_tensors)
         arguments = [next(tensors) if number is None else number[0] for number in ctx.numbers]
-        return _OPERATORS[ctx.name][1](grad_output, *arguments), None, *(None for _ in arguments)
+        return gradient(ctx.name, grad_output, arguments), None, *(None for _ in arguments)
 
 
 def is_plain(x: Any) -> bool:
@@ -267,4 +296,4 @@ def linear(name: str, x: Tensor, arguments: tuple) -> Tensor:
     x = autocast(x)
     if (torch.is_grad_enabled() and x.requires_grad) or forward_ad._current_level >= 0:
         return _Linear.apply(x, name, *arguments)
-    return _OPERATORS[name][0](x, *arguments)
+    return product(name, x, arguments)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .. import _qlinear, functional, ops
+from .. import functional, ops
 from ..functional import QuantState
 from ._module import QuantizedLinear, check_bias, check_weight, frozen, is_real
 from ._shortcut import plain_forwards
@@ -81,29 +81,24 @@ def _check_threshold(value: float) -> float:
     return value
 
 
-def quantize_int8_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A float weight [N, K] -> (CB, SCB), rounded to fp16 first as bitsandbytes does."""
-    CB, SCB, _ = _qlinear.int8_quantize(weight.detach().to(torch.float16))
-    return CB, SCB
-
-
 class _Int8Training(torch.autograd.Function):
     """The product with a float weight, quantized for this call; the gradients see the codes, straight through."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, threshold):
-        CB, SCB = quantize_int8_weight(weight)
+        CB, SCB = ops.quantize_int8_weight(weight)
         ctx.save_for_backward(x, CB, SCB)
-        return ops.engine("int8", (CB, SCB, bias, threshold))(x.detach())
+        return ops.product("int8", x, (CB, SCB, bias, threshold))
 
     @staticmethod
     def backward(ctx, grad_output):
         x, CB, SCB = ctx.saved_tensors
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = ops.engine("int8", (CB, SCB, None, 0.0)).grad_input(grad_output)
+            grad_x = ops.gradient("int8", grad_output, (CB, SCB, None, 0.0))
         if ctx.needs_input_grad[1]:
-            grad_weight = grad_output.flatten(0, -2).t() @ x.flatten(0, -2)
+            rows = grad_output.reshape(-1, grad_output.shape[-1])
+            grad_weight = rows.t() @ x.reshape(-1, x.shape[-1])
         return grad_x, grad_weight, None, None
 
 
@@ -135,7 +130,7 @@ class Linear8bitLt(QuantizedLinear):
         if has_fp16_weights:
             self._fill(Parameter(weight.detach()), None, bias, threshold, index)
         else:
-            self._fill(*quantize_int8_weight(weight), bias, threshold, index)
+            self._fill(*ops.quantize_int8_weight(weight.detach()), bias, threshold, index)
         self.weight_dtype = weight.dtype
 
     def _fill(self, weight: Tensor, SCB: Tensor | None, bias: Tensor | None, threshold: float, index: Any) -> None:

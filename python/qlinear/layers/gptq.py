@@ -37,7 +37,7 @@ class QuantLinearFunction(torch.autograd.Function):
         grad_input = None
         if ctx.needs_input_grad[0]:
             arguments = functional.gptq_arguments(*ctx.saved_tensors, ctx.bits, ctx.in_features)
-            grad_input = ops.engine("gptq", arguments).grad_input(grad_output.detach())
+            grad_input = ops.gradient("gptq", grad_output, arguments)
         return grad_input, None, None, None, None, None, None
 
 

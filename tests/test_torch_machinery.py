@@ -1,0 +1,317 @@
+"""Every layer class within torch's own machinery: compilation, export, checkpointing, hooks, functional calls."""
+
+import copy
+
+import pytest
+import torch
+from layer_cases import CASES, PACKED_CASES, K, N, assert_close, exact, inputs, make, pack_on_the_cpu
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
+
+import qlinear
+from qlinear import ops
+
+every_case = pytest.mark.parametrize("case", CASES + PACKED_CASES, ids=repr)
+ROWS = (3, 5, 2, 16)
+
+
+@pytest.fixture(autouse=True)
+def _form(request, monkeypatch):
+    if hasattr(request.node, "callspec") and getattr(request.node.callspec.params.get("case"), "packed", False):
+        pack_on_the_cpu(monkeypatch)
+
+
+@pytest.fixture
+def dynamo():
+    torch._dynamo.reset()
+    counters.clear()
+    yield counters["stats"]
+    torch._dynamo.reset()
+
+
+def learning_layer(dtype=torch.float32, threshold=0.0):
+    torch.manual_seed(3)
+    return qlinear.Linear8bitLt((torch.randn(N, K) / 8).to(dtype), torch.randn(N).to(dtype), threshold=threshold)
+
+
+class Block(torch.nn.Module):
+    """A layer within what a model has around it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(K)
+        self.layer = layer
+
+    def forward(self, x):
+        return torch.nn.functional.gelu(self.layer(self.norm(x)))
+
+
+# ---- compilation ----
+
+
+@every_case
+@pytest.mark.parametrize(
+    ("dynamic", "grad"),
+    [(False, True), (True, False), (True, True), (None, False)],
+    ids=["static-learn", "dynamic", "dynamic-learn", "automatic"],
+)
+def test_compiled_whole_and_for_every_number_of_rows(case, dynamic, grad, dynamo):
+    layer = make(case)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    graphs = []
+    for rows in (3, 3) if dynamic is False else ROWS:
+        x, twin = (inputs(rows, K).requires_grad_(grad) for _ in range(2))
+        out, expected = compiled(x), layer(twin)
+        assert torch.allclose(out, expected, rtol=1e-5, atol=1e-5)
+        if grad:
+            out.sum().backward()
+            expected.sum().backward()
+            assert torch.allclose(x.grad, twin.grad, rtol=1e-4, atol=1e-5)
+        graphs.append(dynamo["unique_graphs"])
+    # "automatic" makes the second number of rows a symbol, and no third graph.
+    assert graphs == [1, 1] if dynamic is False else graphs == [1] * 4 if dynamic else graphs == [1, 2, 2, 2]
+
+
+@pytest.mark.slow
+@every_case
+def test_compiled_by_inductor(case, dynamo):
+    block = Block(make(case))
+    compiled = torch.compile(block, fullgraph=True, dynamic=True)
+    for rows in ROWS:
+        x, twin = (inputs(rows, K).requires_grad_() for _ in range(2))
+        out, expected = compiled(x), block(twin)
+        assert torch.allclose(out, expected, rtol=1e-4, atol=1e-4)
+        out.sum().backward()
+        expected.sum().backward()
+        assert torch.allclose(x.grad, twin.grad, rtol=1e-4, atol=1e-4)
+    assert dynamo["unique_graphs"] == 1
+
+
+@every_case
+def test_compiled_under_autocast(case, dynamo):
+    layer, x = make(case), inputs(3, K)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = compiled(x)
+        assert torch.equal(out, layer(x))
+    assert out.dtype == torch.bfloat16
+
+
+def test_matmul248_compiles_with_its_gradient(dynamo):
+    weight = torch.randn(N, K) / 8
+    layer = qlinear.QuantLinear.quantize(weight, None, bits=4, group_size=32)
+    arguments = (layer.qweight, layer.scales, layer.qzeros, layer.g_idx, 4, 15)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def product(x):
+        return qlinear.QuantLinearFunction.apply(x, *arguments)
+
+    x, twin = (inputs(3, K).requires_grad_() for _ in range(2))
+    out, expected = product(x), layer(twin)
+    assert torch.equal(out, expected)
+    out.sum().backward()
+    expected.sum().backward()
+    assert torch.equal(x.grad, twin.grad)
+
+
+# ---- operators ----
+
+
+@every_case
+def test_operators_of_inputs_in_any_layout(case):
+    layer = make(case)
+    arguments = (layer.operator, layer._arguments())
+    # torch's schema test cannot add up float8 tensors.
+    tests = ("test_faketensor",) if case.name.startswith("fp8") else ("test_schema", "test_faketensor")
+    for op, width in zip(ops._OPERATORS[arguments[0]], (K, N), strict=True):
+        compact = inputs(3, 5, width)
+        for x in (
+            compact,
+            inputs(width, 3).t(),
+            inputs(5, 3, width).transpose(0, 1),
+            inputs(2, 4, 2 * width)[..., ::2],
+            inputs(6, width + 8)[::2, 8:],
+            inputs(1, width).expand(4, width),
+            compact[:0],
+            inputs(width),
+        ):
+            torch.library.opcheck(op, (x, *arguments[1]), test_utils=tests)
+
+
+@every_case
+def test_every_check_of_the_operators(case):
+    name, arguments = make(case)._operands()
+    tests = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    for op, width in zip(ops._OPERATORS[name], (K, N), strict=True):
+        torch.library.opcheck(op, (inputs(3, width), *arguments), test_utils=tests)
+
+
+@pytest.mark.parametrize("layout", [lambda w: w, lambda w: w.t().contiguous().t(), lambda w: w.repeat(2, 2)[::2, ::2]])
+def test_opcheck_of_the_quantizer_of_learning_weights(layout):
+    weight = layout(torch.randn(N, K).half())
+    torch.library.opcheck(ops.quantize_int8_weight, (weight,))
+
+
+# ---- export ----
+
+
+@every_case
+def test_exported_with_any_number_of_rows(case):
+    layer = make(case)
+    rows = torch.export.Dim("rows", min=2, max=512)
+    operator = ops._OPERATORS[layer._operands()[0]][0]
+    block = Block(layer)
+    exported = torch.export.export(block, (inputs(3, K),), dynamic_shapes=({0: rows},))
+    assert operator in {node.target for node in exported.graph.nodes if node.op == "call_function"}
+    for m in ROWS:
+        assert torch.allclose(exported.module()(inputs(m, K)), block(inputs(m, K)), rtol=1e-5, atol=1e-5)
+
+
+# ---- functional calls, fake and meta ----
+
+
+@every_case
+def test_functional_call_through_a_model(case):
+    if case.packed:
+        pytest.skip("test_layers_module has it for the tensors of packed layers")
+    first, second = Block(make(case)), Block(make(case, seed=9))
+    x = inputs(3, K)
+    tensors = {**dict(second.named_parameters()), **dict(second.named_buffers())}
+    before = first(x)
+    if any(t.dtype == torch.uint8 and "packed_state" in name for name, t in tensors.items()):
+        # nested_offset stands among the numbers of the layer, not among its tensors.
+        tensors = {name: t for name, t in tensors.items() if not name.startswith("layer.")}
+        assert torch.equal(torch.func.functional_call(first, tensors, (x,)), before)
+    else:
+        assert torch.equal(torch.func.functional_call(first, tensors, (x,)), second(x))
+    assert torch.equal(first(x), before)
+
+
+@every_case
+def test_gradient_by_a_transform(case):
+    layer = make(case)
+    x = inputs(3, K)
+    gradient = torch.func.grad(lambda x: layer(x).square().sum())(x)
+    y = x.clone().requires_grad_()
+    layer(y).square().sum().backward()
+    assert torch.allclose(gradient, y.grad, rtol=1e-6, atol=1e-6)
+
+
+@every_case
+def test_fake_and_meta_have_the_shape_and_dtype_of_the_product(case):
+    layer = make(case)
+    for x in (inputs(2, 5, K, dtype=torch.bfloat16), inputs(K, 3).t(), inputs(0, K)):
+        real = layer(x)
+        with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fake = layer(mode.from_tensor(x))
+        meta = copy.deepcopy(layer).to("meta")(x.to("meta"))
+        for out in (fake, meta):
+            assert (out.shape, out.dtype, out.stride()) == (real.shape, real.dtype, real.stride())
+
+
+# ---- checkpointing and hooks ----
+
+
+@every_case
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(case, reentrant):
+    blocks = [Block(make(case, N=K, seed=seed)) for seed in range(3)]
+    x, twin = (inputs(4, K).requires_grad_() for _ in range(2))
+    out, expected = x, twin
+    for block in blocks:
+        out, expected = checkpoint(block, out, use_reentrant=reentrant), block(expected)
+    assert torch.equal(out, expected)
+    out.square().sum().backward()
+    grads = [p.grad for block in blocks for p in block.parameters()]
+    for block in blocks:
+        block.zero_grad()
+    expected.square().sum().backward()
+    assert torch.equal(x.grad, twin.grad)
+    for kept, p in zip(grads, (p for block in blocks for p in block.parameters()), strict=True):
+        assert (kept is None) == (p.grad is None)
+        assert kept is None or torch.equal(kept, p.grad)
+
+
+@every_case
+def test_hooks_see_every_class(case):
+    layer, x = make(case), inputs(3, K).requires_grad_()
+    expected = layer(x).detach()
+    seen = []
+    handles = [
+        layer.register_forward_pre_hook(lambda m, args: seen.append(("pre", args[0].shape))),
+        layer.register_forward_hook(lambda m, args, out: seen.append(("out", out.shape))),
+        layer.register_full_backward_pre_hook(lambda m, grads: seen.append(("grad out", grads[0].shape))),
+        layer.register_full_backward_hook(lambda m, gin, gout: seen.append(("grad in", gin[0].shape))),
+    ]
+    out = layer(x)
+    assert torch.equal(out, expected)
+    out.sum().backward()
+    assert seen == [("pre", (3, K)), ("out", (3, N)), ("grad out", (3, N)), ("grad in", (3, K))]
+    for handle in handles:
+        handle.remove()
+    layer(x)
+    assert len(seen) == 4
+
+
+# ---- a weight that learns ----
+
+
+@pytest.mark.parametrize("threshold", [0.0, 2.5])
+def test_a_learning_weight_compiles_whole(threshold, dynamo):
+    layer = learning_layer(threshold=threshold)
+    twin = copy.deepcopy(layer)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in ROWS:
+        x, y = (inputs(rows, K).requires_grad_() for _ in range(2))
+        for module, given in ((compiled, x), (twin, y)):
+            twin.zero_grad(), layer.zero_grad()
+            module(given).square().sum().backward()
+        assert torch.equal(x.grad, y.grad)
+    assert dynamo["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(K,), (3, K), (2, 3, K), (0, K)])
+def test_gradients_of_a_learning_weight(dtype, shape):
+    layer = learning_layer(dtype)
+    x = inputs(*shape, dtype=dtype).requires_grad_()
+    out = layer(x)
+    grad = inputs(*shape[:-1], N, dtype=dtype, seed=5)
+    out.backward(grad)
+    W = layer.dequantize(torch.float32) if not layer.has_fp16_weights else None
+    assert W is None
+    rows, seen = grad.reshape(-1, N).double(), x.detach().reshape(-1, K).double()
+    assert layer.weight.grad.dtype == dtype
+    assert_close(layer.weight.grad, (rows.t() @ seen).numpy(), (rows.abs().t() @ seen.abs()).numpy(), max(len(rows), 1))
+    quantized = qlinear.Linear8bitLt(layer.weight.detach(), None, has_fp16_weights=False)
+    assert torch.equal(x.grad, quantized.engine().grad_input(grad))
+
+
+def test_a_learning_weight_learns():
+    torch.manual_seed(0)
+    target, layer = torch.randn(N, K) / K**0.5, learning_layer()
+    x = torch.randn(256, K)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=3e-3)
+    assert [name for name, _ in layer.named_parameters()] == ["weight"]
+    losses = []
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss = (layer(x) - x @ target.t() - layer.bias).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.02 * losses[0]
+
+
+def test_a_learning_weight_under_autocast_and_checkpointing():
+    layer, x = learning_layer(), inputs(3, K).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = checkpoint(layer, x, use_reentrant=False)
+        assert out.dtype == torch.bfloat16
+        out.sum().backward()
+    assert x.grad.dtype == layer.weight.grad.dtype == torch.float32
+    before = layer.weight.grad.clone()
+    layer.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(x).sum().backward()
+    assert exact(layer.weight.grad, before)

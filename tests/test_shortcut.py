@@ -6,7 +6,9 @@ import functools
 import gc
 import pickle
 import sys
+import timeit
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -77,6 +79,18 @@ def test_where_it_is_taken(layer, x, state):
         assert is_short(layer, torch.nn.Parameter(x, requires_grad=False))
         assert is_short(layer, x[:0])
         assert is_short(layer, x.unsqueeze(0))
+
+
+@every_case
+def test_the_call_costs_little_more_than_the_c_layers(case):
+    layer, x = make(case), inputs(1, K)
+    with torch.no_grad():
+        layer(x)
+        ours, theirs = (
+            min(timeit.repeat(partial(call, x), number=500, repeat=7)) / 500 for call in (layer, layer.engine())
+        )
+    # Seen: 0.9 us on a quiet machine.
+    assert ours - theirs < 4e-6
 
 
 def test_of_a_copy_and_a_pickle(layer, x):

@@ -270,8 +270,8 @@ BROKEN = [
     ("gptq4", said(dynamic={"+:.*q_proj": {"bits": 8}}), f"{Q}: config.json says quant_method gptq and 8 bits"),
     (
         "gptq4",
-        renamed("q_proj.qweight", "q_proj.weight_packed"),
-        f"{Q}: {FILE}compressed-tensors pack-quantized, which is not",
+        renamed("q_proj.qweight", "q_proj.Qidxs"),
+        f"{Q}: {FILE}QuIP#, which is not implemented",
     ),
     (
         "awq",
@@ -295,7 +295,7 @@ BROKEN = [
     (
         "eetq",
         renamed("q_proj.weight_scales", "q_proj.weight_scale"),
-        "compressed-tensors int-quantized, which is not impl",
+        f"{Q}: {FILE}{Q}.weight_scale must be one element or",
     ),
     ("int8", changed(f"{Q}.SCB", lambda t: t.half()), f"{FILE}{Q}.SCB must be float32, is float16"),
     ("int8", changed(f"{Q}.weight_format", lambda t: t + 1), f"{Q}: weight_format must be 0"),
@@ -591,11 +591,11 @@ def test_inspect_prints_a_table_and_what_would_be_refused(tmp_path, capsys, monk
     assert code == 0
     assert "config.json says gptq" in output.out
     assert "4 bits, group_size 32" in output.out
-    written(tmp_path, change=renamed("q_proj.qweight", "q_proj.weight_packed"))
+    written(tmp_path, change=renamed("q_proj.qweight", "q_proj.Qidxs"))
     code, output = inspected(capsys, directory)
     assert code == 1
     assert "2 would be refused" in output.out
-    assert "compressed-tensors pack-quantized, which is not implemented" in output.out
+    assert "QuIP#, which is not implemented" in output.out
     code, output = inspected(capsys, tmp_path / "absent")
     assert code == 2
     assert "is not a directory" in output.err

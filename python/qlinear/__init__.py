@@ -16,7 +16,9 @@ _HOMES = {
     "layers.fp8": ("Fp8Linear", "apply_fp8_linear"),
     "layers.linear": ("FastLinear", "get_linear"),
     "checkpoint": ("load_checkpoint",),
+    "saving": ("save_pretrained",),
     "model": ("Report", "dequantize", "replace_linear", "to_linear"),
+    "parallel": ("parallelize",),
     "tuning": ("autotune",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -40,7 +42,9 @@ __all__ = [
     "layers",
     "load_checkpoint",
     "model",
+    "parallelize",
     "replace_linear",
+    "save_pretrained",
     "to_linear",
     "warn_deprecate_bnb",
 ]
@@ -55,6 +59,8 @@ if TYPE_CHECKING:
     from .layers.gptq import QuantLinear, QuantLinearFunction
     from .layers.linear import FastLinear, get_linear
     from .model import Report, dequantize, replace_linear, to_linear
+    from .saving import save_pretrained
+    from .parallel import parallelize
     from .tuning import autotune
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from . import _qlinear
-from .detect import Layer, detect
+from .detect import detect
+from .detect_group import Layer
 from .layers._module import QuantizedLinear
 from .layers.awq import AWQLinear
 from .layers.bnb import Linear4bit, Linear8bitLt
@@ -21,8 +21,9 @@ from .layers.eetq import EETQLinear
 from .layers.fp8 import Fp8Linear
 from .layers.gptq import QuantLinear
 from .model import Report, _Bar, _is_conv1d, _nbytes, _owners, _weights_of_attention
-from .quantization_config import read_config
+from .quantization_config import QuantizationConfig, read_config
 from .shards import Shards
+from .storages import Origin, convert, set_origin
 
 _CLASSES: dict[str, type[QuantizedLinear]] = {
     "gptq": QuantLinear,
@@ -50,6 +51,7 @@ class _Slot:
 
 @dataclass
 class _Plan:
+    config: QuantizationConfig = field(default_factory=QuantizationConfig)
     layers: list[Layer] = field(default_factory=list)
     slots: list[_Slot] = field(default_factory=list)
     # Buffers that no file has, and that only move.
@@ -145,10 +147,10 @@ def _is_same(shards: Shards, name: str, other: str) -> bool:
 
 
 def _plan(model: nn.Module, shards: Shards) -> _Plan:
-    plan = _Plan()
+    plan = _Plan(read_config(shards.directory))
     modules = dict(model.named_modules(remove_duplicate=False))
     sizes = {name: size for name, module in modules.items() if (size := _size(module)) is not None}
-    found = detect(shards, read_config(shards.directory), sizes)
+    found = detect(shards, plan.config, sizes)
     plan.problems += [f"{name}: {reason}" for name, reason in found.refused.items()]
     reserved = _weights_of_attention(model)
     replaced: dict[int, str] = {}
@@ -183,18 +185,20 @@ def _device(model: nn.Module) -> torch.device:
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
-def _layer(shards: Shards, layer: Layer, device: torch.device, dtype: torch.dtype | None) -> QuantizedLinear:
+def _layer(
+    shards: Shards, layer: Layer, config: QuantizationConfig, device: torch.device, dtype: torch.dtype | None
+) -> QuantizedLinear:
     """The layer on its device; on the way there it is checked by the C types on the mapped tensors."""
     tensors = {key: shards.tensor(name) for key, name in layer.tensors.items()}
+    kept: dict[str, Tensor] = {}
     try:
-        if layer.planar:
-            qzeros = _qlinear.gptq_unplanar(tensors["qzeros"].t().contiguous(), bits=3)
-            tensors["qzeros"] = qzeros.t().contiguous()
-            tensors["qweight"] = _qlinear.gptq_unplanar(tensors["qweight"], bits=3)
+        if layer.conversion:
+            tensors, kept = convert(layer.conversion, tensors, layer.options)
         made = _CLASSES[layer.format].from_tensors(tensors, **layer.options)
     except (ValueError, TypeError, NotImplementedError) as error:
         path = shards[next(iter(layer.tensors.values()))].path
         raise ValueError(f"{path}: {layer.name}: {error}") from error
+    set_origin(made, Origin(config, layer.conversion, kept))
     return made.to(device=device, dtype=dtype)
 
 
@@ -244,7 +248,7 @@ def load_checkpoint(
     try:
         with torch.no_grad(), torch.inference_mode(False):
             for layer in plan.layers:
-                old, new = model.get_submodule(layer.name), _layer(shards, layer, device, dtype)
+                old, new = model.get_submodule(layer.name), _layer(shards, layer, plan.config, device, dtype)
                 report.replaced.append(layer.name)
                 report.bytes_before += _nbytes(old)
                 report.bytes_after += _nbytes(new)

@@ -5,11 +5,15 @@ Files are often wrong about it, so that nothing here decides what a tensor is; s
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from .shards import parse_json
 
@@ -24,8 +28,13 @@ _FORMATS = {
     "fp8": {"fp8"},
     "fbgemm_fp8": {"fp8"},
     "modelopt": {"fp8"},
-    "compressed-tensors": {"fp8"},
+    "compressed-tensors": {"fp8", "gptq", "bitsandbytes"},
+    "qlinear": {"gptq", "awq", "eetq", "bitsandbytes", "bitsandbytes-nf4", "bitsandbytes-fp4", "fp8"},
 }
+# Said in checkpoint_format or format: how GPTQ's layers store zeros and 3-bit codes.
+_GPTQ_FORMATS = ("gptq", "gptq_v2", "gptq_p")
+_ACTIVATIONS = ("none", "static", "tensor", "token", "group")
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # One meaning under several names.
 _SPELLINGS = {
     "bits": ("bits", "w_bit", "wbits"),
@@ -43,10 +52,26 @@ class QuantizationConfig:
     method: str = ""
     values: Mapping[str, Any] = field(default_factory=dict)
 
-    def allows(self, form: str) -> bool:
-        """Whether the method's files may hold layers of this format."""
+    def check(self) -> None:
+        """ValueError where the file asks for what changes the model beyond its layers' weights."""
+        for key in ("transform_config", "sparsity_config"):
+            said = self.values.get(key)
+            if isinstance(said, dict) and said and said.get("format") != "dense":
+                raise ValueError(f"{self.source}: {key} is not implemented: {json.dumps(said):.60}")
+
+    def allows(self, form: str, name: str) -> bool:
+        """Whether the method's files may hold a layer of this format under this name."""
         if not self.method:
             return True
+        if self.method == "qlinear":
+            layers = self.values.get("layers")
+            return (
+                isinstance(layers, dict) and isinstance(layers.get(name), dict) and layers[name].get("format") == form
+            )
+        if "auto-round" in self.method and "auto_awq" in (packing := str(self.values.get("packing_format"))):
+            return form == "awq"
+        if "auto-round" in self.method and "gptq" in packing:
+            return form == "gptq"
         if self.method == "bitsandbytes" and self.values.get("load_in_4bit") is not self.values.get("load_in_8bit"):
             allowed = {"bitsandbytes"} if self.values.get("load_in_8bit") else _FORMATS[self.method] - {"bitsandbytes"}
             return form in allowed
@@ -62,6 +87,15 @@ class QuantizationConfig:
 
     def _of_module(self, name: str) -> Mapping[str, Any]:
         """The values with those that hold for one module alone put over them."""
+        if self.method == "compressed-tensors":
+            weights = self._group_of(name).get("weights")
+            weights = weights if isinstance(weights, dict) else {}
+            # null is a scale for each channel, as -1 is.
+            size = weights.get("group_size", -1) if weights.get("strategy") in ("channel", "tensor") else None
+            return {**self.values, "bits": weights.get("num_bits"), "group_size": weights.get("group_size") or size}
+        layers = self.values.get("layers")
+        if self.method == "qlinear" and isinstance(layers, dict) and isinstance(layers.get(name), dict):
+            return {**self.values, **layers[name]}
         dynamic, extra = self.values.get("dynamic"), self.values.get("extra_config")
         if isinstance(extra, dict) and isinstance(extra.get(name), dict):
             return {**self.values, **extra[name]}
@@ -81,14 +115,56 @@ class QuantizationConfig:
             for entry in entries if isinstance(entries, list) else ():
                 if isinstance(entry, str) and entry and _is_named(entry, name):
                     return f"{key}: {entry}"
+        extra = self.values.get("extra_config")
+        own = extra.get(name) if isinstance(extra, dict) else None
+        if isinstance(own, dict) and type(own.get("bits")) is int and own["bits"] > 8:
+            return f"extra_config: {name}"
         dynamic = self.values.get("dynamic")
         for pattern in dynamic if isinstance(dynamic, dict) else ():
             if pattern.startswith("-:") and _matches(pattern[2:], name):
                 return f"dynamic: {pattern}"
         return ""
 
-    def fp8_activation(self, name: str) -> tuple[str, str]:
+    def gptq_format(self, name: str) -> str:
+        """checkpoint_format of GPTQ's files."""
+        if self.method not in ("", "gptq"):
+            return "gptq"
+        said = str(self.values.get("checkpoint_format") or self.values.get("format") or "gptq")
+        if said not in _GPTQ_FORMATS:
+            raise ValueError(f"{self.source} says checkpoint_format {said:.60}, which is not implemented")
+        return said
+
+    def zero_format(self, name: str) -> str:
+        """How a layer's zeros are stored, where a list of layers tells; an empty string where none does."""
+        said = self._of_module(name).get("zero_format") if self.method == "qlinear" else None
+        if said not in (None, "gptq", "gptq_v2"):
+            raise ValueError(f"{self.source}: zero_format must be gptq or gptq_v2, got {said!r:.60}")
+        return said or ""
+
+    def compute_dtype(self, name: str) -> torch.dtype | None:
+        """The dtype that a 4-bit layer computes in, where a list of layers tells; other files mean x's."""
+        said = self._of_module(name).get("compute_dtype") if self.method == "qlinear" else None
+        if said is not None and (not isinstance(said, str) or said not in _DTYPES):
+            raise ValueError(f"{self.source}: compute_dtype must be one of {', '.join(_DTYPES)}, got {said!r:.60}")
+        return None if said is None else _DTYPES[said]
+
+    def is_symmetric(self, name: str) -> bool | None:
+        """Whether compressed-tensors' weights have no zeros; None where nothing is said."""
+        weights = self._group_of(name).get("weights")
+        said = weights.get("symmetric") if isinstance(weights, dict) else None
+        return said if isinstance(said, bool) else None
+
+    def activation(self, name: str) -> tuple[str, str]:
         """(how the file says that activations are quantized, "" where it does not; under which key)."""
+        said = self._of_module(name).get("activation") if self.method == "qlinear" else None
+        if said is not None:
+            if said not in _ACTIVATIONS:
+                raise ValueError(
+                    f"{self.source}: activation must be one of {', '.join(_ACTIVATIONS)}, got {said!r:.60}"
+                )
+            return said, f"activation {said}"
+        if self.method == "modelopt" and self.values.get("quant_algo") == "FP8_PB_WO":
+            return "none", "quant_algo FP8_PB_WO"
         if self.method == "fbgemm_fp8":
             return "token", "quant_method fbgemm_fp8"
         if self.method == "fp8" and self.values.get("activation_scheme") == "static":
@@ -99,40 +175,51 @@ class QuantizationConfig:
             return self._activation_of_groups(name)
         return "", ""
 
-    def _activation_of_groups(self, name: str) -> tuple[str, str]:
+    def _group_of(self, name: str) -> Mapping[str, Any]:
+        """What compressed-tensors' config_groups say of a module."""
         groups = self.values.get("config_groups")
+        found: Mapping[str, Any] = {}
         for group in groups.values() if isinstance(groups, dict) else ():
             targets = group.get("targets") if isinstance(group, dict) else None
-            if not isinstance(targets, list) or not any(
-                isinstance(target, str) and (target == "Linear" or _is_named(target, name)) for target in targets
-            ):
-                continue
-            inputs = group.get("input_activations")
-            if not isinstance(inputs, dict):
-                return "none", "input_activations null"
-            if not inputs.get("dynamic"):
-                return "static", "input_activations dynamic false"
-            strategy = inputs.get("strategy")
-            if strategy not in ("tensor", "token", "group"):
-                raise ValueError(f"{self.source}: input_activations: strategy {strategy!r:.60} is not implemented")
-            return strategy, f"input_activations {strategy}"
-        return "", ""
+            named = [target for target in targets if isinstance(target, str)] if isinstance(targets, list) else []
+            # A group that names the module counts before one for all linear layers.
+            if any(target != "Linear" and _is_named(target, name) for target in named):
+                return group
+            found = found or (group if "Linear" in named else {})
+        return found
 
-    def block_size(self) -> tuple[int, int] | None:
+    def _activation_of_groups(self, name: str) -> tuple[str, str]:
+        group = self._group_of(name)
+        if not group:
+            return "", ""
+        inputs = group.get("input_activations")
+        if not isinstance(inputs, dict):
+            return "none", "input_activations null"
+        if not inputs.get("dynamic"):
+            return "static", "input_activations dynamic false"
+        strategy = inputs.get("strategy")
+        if strategy not in ("tensor", "token", "group"):
+            raise ValueError(f"{self.source}: input_activations: strategy {strategy!r:.60} is not implemented")
+        return strategy, f"input_activations {strategy}"
+
+    def block_size(self, name: str) -> tuple[int, int] | None:
         """Rows and columns of an FP8 weight's blocks."""
-        said = self.values.get("weight_block_size")
+        said = self._of_module(name).get("weight_block_size")
+        if self.method == "compressed-tensors":
+            weights = self._group_of(name).get("weights")
+            said = weights.get("block_structure") if isinstance(weights, dict) else None
         if said is None:
             return None
         if not isinstance(said, list) or len(said) != 2 or not all(type(size) is int and size > 0 for size in said):
             raise ValueError(f"{self.source}: weight_block_size must be two positive integers, got {said!r:.60}")
         return said[0], said[1]
 
-    def positive(self, key: str, default: float) -> float:
-        """A number that must not be negative."""
-        value = self.values.get(key)
+    def positive(self, key: str, default: float, name: str) -> float:
+        """A number of the module `name` that must not be negative."""
+        value = self._of_module(name).get(key)
         if value is None:
             return default
-        if type(value) not in (int, float) or not value >= 0:
+        if type(value) not in (int, float) or not 0 <= value < math.inf:
             raise ValueError(f"{self.source}: {key} must be a number that is not negative, got {value!r:.60}")
         return float(value)
 

@@ -30,6 +30,7 @@ _DTYPES = {
     )
     if (dtype := getattr(torch, attribute, None)) is not None
 }  # fmt: skip
+CODES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class Entry(NamedTuple):

@@ -16,13 +16,14 @@ _HOMES = {
     "layers.fp8": ("Fp8Linear", "apply_fp8_linear"),
     "layers.linear": ("FastLinear", "get_linear"),
     "checkpoint": ("load_checkpoint",),
+    "hf": ("from_pretrained",),
     "saving": ("save_pretrained",),
     "model": ("Report", "dequantize", "replace_linear", "to_linear"),
     "parallel": ("parallelize",),
     "tuning": ("autotune",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-_MODULES = ("functional", "layers", "model", "ops")
+_MODULES = ("functional", "hf", "layers", "model", "ops")
 
 __all__ = [
     "AWQLinear",
@@ -37,8 +38,10 @@ __all__ = [
     "apply_fp8_linear",
     "autotune",
     "dequantize",
+    "from_pretrained",
     "functional",
     "get_linear",
+    "hf",
     "layers",
     "load_checkpoint",
     "model",
@@ -50,8 +53,9 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from . import functional, layers, model
+    from . import functional, hf, layers, model
     from .checkpoint import load_checkpoint
+    from .hf import from_pretrained
     from .layers.awq import AWQLinear
     from .layers.bnb import Linear4bit, Linear8bitLt, warn_deprecate_bnb
     from .layers.eetq import EETQLinear

@@ -1,0 +1,295 @@
+"""What each process of test_parallel.py does: every check in every process, with the outcomes in a file of its own."""
+
+import datetime
+import json
+import os
+import traceback
+from pathlib import Path
+
+import checkpoint_formats as formats
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from checkpoint_files import write_directory
+from parallel_cases import SPLITS
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+import qlinear
+from qlinear import sharding
+
+WORLD = 4
+# K and N of the layer in the file.
+FILE = (4096, 8192)
+PLAN = {
+    "block.up": "colwise",
+    "block.down": "rowwise",
+    "out": "colwise_gather_output",
+    "into": "rowwise_split_input",
+}
+
+
+class Two(nn.Module):
+    """up and down meet, without anything between them that would hide an error; out and into have whole neighbours."""
+
+    def __init__(self, up, down):
+        super().__init__()
+        self.block = nn.Sequential()
+        self.block.add_module("up", up)
+        self.block.add_module("down", down)
+
+    def forward(self, x):
+        return self.block(x)
+
+
+class One(nn.Module):
+    def __init__(self, name, layer):
+        super().__init__()
+        self.add_module(name, layer)
+        self.name = name
+
+    def forward(self, x):
+        return getattr(self, self.name)(x)
+
+
+def bound(W, x, eps, parts):
+    """Of products accumulated in fp32 and, a part and a sum each, rounded to the dtype."""
+    magnitude = np.abs(x) @ np.abs(W).T
+    return ((W.shape[1] + 32) * 2.0**-24 + parts * eps) * magnitude + 1e-6
+
+
+def values(x):
+    return x.detach().double().numpy()
+
+
+def activations(parts, K, dtype):
+    generator = torch.Generator().manual_seed(K)
+    return torch.randn(3, K, generator=generator).to(dtype)
+
+
+# Half a step of x's codes, over the absmax of a token.
+HALF_STEP = {"none": 0, "int8": 1 / 254, "token": 1 / 16}
+
+
+def quantization_bound(split, W, x):
+    """By which a product differs where x is rounded to 8 bits by its tokens' absmax."""
+    return HALF_STEP[split.x] * np.abs(x).max(-1, keepdims=True) @ np.abs(W).sum(1)[None]
+
+
+def places(split, layer, axis):
+    """How many parts there can be at most."""
+    size = layer.in_features if axis == "row" else layer.out_features
+    return -(-size // (sharding.row_step if axis == "row" else sharding.column_step)(layer).least)
+
+
+def check_products(split, mesh, dtype):
+    """Every style by itself at every size: against float64, and against one process."""
+    parts, eps = mesh.size(), torch.finfo(dtype).eps
+    for N, K, size in split.sizes:
+        layer, W = split.layer(N, K, size)
+        if isinstance(layer, nn.Linear):
+            layer.to(dtype)
+            W = layer.weight.detach().float().numpy()
+        W, bias, x = W.astype(np.float64), values(layer.bias), activations(parts, K, dtype)
+        reference = values(x) @ W.T + bias
+        alone = values(layer(x))
+        allowed = bound(W, values(x), eps, parts + 1) + eps * (np.abs(reference) + np.abs(bias))
+        for name, axis in (("out", "column"), ("into", "row")):
+            where = (name, N, K, size)
+            copy, _ = split.layer(N, K, size)
+            model = One(name, copy.to(dtype) if isinstance(copy, nn.Linear) else copy)
+            if places(split, layer, axis) < parts:
+                with pytest.raises(ValueError, match="cannot be split exactly into"):
+                    qlinear.parallelize(model, mesh, {name: PLAN[name]})
+                continue
+            qlinear.parallelize(model, mesh, {name: PLAN[name]})
+            seen = values(model(x))
+            if split.x in HALF_STEP:
+                rounded = quantization_bound(split, W, values(x))
+                assert (np.abs(seen - reference) <= allowed + rounded).all(), where
+            # One process rounds x as parts of the outputs do, and by a static scale or groups as all parts do.
+            own = 2 * rounded if name == "into" and split.x in HALF_STEP else 0
+            assert (np.abs(seen - alone) <= allowed + own).all(), (*where, "alone")
+
+
+def check_pair(split, mesh):
+    """A column-parallel layer whose outputs are a row-parallel one's inputs."""
+    N, K, size = split.sizes[0]
+
+    def make():
+        return Two(split.layer(K, K, size, seed=1)[0], split.layer(N, K, size)[0])
+
+    model, whole = make(), make()
+    x = activations(mesh.size(), model.block.up.in_features, torch.float32)
+    hidden, alone = whole.block.up(x), values(whole(x))
+    report = qlinear.parallelize(model, mesh, {name: PLAN[name] for name in ("block.up", "block.down")})
+    assert report.replaced == ["block.up", "block.down"]
+    assert report.bytes_after < report.bytes_before
+    assert model.block.up.out_features == model.block.down.in_features < K
+    down = whole.block.down
+    W = values(down.weight if isinstance(down, nn.Linear) else down.dequantize(torch.float32))
+    allowed = bound(W, values(hidden), 2.0**-23, mesh.size() + 1) + 1e-5 * np.abs(alone)
+    rounded = 2 * quantization_bound(split, W, values(hidden)) if split.x in HALF_STEP else 0
+    assert (np.abs(values(model(x)) - alone) <= allowed + rounded).all()
+
+
+def check_gradients(mesh):
+    """Of the input, through all four styles, whose parts say different things to each other on the way back."""
+    split = next(split for split in SPLITS if split.name == "gptq-4")
+    make = lambda: nn.Sequential(  # noqa: E731
+        *(One("into", split.layer(64, 64, 32)[0]), Two(split.layer(96, 64, 32)[0], split.layer(64, 96, 32)[0])),
+        One("out", split.layer(64, 64, 32)[0]),
+    )
+    model, whole = make(), make()
+    qlinear.parallelize(model, mesh, {"0.into": PLAN["into"], "2.out": PLAN["out"], "1.block.up": "colwise",
+                                      "1.block.down": "rowwise"})  # fmt: skip
+    gradients = []
+    for one in (model, whole):
+        x = activations(0, 64, torch.float32).requires_grad_()
+        one(x).square().sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3 * float(gradients[1].abs().max()))
+
+
+def check_uneven(mesh):
+    """Sizes that no number of processes divides: every part is there, and none is much larger than another."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(101, 101), torch.randn(2, 101)
+    for name in ("out", "into"):
+        model = One(name, layer)
+        qlinear.parallelize(model, mesh, {name: PLAN[name]})
+        part = getattr(model, name)
+        size = part.out_features if name == "out" else part.in_features
+        assert size in {2: (51, 50), 4: (26, 25)}[mesh.size()]
+        torch.testing.assert_close(model(x), layer(x))
+
+
+def check_file_is_read_in_part(mesh, directory):
+    """The pages of the file that a process has touched are those of its own part, of 2 MiB at most each."""
+    K, N = FILE
+    with torch.device("meta"):
+        model = One("out", nn.Linear(K, N, bias=False))
+    qlinear.load_checkpoint(model, directory)
+    assert resident(directory) <= 2**21
+    # Only while parts are taken from it the file stays mapped.
+    whole = model.out
+    qlinear.parallelize(model, mesh, {"out": "colwise_gather_output"})
+    read = resident(directory)
+    assert 0 <= read - N * K // mesh.size() < 2.5 * 2**21, read
+    x = activations(0, K, torch.float32)
+    torch.testing.assert_close(model(x), whole(x))
+    del whole
+    assert resident(directory) == 0
+
+
+def resident(directory):
+    """Bytes of the file's mappings that are in this process' memory."""
+    total, ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0] and ":" not in line.split()[0]:
+            ours = str(directory) in line
+        elif ours and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+def llama(heads=4, kv_heads=2):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=128,
+        intermediate_size=320,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=101,
+        head_dim=32,
+        attn_implementation="eager",
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def check_llama(mesh, quantize, options):
+    """transformers' own plan, heads shared out, over a whole model with its cache."""
+    kv_heads = mesh.size()
+    tokens = torch.arange(12).view(1, 12)
+    models = []
+    for _ in range(2):
+        model = llama(2 * kv_heads, kv_heads)
+        qlinear.replace_linear(model, quantize, **options)
+        models.append(model)
+    model, whole = models
+    report = qlinear.parallelize(model, mesh)
+    assert len(report.replaced) == 15
+    attention = model.model.layers[0].self_attn
+    assert attention.k_proj.out_features == 32
+    assert attention.q_proj.out_features == attention.o_proj.in_features == 64
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, whole(tokens).logits, rtol=1e-3, atol=1e-4)
+        one, other = (m.generate(tokens, max_new_tokens=8, do_sample=False) for m in (model, whole))
+    assert torch.equal(one, other)
+
+
+def check_refusal(mesh):
+    """All processes refuse alike, with nothing changed."""
+    from transformers import PreTrainedModel
+
+    model = llama(2, 1)
+    assert isinstance(model, PreTrainedModel)
+    before = list(model.modules())
+    with pytest.raises(ValueError, match="1 heads to share out"):
+        qlinear.parallelize(model, mesh)
+    assert list(model.modules()) == before
+
+
+def checks(mesh, directory):
+    for split in SPLITS:
+        yield f"products-{split.name}", lambda split=split: check_products(split, mesh, torch.float32)
+        yield f"pair-{split.name}", lambda split=split: check_pair(split, mesh)
+    for name in ("gptq-4", "nf4-double", "eetq", "dense"):
+        split = next(split for split in SPLITS if split.name == name)
+        for dtype in (torch.bfloat16, torch.float16):
+            yield (
+                f"products-{name}-{str(dtype)[6:]}",
+                lambda split=split, dtype=dtype: check_products(split, mesh, dtype),
+            )
+    yield "gradients", lambda: check_gradients(mesh)
+    yield "uneven", lambda: check_uneven(mesh)
+    yield "file", lambda: check_file_is_read_in_part(mesh, directory)
+    yield "refusal", lambda: check_refusal(mesh)
+    yield "llama-gptq", lambda: check_llama(mesh, "gptq", {"group_size": 32})
+    yield "llama-eetq", lambda: check_llama(mesh, "eetq", {})
+
+
+def names():
+    return [name for name, _ in checks(None, None)]
+
+
+def write_file(directory):
+    tensors, _ = formats.int8(np.random.default_rng(0), *reversed(FILE), 0)
+    write_directory(directory, {f"out.{name}": tensor for name, tensor in tensors.items()})
+
+
+def run(rank, directory):
+    """In each of the processes. One that fails leaves the others waiting or out of step: it stops, and so do they."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    timeout = datetime.timedelta(seconds=60)
+    rendezvous = f"file://{directory}/rendezvous"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=WORLD, timeout=timeout)
+    meshes = {size: DeviceMesh("cpu", list(range(size))) for size in (2, 4)}
+    outcomes = {}
+    for size, mesh in meshes.items():
+        for name, check in checks(mesh, f"{directory}/model") if rank < size else ():
+            try:
+                check()
+                outcomes[f"{name}-{size}"] = ""
+            except Exception:
+                outcomes[f"{name}-{size}"] = traceback.format_exc()
+            Path(directory, f"{rank}.json").write_text(json.dumps(outcomes))
+            if outcomes[f"{name}-{size}"]:
+                os._exit(0)
+    dist.barrier()
+    dist.destroy_process_group()

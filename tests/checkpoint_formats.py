@@ -149,6 +149,11 @@ def marlin(codes="qweight", scales="scales"):
     return write
 
 
+def marlin_row(rng, N, K, size):
+    """Marlin with one group, whose scales are in another order."""
+    return marlin()(rng, N, K, -1)
+
+
 def eetq(rng, N, K, size):
     q, s = rng.integers(-128, 128, (K, N)), random_scales(rng, N) / np.float16(8)
     k, n = np.meshgrid(np.arange(K), np.arange(N), indexing="ij")
@@ -211,3 +216,67 @@ def fp8(kind, key="weight_scale", dtype=torch.float32, input_scale=False):
         return tensors, (weight.float() * wide).numpy()
 
     return write
+
+
+def compressed(bits, *, sym=True, act_order=False, zeros="packed", scalar=False, dtype=torch.float16):
+    """compressed-tensors' pack-quantized: signed integers, to which half the range is added in the words."""
+
+    def write(rng, N, K, size):
+        half, group = 2 ** (bits - 1), group_of(K, -1 if scalar else size)
+        group = rng.permutation(group) if act_order else group
+        G = group.max() + 1
+        q, z = rng.integers(-half, half, (N, K)), np.zeros((N, G), np.int64)
+        if not sym:
+            z = rng.integers(-half, half, (N, G))
+        s = torch.from_numpy(random_scales(rng, *((1,) if scalar else (N, G)))).to(dtype)
+        tensors = {
+            "weight_packed": words(stream((q + half).T, bits).T),
+            "weight_scale": s,
+            "weight_shape": torch.tensor([N, K]),
+        }
+        if not sym:
+            packed = words(stream(z + half, bits))
+            tensors["weight_zero_point"] = packed if zeros == "packed" else torch.from_numpy(z.astype(np.int8))
+        if act_order:
+            tensors["weight_g_idx"] = torch.from_numpy(group.astype(np.int32))
+        elif zeros == "unordered":
+            tensors["weight_g_idx"] = torch.full((K,), -1, dtype=torch.int32)
+        wide = s.float().numpy() * np.ones((N, G), np.float32)
+        return tensors, (q - z[:, group]) * wide[:, group]
+
+    return write
+
+
+def integers(kind, dtype=torch.bfloat16):
+    """compressed-tensors' int-quantized."""
+
+    def write(rng, N, K, size):
+        shape, group = {"tensor": ((1,), 0), "channel": ((N, 1), 0), "group": ((N, K // size), np.arange(K) // size)}[
+            kind
+        ]
+        q = rng.integers(-128, 128, (N, K))
+        s = torch.from_numpy(rng.uniform(0.0005, 0.002, shape).astype(np.float32)).to(dtype)
+        wide = s.float().numpy() * np.ones((N, shape[-1] if kind == "group" else 1), np.float32)
+        return {"weight": torch.from_numpy(q.astype(np.int8)), "weight_scale": s}, q * wide[:, group].reshape(N, -1)
+
+    return write
+
+
+def with_bound(write):
+    """fbgemm's files with the bound of activations beside each weight."""
+
+    def wrapped(rng, N, K, size):
+        tensors, W = write(rng, N, K, size)
+        return tensors | {"input_scale_ub": torch.tensor([1200.0])}, W
+
+    return wrapped
+
+
+def with_dimensions(write):
+    """modelopt's blocks: the grid of scales has a dimension of one element after each of its two."""
+
+    def wrapped(rng, N, K, size):
+        tensors, W = write(rng, N, K, size)
+        return tensors | {"weight_scale": tensors["weight_scale"][:, None, :, None]}, W
+
+    return wrapped

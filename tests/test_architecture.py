@@ -117,8 +117,8 @@ def imported(path):
 
 @pytest.mark.parametrize("path", MODULES, ids=name)
 def test_nothing_below_the_program_knows_transformers(path):
-    if path.stem in ("__main__", "demo"):
-        pytest.skip("the demo loads a transformers model")
+    if path.stem in ("__main__", "demo", "hf", "hf_quantizer"):
+        pytest.skip("the demo and hf make transformers models")
     assert [module for module in imported(path) if module.split(".")[0] in ("transformers", "bitsandbytes")] == []
 
 

@@ -63,8 +63,8 @@ if TYPE_CHECKING:
     from .layers.gptq import QuantLinear, QuantLinearFunction
     from .layers.linear import FastLinear, get_linear
     from .model import Report, dequantize, replace_linear, to_linear
-    from .saving import save_pretrained
     from .parallel import parallelize
+    from .saving import save_pretrained
     from .tuning import autotune
 
 

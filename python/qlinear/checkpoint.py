@@ -7,12 +7,14 @@ it at the end: an error leaves the model as it was. A model on the meta device t
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from .detect import detect
+from .detect import Found, detect
 from .detect_group import Layer
 from .layers._module import QuantizedLinear
 from .layers.awq import AWQLinear
@@ -20,7 +22,7 @@ from .layers.bnb import Linear4bit, Linear8bitLt
 from .layers.eetq import EETQLinear
 from .layers.fp8 import Fp8Linear
 from .layers.gptq import QuantLinear
-from .model import Report, _Bar, _is_conv1d, _nbytes, _owners, _weights_of_attention
+from .model import Report, _Bar, _is_conv1d, _nbytes, _owners, _weights_of_attention, to_linear
 from .quantization_config import QuantizationConfig, read_config
 from .shards import Shards
 from .storages import Origin, convert, set_origin
@@ -50,7 +52,9 @@ class _Slot:
 
 
 @dataclass
-class _Plan:
+class Plan:
+    """What is to be loaded; problems: why it cannot be."""
+
     config: QuantizationConfig = field(default_factory=QuantizationConfig)
     layers: list[Layer] = field(default_factory=list)
     slots: list[_Slot] = field(default_factory=list)
@@ -77,7 +81,7 @@ def _obstacle(module: nn.Module) -> str:
     return ""
 
 
-def _plan_layer(plan: _Plan, layer: Layer, module: nn.Module | None, shards: Shards, reserved: dict[int, str]) -> None:
+def _plan_layer(plan: Plan, layer: Layer, module: nn.Module | None, shards: Shards, reserved: dict[int, str]) -> None:
     where = f"{layer.name}: {layer.format}"
     size = None if module is None else _size(module)
     if module is None or not layer.name:
@@ -121,7 +125,7 @@ def _slots(model: nn.Module, replaced: set[int]) -> tuple[list[_Slot], list[_Slo
     return list(kept.values()), list(moved.values())
 
 
-def _plan_slot(plan: _Plan, slot: _Slot, shards: Shards) -> None:
+def _plan_slot(plan: Plan, slot: _Slot, shards: Shards) -> None:
     there = [name for name in dict.fromkeys(slot.names) if name in shards]
     if not there:
         plan.problems.append(f"missing: {slot.names[0]}")
@@ -146,8 +150,9 @@ def _is_same(shards: Shards, name: str, other: str) -> bool:
     return left.dtype == right.dtype and torch.equal(left, right)
 
 
-def _plan(model: nn.Module, shards: Shards) -> _Plan:
-    plan = _Plan(read_config(shards.directory))
+def plan_layers(model: nn.Module, shards: Shards, config: QuantizationConfig) -> tuple[Plan, Found, dict[int, str]]:
+    """(the plan of a model's quantized layers, all that was found, the names by id of what they replace or refuse)."""
+    plan = Plan(config)
     modules = dict(model.named_modules(remove_duplicate=False))
     sizes = {name: size for name, module in modules.items() if (size := _size(module)) is not None}
     found = detect(shards, plan.config, sizes)
@@ -166,12 +171,22 @@ def _plan(model: nn.Module, shards: Shards) -> _Plan:
         if isinstance(module, QuantizedLinear) and id(module) not in replaced:
             plan.problems.append(f"{name}: is quantized in the model, but not in the files")
             replaced[id(module)] = name
-    refused = {id(modules[name]) for name in found.refused if name in modules}
-    slots, moved = _slots(model, {*replaced, *refused})
+    replaced |= {id(modules[name]): name for name in found.refused if name in modules}
+    return plan, found, replaced
+
+
+def _plan(model: nn.Module, shards: Shards) -> Plan:
+    plan, found, replaced = plan_layers(model, shards, read_config(shards.directory))
+    slots, moved = _slots(model, set(replaced))
     for slot in slots:
         _plan_slot(plan, slot, shards)
     known = {name for slot in (*slots, *moved) for name in slot.names}
-    plan.problems += [f"unexpected: {name}" for name in found.plain if name not in known]
+    # Of tensors that earlier versions of its class had, a transformers model says so.
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    unexpected = [name for name in found.plain if name not in known]
+    plan.problems += [
+        f"unexpected: {name}" for name in unexpected if not any(re.search(pattern, name) for pattern in patterns)
+    ]
     for slot in moved:
         if slot.tensor.is_meta:
             plan.problems.append(f"{slot.names[0]}: is a buffer on the meta device that no file has: compute it first")
@@ -185,7 +200,7 @@ def _device(model: nn.Module) -> torch.device:
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
-def _layer(
+def make_layer(
     shards: Shards, layer: Layer, config: QuantizationConfig, device: torch.device, dtype: torch.dtype | None
 ) -> QuantizedLinear:
     """The layer on its device; on the way there it is checked by the C types on the mapped tensors."""
@@ -214,12 +229,21 @@ def _place(changes: list[tuple[dict, str, object]]) -> None:
         raise
 
 
+def raise_problems(plan: Plan, shards: Shards) -> None:
+    """ValueError that names what is wrong, where something is."""
+    if plan.problems:
+        shown = [f"  {problem}" for problem in plan.problems[:_SHOWN]]
+        more = [f"  and {len(plan.problems) - _SHOWN} more"] if len(plan.problems) > _SHOWN else []
+        raise ValueError("\n".join([f"{shards.directory} cannot be loaded into this model:", *shown, *more]))
+
+
 def load_checkpoint(
     model: nn.Module,
     directory: str | os.PathLike,
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    skip: Iterable[str] = (),
     progress: bool | None = None,
 ) -> Report:
     """Loads a directory of safetensors files into model: quantized layers replace the model's linear ones (nn.Linear,
@@ -227,19 +251,32 @@ def load_checkpoint(
 
     Which layers are quantized and how is told by their tensors; config.json, quantize_config.json or quant_config.json
     decides what tensors leave open. device: None is the model's own, the CPU for a model on the meta device. dtype: of
-    biases and of whatever is not quantized, None is the files'. progress: as for replace_linear.
+    biases and of whatever is not quantized, None is the files'. skip: names of modules, or parts of dotted names, that
+    are to be nn.Linear with the dequantized weight. progress: as for replace_linear.
 
     On the CPU tensors are mapped: they take memory as they are used, and the files must not be written in place.
     ValueError names every tensor that is missing, unexpected or wrong; after any error the model is as it was.
     """
+    return load_shards(model, Shards(directory), device=device, dtype=dtype, skip=skip, progress=progress)
+
+
+def load_shards(
+    model: nn.Module,
+    shards: Shards,
+    *,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    skip: Iterable[str],
+    progress: bool | None,
+) -> Report:
+    """load_checkpoint of files that are open, under the model's names for their tensors."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
         raise TypeError(f"dtype must be a floating-point dtype or None, got {dtype!r}")
-    shards = Shards(directory)
+    if isinstance(skip, str):
+        raise TypeError("skip must be a collection of names, not a string")
+    skip = tuple(skip)
     plan = _plan(model, shards)
-    if plan.problems:
-        shown = [f"  {problem}" for problem in plan.problems[:_SHOWN]]
-        more = [f"  and {len(plan.problems) - _SHOWN} more"] if len(plan.problems) > _SHOWN else []
-        raise ValueError("\n".join([f"{shards.directory} cannot be loaded into this model:", *shown, *more]))
+    raise_problems(plan, shards)
     device = _device(model) if device is None else torch.device(device)
     names, _ = _owners(model)
     report = Report()
@@ -248,10 +285,15 @@ def load_checkpoint(
     try:
         with torch.no_grad(), torch.inference_mode(False):
             for layer in plan.layers:
-                old, new = model.get_submodule(layer.name), _layer(shards, layer, plan.config, device, dtype)
-                report.replaced.append(layer.name)
-                report.bytes_before += _nbytes(old)
-                report.bytes_after += _nbytes(new)
+                old, new = model.get_submodule(layer.name), make_layer(shards, layer, plan.config, device, dtype)
+                kept = next((key for key in skip if f".{key}." in f".{layer.name}."), None)
+                if kept is None:
+                    report.replaced.append(layer.name)
+                    report.bytes_before += _nbytes(old)
+                    report.bytes_after += _nbytes(new)
+                else:
+                    report.skipped.append((layer.name, f"in skip: {kept}"))
+                    new = to_linear(new, dtype)
                 new.train(old.training)
                 for place in names[id(old)]:
                     parent, _, leaf = place.rpartition(".")

@@ -63,7 +63,7 @@ def _neighbour(entries: Mapping[str, Entry]) -> str:
             return "fused experts in MXFP4"
         if entry.dtype in _FLOAT8 and len(entry.shape) > 2:
             return "fused experts in FP8"
-        if key in ("qweight", "weight_scale") and len(entry.shape) > 2:
+        if key in ("qweight", "weight_scale") and len(entry.shape) > 2 and not (weight and len(weight.shape) == 2):
             return "fused experts"
         if entry.dtype in _FLOAT8 and key not in ("weight", "weight_scale", "weight_scale_inv", "input_scale"):
             return f"a float8 {key}"

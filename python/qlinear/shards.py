@@ -6,11 +6,12 @@ of a file is checked against the file, as its author is not known. Errors are Va
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -177,9 +178,10 @@ def find_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
 class Shards(Mapping[str, Entry]):
     """The tensors of a directory's files by name. `tensor` maps one: what is written to it never reaches the file."""
 
-    def __init__(self, directory: str | os.PathLike) -> None:
+    def __init__(self, directory: str | os.PathLike, paths: Sequence[Path] | None = None) -> None:
+        """paths: the files where these are known, all of the directory's checkpoint where not."""
         self.directory = Path(directory)
-        self.paths, index = find_files(self.directory)
+        self.paths, index = find_files(self.directory) if paths is None else (list(paths), {})
         self._entries: dict[str, Entry] = {}
         self._storages: dict[Path, torch.UntypedStorage] = {}
         for path in self.paths:
@@ -191,6 +193,16 @@ class Shards(Mapping[str, Entry]):
             held = self._entries.get(name)
             if held is None or held.path.name != file:
                 raise ValueError(f"{self.directory / file}: lacks tensor {name!r:.200}, which the index has in it")
+
+    def renamed(self, rename: Callable[[str], str]) -> Shards:
+        """The same files with other names for their tensors."""
+        other = copy.copy(self)
+        other._entries = {}
+        for name, entry in self._entries.items():
+            if rename(name) in other._entries:
+                raise ValueError(f"{entry.path}: two tensors would be {rename(name)!r:.200}, one of them {name!r:.200}")
+            other._entries[rename(name)] = entry
+        return other
 
     def __getitem__(self, name: str) -> Entry:
         return self._entries[name]

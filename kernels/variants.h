@@ -84,6 +84,27 @@
     QL_DECODE_TILES(X, QL_CODE_TABLE4, table4, 4)                                                                      \
     QL_DECODE_TILES(X, QL_CODE_TABLE4, table4, 8)
 
+/* X(name, source, code, grouped, 64-row products a warpgroup, tokens, thread blocks a cluster): 8-bit activations with an
+ * 8-bit weight on wgmma (w8a8_wgmma.cu). */
+#define QL_W8A8_WGMMA_PLAIN(X, code, name)                                                                             \
+    X(ql_w8a8_##name##_32, w8a8_wgmma, code, false, 1, 32, 1)                                                          \
+    X(ql_w8a8_##name##_64, w8a8_wgmma, code, false, 1, 64, 1)                                                          \
+    X(ql_w8a8_##name##_128, w8a8_wgmma, code, false, 1, 128, 1)                                                        \
+    X(ql_w8a8_##name##_128_pair, w8a8_wgmma, code, false, 1, 128, 2)                                                   \
+    X(ql_w8a8_##name##_256, w8a8_wgmma, code, false, 1, 256, 1)                                                        \
+    X(ql_w8a8_##name##_256_pair, w8a8_wgmma, code, false, 1, 256, 2)                                                   \
+    X(ql_w8a8_##name##_128_tall, w8a8_wgmma, code, false, 2, 128, 1)                                                   \
+    X(ql_w8a8_##name##_128_tall_pair, w8a8_wgmma, code, false, 2, 128, 2)
+#define QL_W8A8_WGMMA_VARIANTS(X)                                                                                      \
+    QL_W8A8_WGMMA_PLAIN(X, QL_W8A8_E4M3, e4m3)                                                                         \
+    QL_W8A8_WGMMA_PLAIN(X, QL_W8A8_INT8, int8)                                                                         \
+    X(ql_w8a8_groups_32, w8a8_wgmma, QL_W8A8_E4M3, true, 1, 32, 1)                                                     \
+    X(ql_w8a8_groups_64, w8a8_wgmma, QL_W8A8_E4M3, true, 1, 64, 1)                                                     \
+    X(ql_w8a8_groups_128, w8a8_wgmma, QL_W8A8_E4M3, true, 1, 128, 1)                                                   \
+    X(ql_w8a8_groups_128_pair, w8a8_wgmma, QL_W8A8_E4M3, true, 1, 128, 2)                                              \
+    X(ql_w8a8_groups_128_tall, w8a8_wgmma, QL_W8A8_E4M3, true, 2, 128, 1)                                              \
+    X(ql_w8a8_groups_128_tall_pair, w8a8_wgmma, QL_W8A8_E4M3, true, 2, 128, 2)
+
 /* X(name, source): the kernels that have one form. */
 #define QL_SINGLE_KERNELS(X)                                                                                           \
     X(ql_dequantize, linear)                                                                                           \
@@ -133,6 +154,7 @@
     QL_DECODE_VARIANTS(X)                                                                                              \
     QL_MMA_VARIANTS(X)                                                                                                 \
     QL_WGMMA_VARIANTS(X)                                                                                               \
+    QL_W8A8_WGMMA_VARIANTS(X)                                                                                          \
     QL_SINGLE_KERNELS(X)                                                                                               \
     QL_QUANTIZE_KERNELS(X)
 

@@ -60,7 +60,13 @@ enum { QL_CU_SHARED_SIZE_BYTES = 1, QL_CU_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8 };
 enum { QL_CU_LAUNCH_CLUSTER_DIMENSION = 4, QL_CU_LAUNCH_PROGRAMMATIC_STREAM_SERIALIZATION = 6 };
 
 /* Of cuTensorMapEncodeTiled. */
-enum { QL_CU_TENSOR_F16 = 6, QL_CU_TENSOR_BF16 = 9, QL_CU_TENSOR_SWIZZLE_128B = 3, QL_CU_TENSOR_L2_128B = 2 };
+enum {
+    QL_CU_TENSOR_U8 = 0,
+    QL_CU_TENSOR_F16 = 6,
+    QL_CU_TENSOR_BF16 = 9,
+    QL_CU_TENSOR_SWIZZLE_128B = 3,
+    QL_CU_TENSOR_L2_128B = 2
+};
 
 /* Of cuLibraryLoadData: the driver keeps no copy, the image stays where it is. */
 enum { QL_CU_LIBRARY_BINARY_IS_PRESERVED = 1 };

@@ -120,6 +120,15 @@ def renaming(model: nn.Module) -> Callable[[str], str]:
     return rename
 
 
+def model_on_meta(directory: Path, dtype: torch.dtype | None = None) -> Any:
+    """The model of a directory's config.json, in eval mode, its parameters on the meta device."""
+    transformers = _transformers()
+    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+    kind = _model_class(transformers, config, directory)
+    with _parameters_on_meta():
+        return kind._from_config(config, **({} if dtype is None else {"dtype": dtype})).eval()
+
+
 def from_pretrained(
     directory_or_id: str | os.PathLike,
     dtype: torch.dtype | None = None,
@@ -137,10 +146,7 @@ def from_pretrained(
     transformers = _transformers()
     directory = _directory(directory_or_id)
     shards = Shards(directory)
-    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
-    kind = _model_class(transformers, config, directory)
-    with _parameters_on_meta():
-        model = kind._from_config(config, **({} if dtype is None else {"dtype": dtype})).eval()
+    model = model_on_meta(directory, dtype)
     load_shards(
         model, shards.renamed(renaming(model)), device=device or "cpu", dtype=dtype, skip=skip, progress=progress
     )

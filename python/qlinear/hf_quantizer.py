@@ -60,6 +60,10 @@ class _Pending(nn.Module):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
+        # Models that initialize the weights of some children themselves find one that is there already.
+        weight = torch.empty(0, device="meta")
+        weight._is_hf_initialized = True
+        self.__dict__.update(weight=weight, bias=None, _is_hf_initialized=True)
 
 
 def _device_of(model: nn.Module, name: str) -> torch.device:
@@ -87,9 +91,12 @@ class QlinearQuantizer(HfQuantizer):
         if not self.pre_quantized:
             self._quantize = _by_rounding(quantization_config)
 
-    def _process_model_before_weight_loading(
-        self, model: Any, checkpoint_files: Any = None, dtype: torch.dtype | None = None, **kwargs: Any
-    ) -> Any:
+    def preprocess_model(self, model: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
+        # That of biases.
+        self._dtype = dtype
+        return super().preprocess_model(model, dtype=dtype, **kwargs)
+
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
         if not self.pre_quantized:
             return model
         paths = [Path(path) for path in checkpoint_files or ()]
@@ -100,7 +107,6 @@ class QlinearQuantizer(HfQuantizer):
         self._shards = Shards(paths[0].parent, paths).renamed(renaming(model))
         self._plan, found, _ = plan_layers(model, self._shards, config)
         raise_problems(self._plan, self._shards)
-        self._dtype = dtype
         names, _ = _owners(model)
         ignored = [*found.ignored]
         for layer in self._plan.layers:

@@ -216,7 +216,7 @@ class Shards(Mapping[str, Entry]):
     def tensor(self, name: str) -> Tensor:
         path, dtype, shape, begin, end = self._entries[name]
         if begin == end:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         storage = self._storages.get(path)
         if storage is None:
             size = path.stat().st_size
@@ -224,7 +224,7 @@ class Shards(Mapping[str, Entry]):
                 raise ValueError(f"{path}: became shorter while it was read")
             storage = self._storages[path] = torch.UntypedStorage.from_file(str(path), False, size)
         # A storage of its own, so that copies and pickles of one tensor do not take the whole file with them.
-        data = torch.empty(0, dtype=torch.uint8).set_(storage[begin:end])
+        data = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage[begin:end])
         if data.data_ptr() % dtype.itemsize:
             data = data.clone()
         return data.view(dtype).view(shape)

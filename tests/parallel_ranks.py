@@ -1,6 +1,7 @@
 """What each process of test_parallel.py does: every check in every process, with the outcomes in a file of its own."""
 
 import datetime
+import itertools
 import json
 import os
 import traceback
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from checkpoint_files import write_directory
+from layer_cases import see_fp8, see_int8, see_plain
 from parallel_cases import SPLITS
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -53,6 +55,12 @@ class One(nn.Module):
         return getattr(self, self.name)(x)
 
 
+def see_groups(x, layer):
+    """FP8 by groups of 128 features of a token, of which a layer's last may be shorter."""
+    groups = [see_fp8(group.contiguous(), layer) for group in x.split(128, -1)]
+    return np.concatenate(groups, -1)
+
+
 def bound(W, x, eps, parts):
     """Of products accumulated in fp32 and, a part and a sum each, rounded to the dtype."""
     magnitude = np.abs(x) @ np.abs(W).T
@@ -69,12 +77,22 @@ def activations(parts, K, dtype):
 
 
 # Half a step of x's codes, over the absmax of a token.
-HALF_STEP = {"none": 0, "int8": 1 / 254, "token": 1 / 16}
+HALF_STEP = {"int8": 1 / 254, "token": 1 / 16}
+SEE = {"int8": see_int8, "token": see_fp8, "static": see_fp8, "group": see_groups, "none": see_plain}
 
 
 def quantization_bound(split, W, x):
     """By which a product differs where x is rounded to 8 bits by its tokens' absmax."""
-    return HALF_STEP[split.x] * np.abs(x).max(-1, keepdims=True) @ np.abs(W).sum(1)[None]
+    return HALF_STEP.get(split.x, 0) * np.abs(x).max(-1, keepdims=True) @ np.abs(W).sum(1)[None]
+
+
+def seen_by_parts(split, layer, model, x, axis):
+    """x as the format's quantizer makes it, of each part's inputs by themselves."""
+    if axis == "column":
+        return torch.from_numpy(np.asarray(SEE[split.x](x, layer)))
+    (hook,) = model.into._forward_hooks.values()
+    pieces = [SEE[split.x](x[:, begin:end], layer) for begin, end in itertools.pairwise(hook.bounds)]
+    return torch.from_numpy(np.concatenate(pieces, 1))
 
 
 def places(split, layer, axis):
@@ -92,9 +110,8 @@ def check_products(split, mesh, dtype):
             layer.to(dtype)
             W = layer.weight.detach().float().numpy()
         W, bias, x = W.astype(np.float64), values(layer.bias), activations(parts, K, dtype)
-        reference = values(x) @ W.T + bias
         alone = values(layer(x))
-        allowed = bound(W, values(x), eps, parts + 1) + eps * (np.abs(reference) + np.abs(bias))
+        allowed = bound(W, values(x), eps, parts + 1) + eps * (np.abs(alone) + np.abs(bias))
         for name, axis in (("out", "column"), ("into", "row")):
             where = (name, N, K, size)
             copy, _ = split.layer(N, K, size)
@@ -105,11 +122,10 @@ def check_products(split, mesh, dtype):
                 continue
             qlinear.parallelize(model, mesh, {name: PLAN[name]})
             seen = values(model(x))
-            if split.x in HALF_STEP:
-                rounded = quantization_bound(split, W, values(x))
-                assert (np.abs(seen - reference) <= allowed + rounded).all(), where
+            of_parts = values(seen_by_parts(split, layer, model, x, axis)) @ W.T + bias
+            assert (np.abs(seen - of_parts) <= allowed).all(), where
             # One process rounds x as parts of the outputs do, and by a static scale or groups as all parts do.
-            own = 2 * rounded if name == "into" and split.x in HALF_STEP else 0
+            own = 2 * quantization_bound(split, W, values(x)) if axis == "row" else 0
             assert (np.abs(seen - alone) <= allowed + own).all(), (*where, "alone")
 
 
@@ -130,7 +146,7 @@ def check_pair(split, mesh):
     down = whole.block.down
     W = values(down.weight if isinstance(down, nn.Linear) else down.dequantize(torch.float32))
     allowed = bound(W, values(hidden), 2.0**-23, mesh.size() + 1) + 1e-5 * np.abs(alone)
-    rounded = 2 * quantization_bound(split, W, values(hidden)) if split.x in HALF_STEP else 0
+    rounded = 2 * quantization_bound(split, W, values(hidden))
     assert (np.abs(values(model(x)) - alone) <= allowed + rounded).all()
 
 
@@ -232,6 +248,16 @@ def check_llama(mesh, quantize, options):
     assert torch.equal(one, other)
 
 
+def check_checkpoint(mesh, directory):
+    """A published model: from its files, mapped, to its parts."""
+    model, whole = (qlinear.from_pretrained(directory, dtype=torch.float32) for _ in range(2))
+    report = qlinear.parallelize(model, mesh)
+    assert len(report.replaced) == 15
+    tokens = torch.arange(12).view(1, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, whole(tokens).logits, rtol=1e-3, atol=1e-4)
+
+
 def check_refusal(mesh):
     """All processes refuse alike, with nothing changed."""
     from transformers import PreTrainedModel
@@ -257,7 +283,8 @@ def checks(mesh, directory):
             )
     yield "gradients", lambda: check_gradients(mesh)
     yield "uneven", lambda: check_uneven(mesh)
-    yield "file", lambda: check_file_is_read_in_part(mesh, directory)
+    yield "file", lambda: check_file_is_read_in_part(mesh, f"{directory}/model")
+    yield "checkpoint", lambda: check_checkpoint(mesh, f"{directory}/llama")
     yield "refusal", lambda: check_refusal(mesh)
     yield "llama-gptq", lambda: check_llama(mesh, "gptq", {"group_size": 32})
     yield "llama-eetq", lambda: check_llama(mesh, "eetq", {})
@@ -267,9 +294,12 @@ def names():
     return [name for name, _ in checks(None, None)]
 
 
-def write_file(directory):
+def write_files(directory):
+    model = llama(8, 4)
+    qlinear.replace_linear(model, "awq", group_size=32)
+    qlinear.save_pretrained(model, f"{directory}/llama")
     tensors, _ = formats.int8(np.random.default_rng(0), *reversed(FILE), 0)
-    write_directory(directory, {f"out.{name}": tensor for name, tensor in tensors.items()})
+    write_directory(Path(directory, "model"), {f"out.{name}": tensor for name, tensor in tensors.items()})
 
 
 def run(rank, directory):
@@ -282,7 +312,7 @@ def run(rank, directory):
     meshes = {size: DeviceMesh("cpu", list(range(size))) for size in (2, 4)}
     outcomes = {}
     for size, mesh in meshes.items():
-        for name, check in checks(mesh, f"{directory}/model") if rank < size else ():
+        for name, check in checks(mesh, directory) if rank < size else ():
             try:
                 check()
                 outcomes[f"{name}-{size}"] = ""

@@ -17,7 +17,7 @@ pytest.importorskip("transformers")
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     directory = tmp_path_factory.mktemp("parallel")
-    parallel_ranks.write_file(directory / "model")
+    parallel_ranks.write_files(directory)
     torch.multiprocessing.spawn(parallel_ranks.run, (str(directory),), nprocs=parallel_ranks.WORLD)
     return [json.loads((directory / f"{rank}.json").read_text()) for rank in range(parallel_ranks.WORLD)]
 

@@ -20,6 +20,8 @@ _HOMES = {
     "saving": ("save_pretrained",),
     "model": ("Report", "dequantize", "replace_linear", "to_linear"),
     "parallel": ("parallelize",),
+    "quantizing": ("quantize_checkpoint",),
+    "converting": ("convert_checkpoint",),
     "tuning": ("autotune",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -37,6 +39,7 @@ __all__ = [
     "Report",
     "apply_fp8_linear",
     "autotune",
+    "convert_checkpoint",
     "dequantize",
     "from_pretrained",
     "functional",
@@ -46,6 +49,7 @@ __all__ = [
     "load_checkpoint",
     "model",
     "parallelize",
+    "quantize_checkpoint",
     "replace_linear",
     "save_pretrained",
     "to_linear",
@@ -55,6 +59,7 @@ __all__ = [
 if TYPE_CHECKING:
     from . import functional, hf, layers, model
     from .checkpoint import load_checkpoint
+    from .converting import convert_checkpoint
     from .hf import from_pretrained
     from .layers.awq import AWQLinear
     from .layers.bnb import Linear4bit, Linear8bitLt, warn_deprecate_bnb
@@ -65,6 +70,7 @@ if TYPE_CHECKING:
     from .model import Report, dequantize, replace_linear, to_linear
     from .parallel import parallelize
     from .saving import save_pretrained
+    from .quantizing import quantize_checkpoint
     from .tuning import autotune
 
 

@@ -30,12 +30,14 @@ _SMALL = 4096
 
 
 class _Saved(NamedTuple):
-    """A layer and, for GPTQ, whether its zeros as they are stored are all the middle, or all one less."""
+    """A layer and, for GPTQ, whether its zeros as they are stored are all the middle, or all one less, and whether its
+    inputs are ordered. What is asked of the module later needs no data: it may be on the meta device by then."""
 
     name: str
     module: QuantizedLinear
     is_middle: bool = False
     is_below: bool = False
+    is_ordered: bool = False
 
 
 class _Recorded(Mapping[str, Entry]):
@@ -85,7 +87,8 @@ class Candidates:
             stored = own[f"{name}.qzeros" if name else "qzeros"].t().contiguous()
             zeros = _qlinear.gptq_unpack_codes(stored, bits=module.bits, count=module.out_features)
             middle = 1 << (module.bits - 1)
-            saved = _Saved(name, module, bool((zeros == middle).all()), bool((zeros == middle - 1).all()))
+            is_middle, is_below = bool((zeros == middle).all()), bool((zeros == middle - 1).all())
+            saved = _Saved(name, module, is_middle, is_below, _has_act_order(module))
         self._layers.append(saved)
         for key, tensor in written.items():
             self._recorded.add(key, tensor)
@@ -140,7 +143,7 @@ def _agrees(saved: _Saved, layer: Layer) -> bool:
         zeros = options["zero_format"]
         if zeros == "auto":
             zeros = "gptq_v2" if saved.is_middle else "gptq"
-        return options["bits"] == module.bits and zeros == module.engine().zero_format
+        return options["bits"] == module.bits and zeros == _zero_format(module)
     if isinstance(module, Linear8bitLt):
         return options["threshold"] == module.threshold
     if isinstance(module, Linear4bit):
@@ -187,12 +190,16 @@ def _gptq(layers: list[_Saved], unquantized: list[str]) -> Iterator[dict[str, An
             "quant_method": "gptq",
             "bits": _usual(module.bits for module in modules),
             "group_size": _usual(module.groupsize for module in modules),
-            "desc_act": any(_has_act_order(module) for module in modules),
+            "desc_act": any(saved.is_ordered for saved in layers),
             "sym": is_below if form == "gptq" else all(saved.is_middle for saved in layers),
             "lm_head": any(saved.name.endswith("lm_head") for saved in layers),
             "checkpoint_format": form,
             "modules_to_not_convert": unquantized,
         }
+
+
+def _zero_format(module: QuantLinear) -> str:
+    return module.engine().zero_format if module.zero_format == "auto" else module.zero_format
 
 
 def _has_act_order(module: QuantLinear) -> bool:
@@ -301,7 +308,7 @@ def _listed(module: QuantizedLinear) -> dict[str, Any]:
     """A layer's numbers that its tensors do not tell, in JSON."""
     said: dict[str, Any] = {"format": form_of(module)}
     if isinstance(module, QuantLinear):
-        said |= {"bits": module.bits, "group_size": module.groupsize, "zero_format": module.engine().zero_format}
+        said |= {"bits": module.bits, "group_size": module.groupsize, "zero_format": _zero_format(module)}
     elif isinstance(module, AWQLinear):
         said |= {"bits": 4, "group_size": module.group_size}
     elif isinstance(module, Linear8bitLt):

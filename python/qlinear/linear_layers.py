@@ -1,0 +1,73 @@
+"""Which weights of a checkpoint are linear layers': by the model's class, or by their names where none is known."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from . import hf
+from .model import _is_conv1d, _weights_of_attention
+from .shards import Shards
+
+# Parts of names of two-dimensional weights that are no linear layer's.
+_TABLES = re.compile(
+    r"(^|[._])(emb\w*|wte|wpe|shared|tokens?|positions?|relative_attention_bias|norm\w*|ln\w*)([._]|$)"
+)
+
+
+class LinearLayer(NamedTuple):
+    """transposed: its weight is [K, N], as transformers' Conv1D has it; obstacle: why it must stay."""
+
+    transposed: bool = False
+    obstacle: str = ""
+
+
+def _of_model(shards: Shards) -> dict[str, LinearLayer] | None:
+    """Those of the transformers model that config.json names; None where it names none that is known here."""
+    if not (shards.directory / "config.json").is_file():
+        return None
+    try:
+        model = hf.model_on_meta(shards.directory)
+    except (ImportError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError):
+        return None
+    rename, reserved = hf.renaming(model), _weights_of_attention(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    shared = {id(m.weight): name for name, m in modules.items() if isinstance(m, nn.Embedding)}
+    found = {}
+    for name in shards:
+        layer = name.removesuffix(".weight")
+        module = modules.get(rename(name).removesuffix(".weight"))
+        if layer == name or module is None or not (isinstance(module, nn.Linear) or _is_conv1d(module)):
+            continue
+        obstacle = reserved.get(id(module), "")
+        if id(module.weight) in shared:
+            obstacle = f"its weight is tied to {shared[id(module.weight)]}'s"
+        elif isinstance(module, nn.Linear) and type(module) is not nn.Linear:
+            obstacle = f"{type(module).__name__} is a subclass of nn.Linear, whose users may read its weight"
+        found[layer] = LinearLayer(_is_conv1d(module), obstacle)
+    return found
+
+
+def _of_names(shards: Shards) -> dict[str, LinearLayer]:
+    floats = (torch.float32, torch.float16, torch.bfloat16)
+    return {
+        name.removesuffix(".weight"): LinearLayer()
+        for name, entry in shards.items()
+        if name.endswith(".weight") and len(entry.shape) == 2 and entry.dtype in floats and not _TABLES.search(name)
+    }
+
+
+def linear_layers(shards: Shards, skip: Iterable[str]) -> tuple[dict[str, LinearLayer], bool]:
+    """({the name of each linear layer in the files: what it is}, whether a model's class told). Those in skip, names of
+    modules or parts of dotted names, have that as their obstacle."""
+    known = _of_model(shards)
+    found = _of_names(shards) if known is None else known
+    for name, layer in found.items():
+        key = next((key for key in skip if f".{key}." in f".{name}."), None)
+        if key is not None:
+            found[name] = layer._replace(obstacle=f"in skip: {key}")
+    return found, known is not None

@@ -69,8 +69,8 @@ if TYPE_CHECKING:
     from .layers.linear import FastLinear, get_linear
     from .model import Report, dequantize, replace_linear, to_linear
     from .parallel import parallelize
-    from .saving import save_pretrained
     from .quantizing import quantize_checkpoint
+    from .saving import save_pretrained
     from .tuning import autotune
 
 

@@ -5,6 +5,7 @@
 #define QL_CPU_DENSE_H
 
 #include "fused.h"
+#include "fused_n_planes.h"
 
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -293,7 +294,7 @@ static int fused_linear(const ql_product *product) {
         pass.out = (char *)product->out + (size_t)m * out_row;
         pass.x = product->x + m * product->x_stride;
         if (product->row_scale) pass.row_scale = product->row_scale + m;
-        if (has_n_lanes(product->weight) ? n_fused_linear(&pass) : k_fused_linear(&pass)) return -1;
+        if (has_n_lanes(product->weight) ? n_linear(&pass) : k_fused_linear(&pass)) return -1;
     }
     return 0;
 }

@@ -126,13 +126,13 @@ static void bf16_range(void *context, int64_t begin, int64_t end) {
     scratch_give(&work->pool, index);
 }
 
-/* Fewer rows than that in fp32, where pairs do not suit the format: panels would have to be made in either case. */
-/* fp16's pieces: codes less zeros are exact in bf16. More rows than one pass takes are quicker in fp32, and AWQ is. */
-static bool bf16_pieces_suit(const ql_weight *weight, int64_t rows) {
-    return rows <= MAX_FUSED_ROWS && weight->k > 0 && weight->format == QL_FORMAT_GPTQ && n_pairs_fits(weight);
+/* Fewer rows than BF16_FUSED_ROWS in fp32, where pairs do not suit the format: panels would have to be made in either
+ * case. One row, and two of GPTQ, are quicker by planes. */
+static bool bf16_suits(const ql_weight *weight, int64_t m) {
+    if (m > BF16_FUSED_ROWS) return true;
+    if (has_n_lanes(weight) && n_planes_fits(weight) && m <= (weight->format == QL_FORMAT_GPTQ ? 2 : 1)) return false;
+    return pairs_fit(weight);
 }
-
-static bool bf16_suits(const ql_weight *weight, int64_t m) { return m > BF16_FUSED_ROWS || pairs_fit(weight); }
 
 static int bf16_linear(const ql_product *product) {
     if (product->m <= BF16_FUSED_ROWS) return pairs_linear(product);

@@ -241,34 +241,6 @@ static bool suits_bf16(const rows *all, int64_t m, const ql_weight *weight) {
     return true;
 }
 
-/* The product with fp16 activations, each the sum of two of bf16, which hold its 11 bits exactly. Values that are not
- * finite have no second piece. */
-static int fp16_pieces_product(ql_product *product, const rows *all, int64_t m) {
-    uint16_t *pieces = malloc((size_t)(2 * m * all->k) * sizeof *pieces);
-    float *values = malloc((size_t)all->k * sizeof *values);
-    int status = pieces && values ? 0 : -1;
-    if (!status) {
-        for (int64_t i = 0; i < m; i++) {
-            uint16_t *first = pieces + 2 * i * all->k, *second = first + all->k;
-            kernels->to_f32(values, row_of(all, i), QL_F16, all->k);
-            for (int64_t col = 0; col < all->k; col++) {
-                uint32_t bits = ql_bits_from_f32(values[col]), upper = bits & 0xffff0000u;
-                float rest = values[col] - ql_f32_from_bits(upper);
-                first[col] = (uint16_t)(upper >> 16);
-                second[col] = (bits & 0x7f800000u) == 0x7f800000u ? 0 : (uint16_t)(ql_bits_from_f32(rest) >> 16);
-            }
-        }
-        product->m = m;
-        product->x_bf16 = pieces;
-        product->x_stride = all->k;
-        product->pieces = 2;
-        status = kernels->bf16_linear(product);
-    }
-    free(pieces);
-    free(values);
-    return status;
-}
-
 /* The product with FP8's quantized activations as pairs of bf16: `m` rows, few. */
 static int fp8_pairs_product(ql_product *product, rows *all, int64_t m) {
     all->groups = (all->k + QL_FP8_GROUP_SIZE - 1) / QL_FP8_GROUP_SIZE;
@@ -361,8 +333,7 @@ int ql_cpu_linear(void *out, const void *x, int64_t x_stride, ql_dtype dtype, in
         all.int8 = &weight->int8;
         return int8_product(out, &all, m, weight, bias);
     }
-    ql_product product = {
-        .out = out, .dtype = dtype, .x_stride = x_stride, .pieces = 1, .bias = bias, .weight = weight};
+    ql_product product = {.out = out, .dtype = dtype, .x_stride = x_stride, .bias = bias, .weight = weight};
     if (quantizes_to_fp8(weight)) {
         all.fp8 = &weight->fp8;
         all.tensor_scale = weight->fp8.input_scale;
@@ -379,8 +350,6 @@ int ql_cpu_linear(void *out, const void *x, int64_t x_stride, ql_dtype dtype, in
         product.x_bf16 = x;
         return kernels->bf16_linear(&product);
     }
-    if (has_bf16 && dtype == QL_F16 && all.k % 2 == 0 && kernels->bf16_pieces_suit(weight, 2 * m))
-        return fp16_pieces_product(&product, &all, m);
     return float_product(kernels->linear, &product, &all, m, weight->n, quantizes_to_fp8(weight));
 }
 

@@ -252,12 +252,11 @@ static bool pairs_fit(const ql_weight *weight) {
 /* Any number of rows, MAX_FUSED_ROWS a pass. */
 static int pairs_linear(const ql_product *product) {
     const size_t out_row = (size_t)product->weight->n * ql_dtype_size(product->dtype);
-    const int64_t rows = MAX_FUSED_ROWS / product->pieces;
-    for (int64_t m = 0; m < product->m; m += rows) {
+    for (int64_t m = 0; m < product->m; m += MAX_FUSED_ROWS) {
         ql_product pass = *product;
-        pass.m = min_of(product->m - m, rows);
+        pass.m = min_of(product->m - m, MAX_FUSED_ROWS);
         pass.out = (char *)product->out + (size_t)m * out_row;
-        pass.x_bf16 = product->x_bf16 + m * product->pieces * product->x_stride;
+        pass.x_bf16 = product->x_bf16 + m * product->x_stride;
         if (product->row_scale) pass.row_scale = product->row_scale + m;
         if (product->group_scales) pass.group_scales = product->group_scales + m * ((product->weight->k + 127) / 128);
         if (has_n_lanes(product->weight) ? n_pairs_linear(&pass) : k_pairs_linear(&pass)) return -1;

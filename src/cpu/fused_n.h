@@ -32,8 +32,7 @@ typedef struct n_parts {
     int64_t part, parts;   /* columns of K a part, a multiple of MAX_CHUNK; it depends on K alone */
     int64_t strip, strips; /* rows of W a strip, a multiple of BLOCK; sums do not depend on it */
     int64_t width;         /* rows of W in whole blocks */
-    int64_t rows;          /* of sums: m, times the pieces of each row of x */
-    float *sums; /* [parts][rows + 1][width] in n_order; a part's last row holds scales of AWQ's group at hand */
+    float *sums;           /* [parts][m + 1][width] in n_order; a part's last row holds scales of AWQ's group at hand */
 } n_parts;
 
 typedef struct n_item {
@@ -46,14 +45,14 @@ typedef struct n_item {
 static n_item n_item_of(const n_parts *parts, int64_t index) {
     const ql_product *product = parts->product;
     const int64_t part = index / parts->strips, col = part * parts->part, row = index % parts->strips * parts->strip;
-    float *sums = parts->sums + part * (parts->rows + 1) * parts->width;
+    float *sums = parts->sums + part * (product->m + 1) * parts->width;
     n_item item = {.col = col,
                    .col_end = min_of(col + parts->part, product->weight->k),
                    .row = row,
                    .row_end = min_of(row + parts->strip, product->weight->n),
                    .sums = sums,
-                   .scales = sums + parts->rows * parts->width};
-    for (int64_t m = 0; m < parts->rows; m++)
+                   .scales = sums + product->m * parts->width};
+    for (int64_t m = 0; m < product->m; m++)
         memset(sums + m * parts->width + row, 0,
                (size_t)(min_of(row + parts->strip, parts->width) - row) * sizeof *sums);
     return item;
@@ -63,18 +62,16 @@ static n_item n_item_of(const n_parts *parts, int64_t index) {
 static void n_store(void *context, int64_t begin, int64_t end) {
     const n_parts *parts = context;
     const ql_product *product = parts->product;
-    const int64_t n = product->weight->n, next_part = (parts->rows + 1) * parts->width;
-    const int64_t pieces = parts->rows / product->m;
+    const int64_t n = product->weight->n, next_part = (product->m + 1) * parts->width;
     for (int64_t block = begin; block < end; block++) {
         for (int64_t m = 0; m < product->m; m++) {
-            const float *from = parts->sums + m * pieces * parts->width + block * BLOCK;
+            const float *from = parts->sums + m * parts->width + block * BLOCK;
             float natural[BLOCK];
             for (int v = 0; v < 8; v++) {
                 float lane[LANES];
                 vf sum = vf_set(0);
                 for (int64_t part = 0; part < parts->parts; part++)
-                    for (int64_t piece = 0; piece < pieces; piece++)
-                        sum = sum + vf_load(from + part * next_part + piece * parts->width + v * LANES);
+                    sum = sum + vf_load(from + part * next_part + v * LANES);
                 vf_store(lane, sum);
                 for (int i = 0; i < LANES; i++) natural[parts->order[v * LANES + i]] = lane[i];
             }
@@ -97,7 +94,7 @@ static int n_parts_run(n_parts *parts, void (*body)(void *context, int64_t begin
     parts->strip = (blocks + strips - 1) / strips * BLOCK;
     parts->width = blocks * BLOCK;
     parts->strips = (parts->width + parts->strip - 1) / parts->strip;
-    parts->sums = malloc((size_t)(parts->parts * (parts->rows + 1) * parts->width) * sizeof *parts->sums);
+    parts->sums = malloc((size_t)(parts->parts * (product->m + 1) * parts->width) * sizeof *parts->sums);
     if (!parts->sums) return -1;
     ql_cpu_parallel(parts->parts * parts->strips, 1, body, parts);
     ql_cpu_parallel(blocks, 1 + blocks / (2 * ql_cpu_thread_count()), n_store, parts);
@@ -228,34 +225,40 @@ typedef struct n_fused {
     n_decoder decoder;
 } n_fused;
 
-INLINE void gptq_fused_item(const n_fused *work, int64_t index, const int bits, const int m_count) {
+/* Columns of one group by all of the item's rows. */
+INLINE void gptq_fused_chunk(const n_fused *work, const n_item *item, int64_t col, int64_t cols, const int bits,
+                             const int m_count) {
     const ql_product *product = work->parts.product;
     const ql_weight *weight = product->weight;
-    const int64_t n = weight->n, width = work->parts.width, group_size = weight->gptq.group_size;
+    const int64_t n = weight->n, width = work->parts.width;
     const int vectors = gptq_vectors(m_count);
-    const n_decoder decoder = work->decoder;
-    const n_item item = n_item_of(&work->parts, index);
+    const float *x = product->x + col;
     float zeros[BLOCK], scales[BLOCK];
+    for (int64_t at = item->row; at < item->row_end; at += BLOCK) {
+        gptq_group(zeros, scales, weight, col / weight->gptq.group_size, at);
+        for (int v = 0; v < 8 && at + v * LANES < n; v += vectors) {
+            const int64_t row = at + v * LANES;
+            const int32_t *from = weight->gptq.qweight + col * bits / 32 * n + row;
+            const uintptr_t ahead = gptq_ahead(item, row, cols * bits / 32, n, vectors);
+            if (row + vectors * LANES <= n) {
+                n_gptq_chunk(item->sums + row, width, from, n, n - row, ahead, x, product->x_stride, cols,
+                             zeros + v * LANES, scales + v * LANES, &work->decoder, bits, true, vectors, m_count);
+                continue;
+            }
+            for (int i = 0; i < vectors && row + i * LANES < n; i++)
+                n_gptq_chunk(item->sums + row + i * LANES, width, from + i * LANES, n, n - row - i * LANES, ahead, x,
+                             product->x_stride, cols, zeros + (v + i) * LANES, scales + (v + i) * LANES, &work->decoder,
+                             bits, false, 1, m_count);
+        }
+    }
+}
+
+INLINE void gptq_fused_item(const n_fused *work, int64_t index, const int bits, const int m_count) {
+    const n_item item = n_item_of(&work->parts, index);
+    const int64_t group_size = work->parts.product->weight->gptq.group_size;
     for (int64_t col = item.col, cols; col < item.col_end; col += cols) {
         cols = n_cols(&item, col, group_size, gptq_chunk(bits));
-        const float *x = product->x + col;
-        for (int64_t at = item.row; at < item.row_end; at += BLOCK) {
-            gptq_group(zeros, scales, weight, col / group_size, at);
-            for (int v = 0; v < 8 && at + v * LANES < n; v += vectors) {
-                const int64_t row = at + v * LANES;
-                const int32_t *from = weight->gptq.qweight + col * bits / 32 * n + row;
-                const uintptr_t ahead = gptq_ahead(&item, row, cols * bits / 32, n, vectors);
-                if (row + vectors * LANES <= n) {
-                    n_gptq_chunk(item.sums + row, width, from, n, n - row, ahead, x, product->x_stride, cols,
-                                 zeros + v * LANES, scales + v * LANES, &decoder, bits, true, vectors, m_count);
-                    continue;
-                }
-                for (int i = 0; i < vectors && row + i * LANES < n; i++)
-                    n_gptq_chunk(item.sums + row + i * LANES, width, from + i * LANES, n, n - row - i * LANES, ahead, x,
-                                 product->x_stride, cols, zeros + (v + i) * LANES, scales + (v + i) * LANES, &decoder,
-                                 bits, false, 1, m_count);
-            }
-        }
+        gptq_fused_chunk(work, &item, col, cols, bits, m_count);
     }
 }
 
@@ -302,30 +305,35 @@ INLINE n_ahead awq_ahead(const n_item *item, const int32_t *qweight, int64_t wor
     return n_ahead_from(qweight + col * words + first, (end - first) * 4, words * 4);
 }
 
-INLINE void awq_fused_item(const n_fused *work, int64_t index, const int m_count) {
+/* As gptq_fused_chunk; `new_group`: the item's scales are not yet those of this group. */
+INLINE void awq_fused_chunk(const n_fused *work, const n_item *item, int64_t col, int64_t cols, bool new_group,
+                            const int m_count) {
     const ql_product *product = work->parts.product;
     const ql_weight *weight = product->weight;
     const ql_awq *awq = &weight->awq;
-    const int64_t words = (weight->n + 7) / 8, width = work->parts.width;
+    const int64_t words = (weight->n + 7) / 8, width = work->parts.width, group = col / awq->group_size;
     const int vectors = awq_vectors(m_count);
-    const n_decoder decoder = work->decoder;
-    const n_item item = n_item_of(&work->parts, index);
+    n_ahead ahead = awq_ahead(item, awq->qweight, words, col + cols);
     float zeros[BLOCK];
+    for (int64_t at = item->row; at < item->row_end; at += BLOCK) {
+        float *scales = item->scales + at;
+        if (new_group) awq_scales(scales, weight, group, at);
+        awq_zeros(zeros, weight, &work->decoder, group, at);
+        UNROLL
+        for (int first = 0; first < 8; first += vectors)
+            n_awq_chunk(item->sums + at, width, awq->qweight + col * words + at / 8, words, words - at / 8, &ahead,
+                        product->x + col, product->x_stride, cols, zeros, scales, &work->decoder, first, vectors,
+                        m_count);
+    }
+}
+
+INLINE void awq_fused_item(const n_fused *work, int64_t index, const int m_count) {
+    const n_item item = n_item_of(&work->parts, index);
+    const int64_t group_size = work->parts.product->weight->awq.group_size;
     for (int64_t col = item.col, cols; col < item.col_end; col += cols) {
-        const int64_t group = col / awq->group_size;
-        const bool new_group = col == item.col || col % awq->group_size == 0;
-        cols = n_cols(&item, col, awq->group_size, awq_chunk(m_count));
-        n_ahead ahead = awq_ahead(&item, awq->qweight, words, col + cols);
-        for (int64_t at = item.row; at < item.row_end; at += BLOCK) {
-            float *scales = item.scales + at;
-            if (new_group) awq_scales(scales, weight, group, at);
-            awq_zeros(zeros, weight, &decoder, group, at);
-            UNROLL
-            for (int first = 0; first < 8; first += vectors)
-                n_awq_chunk(item.sums + at, width, awq->qweight + col * words + at / 8, words, words - at / 8, &ahead,
-                            product->x + col, product->x_stride, cols, zeros, scales, &decoder, first, vectors,
-                            m_count);
-        }
+        const bool new_group = col == item.col || col % group_size == 0;
+        cols = n_cols(&item, col, group_size, awq_chunk(m_count));
+        awq_fused_chunk(work, &item, col, cols, new_group, m_count);
     }
 }
 
@@ -364,7 +372,7 @@ static int n_fused_linear(const ql_product *product) {
     static loop_body *const awq_bodies[MAX_FUSED_ROWS] = BODIES(awq_fused);
     const bool awq = product->weight->format == QL_FORMAT_AWQ;
     const int bits = awq ? 4 : product->weight->gptq.bits;
-    n_fused work = {.parts = {.product = product, .rows = product->m}};
+    n_fused work = {.parts = {.product = product}};
     n_decoder_init(&work.decoder, bits);
     return n_parts_run(&work.parts,
                        awq ? awq_bodies[product->m - 1] : gptq_bodies[bits == 8 ? 3 : bits - 2][product->m - 1]);

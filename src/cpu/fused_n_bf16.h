@@ -188,7 +188,7 @@ static int n_pairs_linear(const ql_product *product) {
     static loop_body *const bodies[2][MAX_FUSED_ROWS] = {BODIES(gptq4_pairs), BODIES(awq_pairs)};
     const ql_weight *weight = product->weight;
     const bool awq = weight->format == QL_FORMAT_AWQ;
-    const int64_t m_count = product->m * product->pieces, units = (weight->k + 7) / 8;
+    const int64_t m_count = product->m, units = (weight->k + 7) / 8;
     uint16_t *x = calloc((size_t)(units * m_count), 8 * sizeof *x);
     if (!x) return -1;
     for (int64_t m = 0; m < m_count; m++) {
@@ -198,7 +198,7 @@ static int n_pairs_linear(const ql_product *product) {
             x[(pair * m_count + m) * 2 + side] = from[col];
         }
     }
-    n_pairs work = {.parts = {.product = product, .rows = m_count}, .x = (const int32_t *)(const void *)x};
+    n_pairs work = {.parts = {.product = product}, .x = (const int32_t *)(const void *)x};
     uint16_t table[32];
     for (int i = 0; i < 32; i++) table[i] = ql_bf16_from_f32((float)(i < 16 ? i : i - 32));
     memcpy(&work.table, table, sizeof table);

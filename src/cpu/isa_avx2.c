@@ -9,7 +9,7 @@
 #include "int8.h"
 
 const ql_kernels *ql_kernels_avx2(void) {
-    static const ql_kernels kernels = {linear, int8_linear, grad, dequantize, to_f32, NULL, NULL, NULL};
+    static const ql_kernels kernels = {linear, int8_linear, grad, dequantize, to_f32, NULL, NULL};
     return &kernels;
 }
 #else

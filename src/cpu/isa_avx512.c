@@ -14,8 +14,7 @@
 #pragma GCC pop_options
 
 const ql_kernels *ql_kernels_avx512(void) {
-    static const ql_kernels kernels = {linear,     int8_linear,      grad,       dequantize, to_f32,
-                                       bf16_suits, bf16_pieces_suit, bf16_linear};
+    static const ql_kernels kernels = {linear, int8_linear, grad, dequantize, to_f32, bf16_suits, bf16_linear};
     return &kernels;
 }
 #else

@@ -6,6 +6,6 @@
 #include <stddef.h>
 
 const ql_kernels *ql_kernels_plain(void) {
-    static const ql_kernels kernels = {linear, int8_linear, grad, dequantize, to_f32, NULL, NULL, NULL};
+    static const ql_kernels kernels = {linear, int8_linear, grad, dequantize, to_f32, NULL, NULL};
     return &kernels;
 }

@@ -23,7 +23,6 @@ typedef struct ql_product {
         *x_bf16; /* of bf16_linear, in place of x: k is even, each value zero, not finite, or >= BF16_LEAST; with FP8, k
                   * may be odd up to BF16_FUSED_ROWS rows, and values may be any of e4m3 */
     int64_t x_stride;
-    int pieces; /* of bf16_linear: rows of x_bf16 that add up to one of x, side by side; 1 unless bf16_pieces_suit */
     const float *row_scale;    /* [m], or NULL for ones */
     const float *group_scales; /* of bf16_linear with FP8: [m, ceil(k / 128)], of x's groups of 128 columns, or NULL */
     const float *bias;         /* [n], or NULL */
@@ -56,9 +55,7 @@ typedef struct ql_kernels {
     void (*to_f32)(float *out, const void *x, ql_dtype dtype, int64_t count);
     /* Products of bf16 pairs, NULL where there are none; the processor must have AVX512_BF16. */
     bool (*bf16_suits)(const ql_weight *weight, int64_t m); /* whether they are quicker with m rows of x */
-    bool (*bf16_pieces_suit)(const ql_weight *weight,
-                             int64_t rows);        /* the same, with rows of x in pieces, `rows` in all */
-    int (*bf16_linear)(const ql_product *product); /* only where bf16_suits, with the same m */
+    int (*bf16_linear)(const ql_product *product);          /* only where bf16_suits, with the same m */
 } ql_kernels;
 
 const ql_kernels *ql_kernels_plain(void);

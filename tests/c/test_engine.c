@@ -205,6 +205,12 @@ static void check(const char *name, const ql_weight *w, const int64_t *ms, int m
             const bool small = mi % 4 == 0 && dtype != QL_F16;
             for (int64_t i = 0; small && i < m * stride; i++)
                 ql_f32_store(x, dtype, i, ql_f32_load(x, dtype, i) * 0x1p-122f);
+            /* Or spread over many powers of two, up to the largest significand. */
+            for (int64_t i = 0; mi % 4 == 1 && i < m * stride; i++) {
+                int32_t power = 126 - (int32_t)(random_bits() % (i / 64 % 3 == 0 ? 4 : i / 64 % 3 == 1 ? 24 : 40));
+                ql_f32_store(x, dtype, i, ql_f32_load(x, dtype, i) * ql_f32_from_bits((uint32_t)power << 23));
+                if (i % 61 == 0) ql_f32_store(x, dtype, i, i % 2 ? 1.9921875f : -1.9921875f);
+            }
             float *xf = malloc((size_t)(m * k + 1) * sizeof *xf);
             for (int64_t i = 0; i < m; i++)
                 for (int64_t c = 0; c < k; c++) xf[i * k + c] = ql_f32_load(x, dtype, i * stride + c);

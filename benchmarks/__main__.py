@@ -1,6 +1,7 @@
 """Times and ratios on this machine. Run it from the repository's root."""
 
 import argparse
+import json
 from pathlib import Path
 
 
@@ -43,6 +44,41 @@ def _tune(options: argparse.Namespace) -> None:
     tune.run(tuple(options.shapes or cuda.SHAPES), formats, tuple(options.m or cuda.MS), options.json)
 
 
+def _model(options: argparse.Namespace) -> None:
+    from benchmarks import model
+
+    if options.rewrite:
+        model.rewrite(options.rewrite)
+        return
+    formats = tuple(options.formats or model.MAKERS)
+    if unknown := set(formats) - set(model.MAKERS):
+        raise SystemExit(f"no format {', '.join(sorted(unknown))}; there are {', '.join(model.MAKERS)}")
+    config = model.shortened(options.layers)
+    model.run(model.Options(formats, config, options.rounds, options.json, options.save))
+
+
+def _parallel(options: argparse.Namespace) -> None:
+    from benchmarks import parallel
+
+    formats = tuple(options.formats or parallel.Options.formats)
+    if unknown := set(formats) - set(parallel.FORMATS):
+        raise SystemExit(f"no format {', '.join(sorted(unknown))}; there are {', '.join(parallel.FORMATS)}")
+    config = parallel.LLAMA_3_70B._replace(layers=options.layers)
+    made = parallel.Options(formats, config, options.gpus, options.rounds, json=options.json, save=options.save)
+    parallel.run(made)
+
+
+def _load(options: argparse.Namespace) -> None:
+    from benchmarks import load
+
+    names = tuple(options.formats or load.SUBJECTS)
+    if unknown := set(names) - set(load.SUBJECTS):
+        raise SystemExit(f"no format {', '.join(sorted(unknown))}; there are {', '.join(load.SUBJECTS)}")
+    rows = load.run(names, options.mb, options.rounds)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+
+
 def _rewrite(options: argparse.Namespace) -> None:
     from benchmarks import cuda_report
 
@@ -55,10 +91,13 @@ def main() -> None:
     cpu = commands.add_parser("cpu", help="products on the CPU against the fastest F.linear")
     cuda = commands.add_parser("cuda", help="products on a GPU against the read floor and F.linear in fp16")
     tune = commands.add_parser("tune", help="every kernel that could run a product on a GPU, timed")
-    for command in (cpu, cuda, tune):
+    model = commands.add_parser("model", help="tokens a second of a whole model on a GPU against fp16, and its memory")
+    parallel = commands.add_parser("parallel", help="a large model's decode step on one GPU and on several")
+    load = commands.add_parser("load", help="load_checkpoint against safetensors' load_file, on the CPU")
+    for command in (cpu, cuda, tune, model, parallel, load):
         command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
         command.add_argument("--formats", nargs="+", metavar="NAME", help="some of the formats and peers")
-    for command in (cpu, cuda):
+    for command in (cpu, cuda, model, parallel):
         command.add_argument("--save", action="store_true", help="write them, with tables, into benchmarks/results")
     cpu.add_argument("--shapes", nargs="+", type=_shape, default=[(4096, 11008), (4096, 4096)], metavar="KxN")
     cpu.add_argument("--m", nargs="+", type=int, default=[1, 4, 16, 128], metavar="ROWS")
@@ -72,6 +111,17 @@ def main() -> None:
     cuda.add_argument("--parts", nargs="+", metavar="PART", help="of layers, chains, pairs, host")
     cuda.add_argument("--rounds", type=int, default=15, help="replays of each graph that count (default: 15)")
     cuda.set_defaults(run=_cuda)
+    model.add_argument("--layers", type=int, default=32, help="blocks of the model (default: 32, all)")
+    model.add_argument("--rounds", type=int, default=7, help="rounds that count (default: 7)")
+    model.add_argument("--rewrite", type=Path, metavar="FILE", help="measure nothing: tables and plot from this JSON")
+    model.set_defaults(run=_model)
+    parallel.add_argument("--gpus", type=int, default=2, help="how many share a model (default: 2)")
+    parallel.add_argument("--layers", type=int, default=80, help="blocks of the model (default: 80, all)")
+    parallel.add_argument("--rounds", type=int, default=7, help="rounds that count (default: 7)")
+    parallel.set_defaults(run=_parallel)
+    load.add_argument("--mb", type=float, default=1000.0, help="size of the file (default: 1000)")
+    load.add_argument("--rounds", type=int, default=5, help="loads of each that count (default: 5)")
+    load.set_defaults(run=_load)
     rewrite = commands.add_parser("rewrite", help="tables and plot anew from the JSON of runs on a GPU")
     rewrite.add_argument("files", type=Path, nargs="+", metavar="FILE")
     rewrite.set_defaults(run=_rewrite)

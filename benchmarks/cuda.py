@@ -23,7 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import qlinear._qlinear as _qlinear
 from benchmarks import bars, cuda_report, report
 from benchmarks.cuda_layers import DEVIATION, SUBJECTS, Layer
-from benchmarks.floor import FloorError, Reader
+from benchmarks.floor import Reader
+from benchmarks.nvrtc import NvrtcError
 from qlinear import timing
 
 SHAPES = ((4096, 6144), (4096, 28672), (14336, 4096), (8192, 10240), (8192, 57344), (28672, 8192))
@@ -101,7 +102,7 @@ class Run:
         self.task = progress.add_task("", total=_count(options))
         try:
             self.reader = Reader()
-        except FloorError as error:
+        except NvrtcError as error:
             self.reader = None
             console.print(f"No ratios to the floor: {error}")
 

@@ -323,3 +323,37 @@ def run(rank, directory):
                 os._exit(0)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def run_on_gpus(rank, directory):
+    """A pair of layers of each weight-only format on two GPUs, in a CUDA graph, against the same on one."""
+    torch.cuda.set_device(rank)
+    device = torch.device("cuda", rank)
+    rendezvous = f"file://{directory}/rendezvous-of-gpus"
+    dist.init_process_group("nccl", init_method=rendezvous, rank=rank, world_size=2, device_id=device)
+    mesh = DeviceMesh("cuda", [0, 1])
+    for split in SPLITS:
+        if split.name not in ("gptq-4", "gptq-4-act-order", "awq", "eetq", "nf4", "nf4-double"):
+            continue
+        whole = Two(split.layer(512, 1024, 128, seed=1)[0], split.layer(256, 512, 128)[0]).to(device)
+        model = Two(split.layer(512, 1024, 128, seed=1)[0], split.layer(256, 512, 128)[0])
+        qlinear.parallelize(model, mesh, {name: PLAN[name] for name in ("block.up", "block.down")})
+        assert model.block.up.device == device
+        x = activations(0, 1024, torch.float16).to(device)
+        with torch.no_grad():
+            hidden = whole.block.up(x)
+            alone = values(whole(x).cpu())
+            eager = model(x)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                out = model(x)
+            graph.replay()
+            torch.cuda.synchronize()
+        assert torch.equal(out, eager), split.name
+        W = values(whole.block.down.dequantize(torch.float32).cpu())
+        # Both round the hidden values and, in wgmma's kernels, the weights to fp16.
+        allowed = 2 * bound(W, values(hidden.cpu()), 2.0**-10, 3) + 2.0**-9 * np.abs(alone)
+        assert (np.abs(values(eager.cpu()) - alone) <= allowed).all(), split.name
+    dist.barrier()
+    dist.destroy_process_group()

@@ -30,6 +30,12 @@ def test_in_processes(outcomes, name, size):
         assert not found, f"process {rank}: {found}"
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs that torch can use")
+def test_on_two_gpus(tmp_path):
+    torch.multiprocessing.spawn(parallel_ranks.run_on_gpus, (str(tmp_path),), nprocs=2)
+
+
 # Where the parts begin
 
 

@@ -172,6 +172,12 @@ def test_merged_weights_have_the_dtype_that_they_had(case):
     assert layer.base_layer.weight.dtype == quantized.natural_dtype() == torch.bfloat16
     expected = quantized.dequantize(torch.float32) + layer.get_delta_weight("default")
     assert torch.equal(layer.base_layer.weight, expected.bfloat16())
+    # In a model that works in another dtype, that one: an nn.Linear takes no other.
+    layer.unmerge()
+    out = layer(inputs(3, K))
+    layer.merge()
+    assert layer.base_layer.weight.dtype == out.dtype == torch.float32
+    assert layer(inputs(3, K)).dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -262,6 +268,27 @@ def test_qlora_with_gradient_checkpointing_in_bfloat16():
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     assert token_losses(model, 4)[1] == plain
+
+
+@pytest.mark.parametrize("to", ["gptq-4", "nf4", "fp8"])
+def test_a_checkpoint_by_way_of_transformers(tmp_path, to):
+    """As QLoRA is run: transformers' from_pretrained, peft's preparation, training, merging and back."""
+    llama(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    qlinear.quantize_checkpoint(tmp_path / "dense", tmp_path / "quantized", to, group_size=32)
+    qlinear.hf.register()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "quantized")
+    finally:
+        qlinear.hf.unregister()
+    tuned, losses = token_losses(peft.prepare_model_for_kbit_training(model), 4)
+    assert losses[-1] < losses[0]
+    tuned.eval()
+    tokens = torch.tensor([[5, 12, 19]])
+    out = tuned(input_ids=tokens).logits
+    tuned.merge_adapter()
+    assert (tuned(input_ids=tokens).logits - out).abs().max() < (0.1 if to == "fp8" else 1e-4) * out.abs().max()
+    tuned.unmerge_adapter()
+    assert torch.equal(tuned(input_ids=tokens).logits, out)
 
 
 def test_a_tuned_model_merges_and_generates_the_same():

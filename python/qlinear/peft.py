@@ -14,7 +14,7 @@ from peft.tuners import tuners_utils
 from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from torch import nn
+from torch import Tensor, nn
 
 from .layers._module import QuantizedLinear
 from .model import to_linear
@@ -35,7 +35,13 @@ class LoraQuantizedLinear(Linear):
 
     def _start(self) -> None:
         # While adapters are merged: the quantized layer, which is no submodule, so that the state dict has one weight.
-        self.__dict__["_quantized"] = None
+        # _seen: the dtype of the inputs, in which a merged layer must work: what the layer was is not always known.
+        self.__dict__.update(_quantized=None, _seen=None)
+
+    def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        if not torch.compiler.is_compiling():
+            self.__dict__["_seen"] = x.dtype
+        return super().forward(x, *arguments, **options)
 
     @property
     def lora_variants(self) -> dict:
@@ -58,9 +64,9 @@ class LoraQuantizedLinear(Linear):
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **options)
 
     def _merged(self, adapters: list[str]) -> nn.Linear:
-        """An nn.Linear with the adapters in it, rounded once to the dtype that the float weight had."""
+        """An nn.Linear with the adapters in it, rounded once to the dtype of its inputs, as far as there were any."""
         quantized: QuantizedLinear = self.__dict__["_quantized"] or self.base_layer
-        dtype = quantized.natural_dtype()
+        dtype = self.__dict__["_seen"] or quantized.natural_dtype()
         linear = to_linear(quantized, torch.float32).requires_grad_(False)
         for adapter in adapters:
             delta = self.get_delta_weight(adapter).detach()
@@ -90,7 +96,7 @@ class LoraQuantizedLinear(Linear):
             return super().unmerge()  # it warns that there is nothing to do
         # The model may have been moved meanwhile.
         self.base_layer = quantized.to(self.base_layer.weight.device)
-        self._start()
+        self.__dict__["_quantized"] = None
         self.merged_adapters.clear()
         return None
 

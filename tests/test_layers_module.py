@@ -436,19 +436,6 @@ def test_export(case):
     assert torch.equal(exported.module()(x), layer(x))
 
 
-@pytest.mark.slow
-@every_case
-def test_compile_without_a_graph_break(case):
-    layer = make(case)
-    torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
-    x = inputs(3, K)
-    assert torch.equal(compiled(x), layer(x))
-    x.requires_grad_()
-    compiled(x).sum().backward()
-    assert torch.allclose(x.grad, layer.dequantize(torch.float32).sum(0).expand(3, K), rtol=1e-4, atol=1e-4)
-
-
 @every_case
 def test_threads_at_once(case):
     layer = make(case)

@@ -49,11 +49,13 @@ class Block(torch.nn.Module):
 # ---- compilation ----
 
 
-@every_case
 @pytest.mark.parametrize(
-    ("dynamic", "grad"),
-    [(False, True), (True, False), (True, True), (None, False)],
-    ids=["static-learn", "dynamic", "dynamic-learn", "automatic"],
+    ("case", "dynamic", "grad"),
+    [
+        *((case, True, True) for case in CASES + PACKED_CASES),
+        *((case, dynamic, False) for dynamic in (False, None) for case in CASES),
+    ],
+    ids=str,
 )
 def test_compiled_whole_and_for_every_number_of_rows(case, dynamic, grad, dynamo):
     layer = make(case)
@@ -251,6 +253,64 @@ def test_hooks_see_every_class(case):
         handle.remove()
     layer(x)
     assert len(seen) == 4
+
+
+# ---- gradients of what CASES has not ----
+
+
+def act_order(bits):
+    weight, generator = torch.randn(N, K) / 8, torch.Generator().manual_seed(2)
+    layer = qlinear.QuantLinear.quantize(weight, None, bits=bits, group_size=32)
+    layer.g_idx = layer.g_idx[torch.randperm(K, generator=generator)]
+    return layer
+
+
+def awq_products():
+    """AWQ's GEMVFast storage, whose zeros are products with the scales."""
+    layer = qlinear.AWQLinear.quantize(torch.randn(N, K) / 8, None, group_size=32)
+    products = torch.randn(layer.scales.shape) / 8
+    return qlinear.AWQLinear(4, 32, layer.qweight, products.to(layer.scales.dtype), layer.scales, None)
+
+
+def fp8(shape, activation):
+    weight = (torch.randn(N, K) * 100).to(torch.float8_e4m3fn)
+    return qlinear.Fp8Linear(weight, None, torch.rand(shape) / 1000 + 1e-3, None, activation=activation)
+
+
+def bf16_scales():
+    state = qlinear.QuantLinear.quantize(torch.randn(N, K) / 8, None, bits=4, group_size=32).state_dict()
+    return qlinear.QuantLinear.from_tensors(state | {"scales": state["scales"].bfloat16()})
+
+
+SPECIAL = {
+    "act-order-2": lambda: act_order(2),
+    "act-order-3": lambda: act_order(3),
+    "act-order-4": lambda: act_order(4),
+    "act-order-8": lambda: act_order(8),
+    "awq-products": awq_products,
+    "int8-outliers": lambda: qlinear.Linear8bitLt(torch.randn(N, K) / 8, None, has_fp16_weights=False, threshold=1.0),
+    "fp8-tensor": lambda: fp8((1,), "tensor"),
+    "fp8-blocks": lambda: fp8((1, 1), "group"),
+    "fp8-channels": lambda: fp8((N, 1), "token"),
+    "odd-nf4": lambda: qlinear.Linear4bit(torch.randn(N, K - 1) / 8, None, "nf4"),
+    "bf16-scales": bf16_scales,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("form", SPECIAL)
+def test_gradient_of_the_input(form, dtype):
+    torch.manual_seed(4)
+    layer = SPECIAL[form]()
+    x = (torch.randn(3, 2, layer.in_features) * 2).to(dtype).requires_grad_()
+    out = layer(x)
+    grad = torch.randn(3, 2, N).to(dtype)
+    out.backward(grad)
+    W = layer.dequantize(torch.float32).double()
+    reference, magnitude = grad.double() @ W, grad.double().abs() @ W.abs()
+    assert x.grad.dtype == dtype
+    assert_close(x.grad, reference.numpy(), magnitude.numpy(), N)
+    assert W.abs().max() > 0
 
 
 # ---- a weight that learns ----

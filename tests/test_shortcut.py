@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import gc
+import os
 import pickle
 import sys
 import timeit
@@ -82,6 +83,7 @@ def test_where_it_is_taken(layer, x, state):
 
 
 @every_case
+@pytest.mark.skipif("ASAN_OPTIONS" in os.environ, reason="a sanitized build takes its time")
 def test_the_call_costs_little_more_than_the_c_layers(case):
     layer, x = make(case), inputs(1, K)
     threads = torch.get_num_threads()

@@ -266,7 +266,7 @@ INLINE void n_planes_awq_quad(vi sum[8][MAX_FUSED_ROWS][PLANES], const int32_t *
 }
 
 INLINE void n_planes_awq_chunk(float *sums, int64_t width, const int32_t *from, int64_t words, int64_t left,
-                               n_ahead *ahead, const n_planes *x, int64_t cols, const float *zeros, const float *scales,
+                               n_ahead *ahead, const n_planes *x, int64_t cols, vi zeros, const float *scales,
                                const int first, const int bytes, const int planes, const int m_count) {
     const __mmask16 there = (__mmask16)(left >= LANES ? 0xffffu : left > 0 ? (1u << left) - 1u : 0u);
     vi sum[8][MAX_FUSED_ROWS][PLANES];
@@ -292,11 +292,11 @@ INLINE void n_planes_awq_chunk(float *sums, int64_t width, const int32_t *from, 
             UNROLL
             for (int p = 0; p < planes; p++) sum[2 * b][m][p] -= sum[2 * b + 1][m][p];
         }
-        n_planes_scale(sums + v * LANES, width, sum[2 * b], __builtin_convertvector(vf_load(zeros + v * LANES), vi),
-                       vf_load(scales + v * LANES), x, 1.0f, planes, m_count);
-        n_planes_scale(sums + (v + 1) * LANES, width, sum[2 * b + 1],
-                       __builtin_convertvector(vf_load(zeros + (v + 1) * LANES), vi) << 4,
-                       vf_load(scales + (v + 1) * LANES), x, 16.0f, planes, m_count);
+        vi both = vi_shift(zeros, 8 * (first + b));
+        n_planes_scale(sums + v * LANES, width, sum[2 * b], both & 0x0f, vf_load(scales + v * LANES), x, 1.0f, planes,
+                       m_count);
+        n_planes_scale(sums + (v + 1) * LANES, width, sum[2 * b + 1], both & 0xf0, vf_load(scales + (v + 1) * LANES), x,
+                       16.0f, planes, m_count);
     }
 }
 
@@ -307,11 +307,10 @@ INLINE void awq_planes_chunk(const n_fused *work, const n_item *item, int64_t co
     const int64_t words = (weight->n + 7) / 8, width = work->parts.width, group = col / awq->group_size;
     const int bytes = planes * m_count <= 3 ? 4 : planes * m_count <= 6 ? 2 : 1;
     n_ahead ahead = awq_ahead(item, awq->qweight, words, col + cols);
-    float zeros[BLOCK];
     for (int64_t at = item->row; at < item->row_end; at += BLOCK) {
+        const vi zeros = vi_load_some(awq->qzeros + group * words + at / 8, words - at / 8);
         float *scales = item->scales + at;
         if (new_group) awq_scales(scales, weight, group, at);
-        awq_zeros(zeros, weight, &work->decoder, group, at);
         UNROLL
         for (int first = 0; first < 4; first += bytes)
             n_planes_awq_chunk(item->sums + at, width, awq->qweight + col * words + at / 8, words, words - at / 8,

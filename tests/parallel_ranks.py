@@ -168,6 +168,26 @@ def check_gradients(mesh):
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3 * float(gradients[1].abs().max()))
 
 
+def check_compile(mesh):
+    """Whole graphs, what the processes say to each other among them."""
+    split = next(split for split in SPLITS if split.name == "gptq-4")
+    model = Two(split.layer(96, 64, 32)[0], split.layer(64, 96, 32)[0])
+    head = One("out", split.layer(96, 64, 32)[0])
+    qlinear.parallelize(model, mesh, {"block.up": "colwise", "block.down": "rowwise"})
+    qlinear.parallelize(head, mesh, {"out": PLAN["out"]})
+    for one in (model, head):
+        compiled = torch.compile(one, fullgraph=True, backend="aot_eager")
+        x = activations(0, 64, torch.float32)
+        with torch.no_grad():
+            assert torch.equal(compiled(x), one(x))
+        gradients = []
+        for call in (compiled, one):
+            wanted = x.clone().requires_grad_()
+            call(wanted).sum().backward()
+            gradients.append(wanted.grad)
+        torch.testing.assert_close(*gradients)
+
+
 def check_uneven(mesh):
     """Sizes that no number of processes divides: every part is there, and none is much larger than another."""
     torch.manual_seed(0)
@@ -282,6 +302,7 @@ def checks(mesh, directory):
                 lambda split=split, dtype=dtype: check_products(split, mesh, dtype),
             )
     yield "gradients", lambda: check_gradients(mesh)
+    yield "compile", lambda: check_compile(mesh)
     yield "uneven", lambda: check_uneven(mesh)
     yield "file", lambda: check_file_is_read_in_part(mesh, f"{directory}/model")
     yield "checkpoint", lambda: check_checkpoint(mesh, f"{directory}/llama")

@@ -67,6 +67,7 @@ def test_a_part_loads_what_it_saves_and_keeps_its_manners(split):
     for part in (sharding.column_part(layer, 0, 8), sharding.row_part(layer, 0, sharding.row_step(layer).wish, False)):
         assert not part.training
         assert part.weight_dtype == layer.weight_dtype
+        assert getattr(part, "scale_key", None) == getattr(layer, "scale_key", None)
         state = part.state_dict()
         assert {key.partition("bitsandbytes")[0] for key in state} <= {
             key.partition("bitsandbytes")[0] for key in layer.state_dict()

@@ -34,6 +34,8 @@ _ACTIVATION_GROUP = 128
 _LEAST_GROUP = 16
 # Of double quantization: the least block that there is.
 _LEAST_NESTED = 32
+# Attributes beside the weight that some classes have.
+_KEPT = ("weight_dtype", "scale_key", "promoted")
 
 
 class Step(NamedTuple):
@@ -322,7 +324,7 @@ def _fourbit_rows(layer: Linear4bit, tensors: dict[str, Tensor], part: _Range) -
 
 
 def _fp8_part(layer: Fp8Linear, weight: Tensor, scale: Tensor, block: tuple[int, int], tensors: dict) -> Fp8Linear:
-    made = Fp8Linear(
+    return Fp8Linear(
         _own(weight),
         tensors["bias"],
         _own(scale),
@@ -332,8 +334,6 @@ def _fp8_part(layer: Fp8Linear, weight: Tensor, scale: Tensor, block: tuple[int,
         input_scale_ub=_own(tensors["input_scale_ub"]),
         block_size=block,
     )
-    made.scale_key = layer.scale_key
-    return made
 
 
 def _fp8_columns(layer: Fp8Linear, tensors: dict[str, Tensor], part: _Range) -> Fp8Linear:
@@ -427,8 +427,9 @@ def _tensors(layer: nn.Module) -> dict[str, Tensor | None]:
 
 
 def _finished(made: nn.Module, layer: nn.Module) -> nn.Module:
-    if isinstance(layer, QuantizedLinear):
-        made.weight_dtype = layer.weight_dtype
+    for key in _KEPT:
+        if key in vars(layer):
+            setattr(made, key, vars(layer)[key])
     return made.train(layer.training)
 
 

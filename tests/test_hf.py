@@ -15,6 +15,7 @@ if importlib.util.find_spec("transformers") is None:
 import checkpoint_formats as formats
 import torch
 import transformers
+from checkpoint_cases import FORMATS
 from checkpoint_files import safetensors_bytes
 from hf_models import (
     MODELS,
@@ -30,7 +31,6 @@ from hf_models import (
     tokens,
     write_model,
 )
-from test_checkpoint import FORMATS
 from test_saving import same_files
 from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING

@@ -214,7 +214,8 @@ def make_layer(
         path = shards[next(iter(layer.tensors.values()))].path
         raise ValueError(f"{path}: {layer.name}: {error}") from error
     set_origin(made, Origin(config, layer.conversion, kept))
-    return made.to(device=device, dtype=dtype)
+    # Mapped tensors are on the CPU, where a move costs more than all that came before it.
+    return made if device.type == "cpu" and dtype is None else made.to(device=device, dtype=dtype)
 
 
 def _place(changes: list[tuple[dict, str, object]]) -> None:

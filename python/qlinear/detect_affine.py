@@ -172,6 +172,7 @@ def packed_integers(group: Group) -> Layer:
 
     weight_packed int32 [N, ceil(K * bits / 32)], weight_scale [N, G] or one element, weight_shape [2] = (N, K),
     weight_zero_point int32 [ceil(N * bits / 32), G] or int8 [N, G], weight_g_idx int32 [K]."""
+    group.need_method("compressed-tensors", "pack-quantized")
     group.need("weight_packed", "weight_scale", "weight_shape")
     packed = group.check("weight_packed", (torch.int32,))
     scale = group.check("weight_scale", FLOATS)

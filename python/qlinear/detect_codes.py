@@ -162,6 +162,7 @@ def integers(group: Group) -> Layer:
     """compressed-tensors' int-quantized: weight int8 [N, K], weight_scale of one element, [N, 1] or [N, G].
 
     Where activations are quantized too it is LLM.int8() without outliers; where not, GPTQ of 8 bits."""
+    group.need_method("compressed-tensors", "int-quantized")
     group.check("weight", (torch.int8,))
     outputs, inputs = _matrix(group)
     scale = group.check("weight_scale", FLOATS)

@@ -98,6 +98,11 @@ class Group(NamedTuple):
         nbytes = sum(self.entries[key].nbytes for key in tensors)
         return Layer(self.name, form, storage, tensors, *size, nbytes, options, conversion)
 
+    def need_method(self, method: str, storage: str) -> None:
+        """For storages that no other method's files have."""
+        if self.config.method not in ("", "qlinear", method):
+            raise self.contradiction(f"quant_method {self.config.method}", f"{method}, {storage}")
+
     def contradiction(self, said: str, tensors: str) -> ValueError:
         return ValueError(f"{self.config.source} says {said}, the tensors are {tensors}")
 

@@ -33,6 +33,7 @@ def _cuda(options: argparse.Namespace) -> None:
             rounds=options.rounds,
             json=options.json,
             save=options.save,
+            minutes=options.minutes,
         )
     )
 
@@ -110,6 +111,7 @@ def main() -> None:
     tune.set_defaults(run=_tune)
     cuda.add_argument("--parts", nargs="+", metavar="PART", help="of layers, chains, pairs, host")
     cuda.add_argument("--rounds", type=int, default=15, help="replays of each graph that count (default: 15)")
+    cuda.add_argument("--minutes", type=float, help="stop after so many; what was measured by then is reported")
     cuda.set_defaults(run=_cuda)
     model.add_argument("--layers", type=int, default=32, help="blocks of the model (default: 32, all)")
     model.add_argument("--rounds", type=int, default=7, help="rounds that count (default: 7)")

@@ -45,6 +45,11 @@ class Options:
     rounds: int
     json: Path | None
     save: bool
+    minutes: float | None = None
+
+
+class TimeIsUpError(Exception):
+    """No more is to be measured."""
 
 
 @contextlib.contextmanager
@@ -65,14 +70,14 @@ class Ring:
     """Copies of one layer, enough of them to be cold."""
 
     def __init__(self, name: str, k: int, n: int, dtype: torch.dtype) -> None:
-        subject = SUBJECTS[name]
+        self.subject = subject = SUBJECTS[name]
         first, self.bytes = subject.make(k, n, dtype)
         copies = timing.ring_copies(self.bytes)
         self.layers: list[Layer] = [first, *(subject.make(k, n, dtype)[0] for _ in range(copies - 1))]
         self.k, self.dtype = k, dtype
 
     def replay(self, m: int) -> timing.Replay:
-        x = torch.randn(m, self.k, device="cuda").to(self.dtype)
+        x = self.subject.activations(m, self.k, self.dtype)
         return timing.Replay([lambda layer=layer: layer(x) for layer in self.layers], keep=x)
 
 
@@ -83,7 +88,7 @@ class DenseRing(Ring):
         copies = timing.ring_copies(2 * k * n)
         weights = [torch.randn(n, k, dtype=torch.float16, device="cuda").mul_(DEVIATION) for _ in range(copies)]
         self.layers = [lambda x, weight=weight: torch.nn.functional.linear(x, weight) for weight in weights]
-        self.k, self.dtype, self.bytes = k, torch.float16, 2 * k * n
+        self.k, self.dtype, self.bytes, self.subject = k, torch.float16, 2 * k * n, SUBJECTS["eetq"]
         self._replays: dict[int, timing.Replay] = {}
 
     def replay(self, m: int) -> timing.Replay:
@@ -100,6 +105,7 @@ class Run:
         self.pairs: list[dict] = []
         self.host: list[dict] = []
         self.task = progress.add_task("", total=_count(options))
+        self.end = time.monotonic() + 60 * (float("inf") if options.minutes is None else options.minutes)
         try:
             self.reader = Reader()
         except NvrtcError as error:
@@ -107,6 +113,8 @@ class Run:
             console.print(f"No ratios to the floor: {error}")
 
     def _step(self, text: str, count: int = 1) -> None:
+        if time.monotonic() > self.end:
+            raise TimeIsUpError
         self.progress.update(self.task, description=text, advance=count)
 
     def _ring(self, name: str, k: int, n: int, dtype: torch.dtype) -> Ring | None:
@@ -320,7 +328,7 @@ def run(options: Options) -> None:
         measured = Run(options, console, progress)
         try:
             measured.all()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, TimeIsUpError):
             console.print("Stopped: these are the figures so far.")
     content = {
         "about": _about() | {"minutes": round((time.monotonic() - began) / 60, 1)},

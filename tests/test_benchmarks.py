@@ -117,3 +117,24 @@ def test_runs_of_parts_are_put_together(benchmarks, tmp_path, monkeypatch, capsy
     files[1].write_text(json.dumps(other))
     with pytest.raises(SystemExit, match="driver"):
         cuda_report.rewrite(files)
+
+
+def test_a_run_stops_when_its_minutes_are_over(benchmarks, monkeypatch):
+    cuda = benchmarks("cuda")
+    monkeypatch.setattr(cuda, "Reader", lambda: None)
+
+    class Progress:
+        def add_task(self, *arguments, **options):
+            return 0
+
+        def update(self, *arguments, **options):
+            pass
+
+    def made(minutes):
+        options = cuda.Options((), (), (), (), rounds=1, json=None, save=False, minutes=minutes)
+        return cuda.Run(options, None, Progress())
+
+    for endless in (None, 60.0):
+        made(endless)._step("")
+    with pytest.raises(cuda.TimeIsUpError):
+        made(0.0)._step("")

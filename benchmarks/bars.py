@@ -17,6 +17,9 @@ FOUR = ("gptq-4", "awq")
 DOUBLE = ("nf4-double", "fp4-double")
 TABLES = ("nf4", "fp4", *DOUBLE)
 FEW = ("gptq-2", "gptq-3")
+# With activations of 8 bits.
+FP8, FP8_BLOCKS, INT8 = ("fp8",), ("fp8-blocks",), ("int8",)
+QUANTIZED_M = (64, 256, 1024, 4096)
 ALL = (*EIGHT, *FOUR, *TABLES, *FEW)
 DECODE_M = (1, 4, 8, 16)
 MIDDLE_M = (32, 64, 128)
@@ -50,6 +53,12 @@ def _linear(formats: tuple[str, ...], large_mb: float, large: Iterable[float], s
     return [Bar(formats, (m,), "linear", *of_m, large_mb) for m, *of_m in zip(ms, large, small, strict=True)]
 
 
+def _quantized(formats: tuple[str, ...], floor: Iterable[tuple], linear: Iterable[tuple]) -> list[Bar]:
+    """Each (from 50 MB, below): x the floor at M=1, 4 and 8, 16; x F.linear at each of QUANTIZED_M."""
+    decode = [Bar(formats, ms, "floor", *of_m, 50) for ms, of_m in zip(((1,), (4, 8), (16,)), floor, strict=True)]
+    return decode + [Bar(formats, (m,), "linear", *of_m, 50) for m, of_m in zip(QUANTIZED_M, linear, strict=True)]
+
+
 LAYERS = (
     Bar(EIGHT, (1,), "floor", 1.06, 1.15, 40),
     Bar(EIGHT, (4, 8), "floor", 1.15, 1.22, 40),
@@ -68,6 +77,11 @@ LAYERS = (
     Bar((*TABLES, *FEW), LONG_M, "gptq-4", 1.05, 1.05, 0),
     Bar((*TABLES, *FEW), (*MIDDLE_M, *LONG_M), "linear", 1.0, 1.0, 0),
     Bar(ALL, DECODE_M, "linear", 1.0, 1.0, 0),
+    *_quantized(FP8, ((1.1, 1.3), (1.18, 1.4), (1.3, 1.6)), ((1.65, 1.25), (1.7, 1.3), (1.75, 1.5), (1.8, 1.6))),
+    *_quantized(
+        FP8_BLOCKS, ((1.15, 1.35), (1.25, 1.5), (1.35, 1.7)), ((1.6, 1.2), (1.6, 1.25), (1.65, 1.4), (1.65, 1.5))
+    ),
+    *_quantized(INT8, ((1.2, 1.45), (1.3, 1.6), (1.4, 1.8)), ((1.5, 1.15), (1.5, 1.2), (1.5, 1.3), (1.5, 1.4))),
 )
 
 # A layer in a chain of layers at M=1, over the floor of a single launch.

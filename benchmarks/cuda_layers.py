@@ -23,11 +23,18 @@ Layer = Callable[[torch.Tensor], torch.Tensor]
 @dataclass(frozen=True)
 class Subject:
     """make(k, n, dtype) gives a layer and the bytes of its weight; dtype: of x and, where the format leaves it open, of
-    the scales. dtypes: those that it takes."""
+    the scales. dtypes: those that it takes. outliers: columns of x that are far larger than the others."""
 
     make: Callable[[int, int, torch.dtype], tuple[Layer, int]]
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
     peer: bool = False
+    outliers: int = 0
+
+    def activations(self, m: int, k: int, dtype: torch.dtype) -> torch.Tensor:
+        x = torch.randn(m, k, device="cuda").clamp_(-5, 5)
+        if self.outliers:
+            x[:, torch.randperm(k, device="cuda")[: self.outliers]] *= 20
+        return x.to(dtype)
 
 
 def _int32(*shape: int) -> torch.Tensor:
@@ -79,6 +86,23 @@ def _awq(k: int, n: int, dtype: torch.dtype) -> tuple[Layer, int]:
 def _eetq(k: int, n: int, dtype: torch.dtype) -> tuple[Layer, int]:
     scales = _scales(n, code_deviation=_uniform_deviation(8), dtype=dtype)
     return _own(qlinear.EETQLinear.from_tensors({"weight": _uint8(k, n).view(torch.int8), "weight_scales": scales}))
+
+
+def _fp8(blocks: bool) -> Subject:
+    def make(k: int, n: int, dtype: torch.dtype) -> tuple[Layer, int]:
+        shape = (-(-n // 128), -(-k // 128)) if blocks else (n, 1)
+        # Without the bytes that are NaN.
+        weight = _uint8(n, k).bitwise_and_(0xBF).view(torch.float8_e4m3fn)
+        scales = _scales(*shape, code_deviation=0.7, dtype=torch.float32)
+        return _own(qlinear.Fp8Linear(weight, None, scales, None, activation="group" if blocks else "token"))
+
+    return Subject(make)
+
+
+def _int8(k: int, n: int, dtype: torch.dtype) -> tuple[Layer, int]:
+    scales = _scales(n, code_deviation=_uniform_deviation(8), dtype=torch.float32) * 127
+    tensors = {"weight": _uint8(n, k).view(torch.int8), "SCB": scales}
+    return _own(qlinear.Linear8bitLt.from_tensors(tensors, threshold=6.0))
 
 
 def _fourbit_state(quant_type: str, k: int, n: int, dtype: torch.dtype, double: bool) -> functional.QuantState:
@@ -144,6 +168,9 @@ SUBJECTS = {
     "nf4-double": _fourbit("nf4", double=True),
     "fp4": _fourbit("fp4"),
     "fp4-double": _fourbit("fp4", double=True),
+    "fp8": _fp8(blocks=False),
+    "fp8-blocks": _fp8(blocks=True),
+    "int8": Subject(_int8, outliers=6),
     "gptq-3": _gptq(3),
     "gptq-2": _gptq(2),
     "gptq-4-act-order": _gptq(4, act_order=True),

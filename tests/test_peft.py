@@ -200,6 +200,20 @@ def test_without_registration():
     assert type(plain.base_model.model[0]).__name__ == "Linear"
 
 
+def test_compiles_whole():
+    model = filled(with_lora(network(CASES[0])))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (3, 5):
+        x, twin = (inputs(rows, K).requires_grad_() for _ in range(2))
+        out, expected = compiled(x), model(twin)
+        assert torch.allclose(out, expected, rtol=1e-5, atol=1e-5)
+        out.sum().backward()
+        expected.sum().backward()
+        assert torch.allclose(x.grad, twin.grad, rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
+
+
 def test_other_layers_keep_peft_own():
     model = with_lora(network(CASES[0]), target_modules=["0", "2"])
     kinds = [type(model.base_model.model[i]) for i in (0, 2)]

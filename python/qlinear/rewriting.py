@@ -6,6 +6,7 @@ Tensors go into the files as they come, behind room that was left for the header
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import json
 import os
@@ -177,8 +178,11 @@ class Target:
         state = state_of(module, name)
         self._candidates.hear(name, module, state, state)
         self._writer.add(state)
+        size = sum(tensor.nbytes for tensor in state.values())
         module.to("meta")
-        return sum(tensor.nbytes for tensor in state.values())
+        del state
+        _trim()
+        return size
 
     @property
     def nbytes(self) -> int:
@@ -194,6 +198,13 @@ class Target:
         values["quantization_config"] = self._candidates.best()
         _copy_rest(source, self._folder)
         _write_json(self._folder / "config.json", values)
+
+
+def _trim() -> None:
+    """glibc keeps freed memory of many layers behind small blocks that live on; other libraries have no such call."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _copy_rest(source: Path, folder: Path) -> None:

@@ -221,7 +221,7 @@ def test_forked_after_use():
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 @every_case
-def test_two_devices(case):
+def test_two_gpus(case):
     first, second = make(case, device="cuda:0"), make(case, device="cuda:1")
     xs = [inputs(5, K, device=f"cuda:{index}") for index in range(2)]
     outs = [first(xs[0]), second(xs[1])]

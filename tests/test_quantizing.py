@@ -177,6 +177,20 @@ def test_without_a_model_names_tell(tmp_path):
     assert sorted(config["modules_to_not_convert"]) == ["blocks.0.odd", "lm_head"]
 
 
+def test_matrices_of_no_linear_layer_are_told(tmp_path):
+    model = llama()
+    model.save_pretrained(tmp_path / "src")
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tensors["model.layers.0.mlp.experts.0.weight"] = torch.randn(64, 64)
+    (tmp_path / "src" / "model.safetensors").unlink()
+    write_directory(tmp_path / "src", tensors)
+    report = quantize_checkpoint(tmp_path / "src", tmp_path / "made", "eetq")
+    assert len(report.layers) == 14
+    assert report.notes == [
+        "1 matrices are no linear layer of the model's class and stay, as model.layers.0.mlp.experts.0"
+    ]
+
+
 def test_options(source, tmp_path):
     report = quantize_checkpoint(source, tmp_path / "plain", "gptq-2", group_size=32, skip=("self_attn", "lm_head"))
     assert len(report.layers) == 6

@@ -61,13 +61,18 @@ def _of_names(shards: Shards) -> dict[str, LinearLayer]:
     }
 
 
-def linear_layers(shards: Shards, skip: Iterable[str]) -> tuple[dict[str, LinearLayer], bool]:
-    """({the name of each linear layer in the files: what it is}, whether a model's class told). Those in skip, names of
-    modules or parts of dotted names, have that as their obstacle."""
-    known = _of_model(shards)
-    found = _of_names(shards) if known is None else known
-    for name, layer in found.items():
+def linear_layers(shards: Shards, skip: Iterable[str]) -> tuple[dict[str, LinearLayer], str]:
+    """({the name of each linear layer in the files: what it is}, what should be said of how they were told). Those in
+    skip, names of modules or parts of dotted names, have that as their obstacle."""
+    known, named = _of_model(shards), _of_names(shards)
+    found = named if known is None else known
+    for name in found:
         key = next((key for key in skip if f".{key}." in f".{name}."), None)
         if key is not None:
-            found[name] = layer._replace(obstacle=f"in skip: {key}")
-    return found, known is not None
+            found[name] = found[name]._replace(obstacle=f"in skip: {key}")
+    if known is None:
+        return found, "no model's class is known: linear layers were told by the names of their weights"
+    others = [name for name in named if name not in known]
+    if others:
+        return found, f"{len(others)} matrices are no linear layer of the model's class and stay, as {others[0]}"
+    return found, ""

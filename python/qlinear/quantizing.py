@@ -101,10 +101,9 @@ def quantize_checkpoint(
     make = _maker(to, group_size, search_scales, threshold, blocksize)
     shards = Shards(source)
     _check_plain(shards, read_config(shards.directory))
-    layers, is_known = linear_layers(shards, tuple(skip))
+    layers, note = linear_layers(shards, tuple(skip))
     report = RewriteReport(to, bytes_before=sum(entry.nbytes for entry in shards.values()))
-    if not is_known:
-        report.notes.append("no model's class is known: linear layers were told by the names of their weights")
+    report.notes += [note] if note else []
     target = Target(shards, directory, max_shard_size, layers)
     consumed: set[str] = set()
     bar = _Bar(len(layers), f"qlinear: {to}", progress)

@@ -1,5 +1,5 @@
-/* What lies between a Llama block's linear layers, in fp16 with sums in fp32. Every kernel waits for the one before it by
- * itself and lets the next one start at once, so that launches overlap and a layer may fetch weights meanwhile. */
+/* What lies between a Llama block's linear layers, in fp16 with sums in fp32. Every kernel waits for the one before it
+ * by itself and lets the next one start at once, so that launches overlap and a layer may fetch weights meanwhile. */
 extern "C" {
 
 typedef unsigned short half_bits;
@@ -37,38 +37,106 @@ static __device__ __forceinline__ float sum_of_block(float value, float *shared)
     return value;
 }
 
-/* x [rows, n] += delta where that is not null; out = x / rms(x) * weight. One block a row, 8 values a thread (twice that
- * at most), n a multiple of 8. */
-__global__ void __launch_bounds__(1024)
-    add_norm(half_bits *out, half_bits *x, const half_bits *delta, const half_bits *weight, int n, float eps) {
+/* out = values / rms(values) * weight of a row of n values, of which a thread has 8 and 8 more blockDim.x * 8 on. */
+static __device__ __forceinline__ void norm(half_bits *out, const float values[2][8], const half_bits *weight, int n,
+                                            float eps) {
     __shared__ float shared[32];
-    begin();
-    half_bits *row = x + (long long)blockIdx.x * n;
-    float kept[2][8], squares = 0;
-    for (int part = 0, at = threadIdx.x * 8; part < 2 && at < n; part++, at += blockDim.x * 8) {
-        eight own = *(const eight *)(row + at);
-        if (delta) {
-            eight more = *(const eight *)(delta + (long long)blockIdx.x * n + at);
-            for (int i = 0; i < 8; i++) own.at[i] = rounded(widened(own.at[i]) + widened(more.at[i]));
-            *(eight *)(row + at) = own;
-        }
-        for (int i = 0; i < 8; i++) {
-            kept[part][i] = widened(own.at[i]);
-            squares += kept[part][i] * kept[part][i];
-        }
-    }
+    float squares = 0;
+    for (int part = 0, at = threadIdx.x * 8; part < 2 && at < n; part++, at += blockDim.x * 8)
+        for (int i = 0; i < 8; i++) squares += values[part][i] * values[part][i];
     const float factor = rsqrtf(sum_of_block(squares, shared) / (float)n + eps);
     for (int part = 0, at = threadIdx.x * 8; part < 2 && at < n; part++, at += blockDim.x * 8) {
-        eight scale = *(const eight *)(weight + at), made;
+        const eight scale = *(const eight *)(weight + at);
+        eight made;
         for (int i = 0; i < 8; i++)
-            made.at[i] = rounded(widened(rounded(kept[part][i] * factor)) * widened(scale.at[i]));
-        *(eight *)(out + (long long)blockIdx.x * n + at) = made;
+            made.at[i] = rounded(widened(rounded(values[part][i] * factor)) * widened(scale.at[i]));
+        *(eight *)(out + at) = made;
     }
 }
 
-/* qkv [batch, tokens, heads + 2 * kv_heads, 2 * half_dim] -> q [batch, heads, tokens, 2 * half_dim], turned, and keys, turned,
- * and values into caches [batch, kv_heads, capacity, 2 * half_dim] at first[0] + token. turns [capacity, half_dim, 2]: cosine,
- * sine. One block a head of a token, half_dim threads. */
+/* x [rows, n] += delta if that is not null; out = norm of x. A block a row; n a multiple of 8, at most 16 a thread. */
+__global__ void __launch_bounds__(1024)
+    add_norm(half_bits *out, half_bits *x, const half_bits *delta, const half_bits *weight, int n, float eps) {
+    begin();
+    const long long row = (long long)blockIdx.x * n;
+    float values[2][8];
+    for (int part = 0, at = threadIdx.x * 8; part < 2 && at < n; part++, at += blockDim.x * 8) {
+        eight own = *(const eight *)(x + row + at);
+        if (delta) {
+            const eight more = *(const eight *)(delta + row + at);
+            for (int i = 0; i < 8; i++) own.at[i] = rounded(widened(own.at[i]) + widened(more.at[i]));
+            *(eight *)(x + row + at) = own;
+        }
+        for (int i = 0; i < 8; i++) values[part][i] = widened(own.at[i]);
+    }
+    norm(out + row, values, weight, n, eps);
+}
+
+typedef struct __align__(16) packet {
+    unsigned data, epoch, more, again;
+} packet;
+
+static __device__ __forceinline__ void send(packet *to, unsigned data, unsigned more, unsigned epoch) {
+    asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %2};" ::"l"(to), "r"(data), "r"(epoch), "r"(more)
+                 : "memory");
+}
+
+/* Waits for what the other process sends, some ten seconds at most. */
+static __device__ __forceinline__ packet receive(const packet *from, unsigned epoch) {
+    packet got;
+    for (int tries = 0;; tries++) {
+        asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(got.data), "=r"(got.epoch), "=r"(got.more), "=r"(got.again)
+                     : "l"(from)
+                     : "memory");
+        if (got.epoch == epoch && got.again == epoch) return got;
+        if (tries == 1 << 24) __trap();
+    }
+}
+
+typedef union words {
+    eight halves;
+    unsigned word[4];
+} words;
+
+/* add_norm where delta is this process' part of a sum of two: it is sent into the other's inbox and the other's read
+ * from this one's. Inboxes [2, rows, n / 4] packets, whose words are valid by the epoch beside them (as NCCL's LL
+ * protocol has it), so that nothing is waited for but the words themselves; epochs [rows] counts the exchanges, and
+ * every second one takes the same place: by then its words were read, as the other's answer to the one between them
+ * came after. */
+__global__ void __launch_bounds__(1024)
+    exchange_add_norm(half_bits *out, half_bits *x, const half_bits *delta, const half_bits *weight, packet *inbox,
+                      packet *outbox, unsigned *epochs, int n, float eps) {
+    begin();
+    const long long row = (long long)blockIdx.x * n;
+    const unsigned epoch = epochs[blockIdx.x] + 1;
+    const long long place = ((long long)(epoch & 1) * gridDim.x + blockIdx.x) * (n / 4);
+    words own[2];
+    for (int part = 0, at = threadIdx.x * 8; part < 2 && at < n; part++, at += blockDim.x * 8) {
+        own[part].halves = *(const eight *)(delta + row + at);
+        send(outbox + place + at / 4, own[part].word[0], own[part].word[1], epoch);
+        send(outbox + place + at / 4 + 1, own[part].word[2], own[part].word[3], epoch);
+    }
+    float values[2][8];
+    for (int part = 0, at = threadIdx.x * 8; part < 2 && at < n; part++, at += blockDim.x * 8) {
+        const packet low = receive(inbox + place + at / 4, epoch), high = receive(inbox + place + at / 4 + 1, epoch);
+        words other;
+        other.word[0] = low.data, other.word[1] = low.more, other.word[2] = high.data, other.word[3] = high.more;
+        eight sum = *(const eight *)(x + row + at);
+        for (int i = 0; i < 8; i++) {
+            const half_bits both = rounded(widened(own[part].halves.at[i]) + widened(other.halves.at[i]));
+            sum.at[i] = rounded(widened(sum.at[i]) + widened(both));
+            values[part][i] = widened(sum.at[i]);
+        }
+        *(eight *)(x + row + at) = sum;
+    }
+    norm(out + row, values, weight, n, eps);
+    if (threadIdx.x == 0) epochs[blockIdx.x] = epoch;
+}
+
+/* A prompt: qkv [batch, tokens, heads + 2 * kv_heads, 2 * half_dim] -> q [batch, heads, tokens, 2 * half_dim], turned,
+ * and keys, turned, and values into caches [batch, kv_heads, capacity, 2 * half_dim] at first[0] + token. turns
+ * [capacity, half_dim, 2]: cosine, sine. One block a head of a token, half_dim threads. */
 __global__ void turn_and_store(half_bits *q, half_bits *keys, half_bits *values, const half_bits *qkv,
                                const float *turns, const long long *first, int tokens, int heads, int kv_heads,
                                int capacity) {
@@ -96,56 +164,99 @@ __global__ void turn_and_store(half_bits *q, half_bits *keys, half_bits *values,
     to[i + half_dim] = high;
 }
 
-/* out [batch, 1, heads, 128]: attention of one new token, q [batch, heads, 1, 128], to the caches up to last[0] and with
- * it. One block a head of a batch: a warp takes every warps-th key, four values a lane, and keeps the running maximum,
- * sum and average that are put together at the end. */
-__global__ void __launch_bounds__(256)
-    attend(half_bits *out, const half_bits *q, const half_bits *keys, const half_bits *values, const long long *last,
-           int heads, int kv_heads, int capacity, float scale) {
-    __shared__ float greatest[8], sums[8], averages[8][128];
+/* Four values of a head, turned: a lane has 4 * lane and on, its partner 16 lanes further those that are 64 further. */
+static __device__ __forceinline__ void turned(float value[4], ushort4 from, const float4 turns[2], int lane) {
+    const float own[4] = {widened(from.x), widened(from.y), widened(from.z), widened(from.w)};
+    const float cosine[4] = {turns[0].x, turns[0].z, turns[1].x, turns[1].z};
+    const float sine[4] = {turns[0].y, turns[0].w, turns[1].y, turns[1].w};
+    for (int i = 0; i < 4; i++) {
+        const float other = __shfl_xor_sync(~0u, own[i], 16);
+        value[i] = widened(rounded(own[i] * cosine[i] + (lane < 16 ? -other : other) * sine[i]));
+    }
+}
+
+static __device__ __forceinline__ ushort4 narrowed(const float value[4]) {
+    return make_ushort4(rounded(value[0]), rounded(value[1]), rounded(value[2]), rounded(value[3]));
+}
+
+static __device__ __forceinline__ float product(const float a[4], const float b[4]) {
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3];
+}
+
+#define WARPS 16
+#define KEYS 8
+
+/* One new token: qkv [batch, heads + 2 * kv_heads, 128] -> out [batch, heads * 128], its attention to the caches up to
+ * place[0] and to itself; its key, turned, and its value go into the caches there. One block a head of a sequence: a
+ * warp takes every WARPS-th key, KEYS of them at a time and four values a lane, and keeps the greatest score, the sum
+ * and the average that are put together at the end. */
+__global__ void __launch_bounds__(32 * WARPS)
+    attend(half_bits *out, half_bits *keys, half_bits *values, const half_bits *qkv, const float *turns,
+           const long long *place, int heads, int kv_heads, int capacity, float scale) {
+    __shared__ float greatest[WARPS], sums[WARPS], averages[WARPS][128];
     begin();
     const int head = (int)blockIdx.x, batch = (int)blockIdx.y, warp = (int)threadIdx.x / 32,
               lane = (int)threadIdx.x % 32;
-    const long long cache = ((long long)batch * kv_heads + head / (heads / kv_heads)) * capacity * 128 + lane * 4;
-    const half_bits *own = q + ((long long)batch * heads + head) * 128 + lane * 4;
+    const int count = (int)place[0], kv_head = head / (heads / kv_heads);
+    const long long cache = ((long long)batch * kv_heads + kv_head) * capacity * 128 + lane * 4;
+    const half_bits *row = qkv + (long long)batch * (heads + 2 * kv_heads) * 128 + lane * 4;
+    const float4 *turn = (const float4 *)(turns + ((long long)count * 64 + lane % 16 * 4) * 2),
+                 own[2] = {turn[0], turn[1]};
     float query[4], average[4] = {0, 0, 0, 0}, most = -1e30f, sum = 0;
-    for (int i = 0; i < 4; i++) query[i] = widened(own[i]) * scale;
-    const int count = (int)last[0] + 1;
-    for (int first = warp; first < count; first += 8 * 4) {
-        float score[4], value[4][4];
-        for (int j = 0; j < 4; j++) {
-            const int at = first + 8 * j;
+    turned(query, *(const ushort4 *)(row + head * 128), own, lane);
+    for (int i = 0; i < 4; i++) query[i] *= scale;
+    for (int first = warp; first < count; first += WARPS * KEYS) {
+        float score[KEYS];
+        ushort4 held[KEYS];
+        for (int j = 0; j < KEYS; j++) {
+            const int at = first + WARPS * j;
             const long long offset = cache + (long long)(at < count ? at : first) * 128;
-            const ushort4 key = *(const ushort4 *)(keys + offset), held = *(const ushort4 *)(values + offset);
-            score[j] = query[0] * widened(key.x) + query[1] * widened(key.y) + query[2] * widened(key.z) +
-                       query[3] * widened(key.w);
-            value[j][0] = widened(held.x), value[j][1] = widened(held.y);
-            value[j][2] = widened(held.z), value[j][3] = widened(held.w);
+            const ushort4 key = *(const ushort4 *)(keys + offset);
+            held[j] = *(const ushort4 *)(values + offset);
+            const float wide[4] = {widened(key.x), widened(key.y), widened(key.z), widened(key.w)};
+            score[j] = product(query, wide);
         }
         for (int step = 16; step; step >>= 1)
-            for (int j = 0; j < 4; j++) score[j] += __shfl_xor_sync(~0u, score[j], step);
+            for (int j = 0; j < KEYS; j++) score[j] += __shfl_xor_sync(~0u, score[j], step);
         float now = most;
-        for (int j = 0; j < 4; j++) {
-            if (first + 8 * j >= count) score[j] = -1e30f;
-            now = fmaxf(now, score[j]);
-        }
+        for (int j = 0; j < KEYS; j++)
+            if (first + WARPS * j < count) now = fmaxf(now, score[j]);
         const float shrink = __expf(most - now);
         sum *= shrink;
         for (int i = 0; i < 4; i++) average[i] *= shrink;
-        for (int j = 0; j < 4; j++) {
-            const float share = first + 8 * j < count ? __expf(score[j] - now) : 0;
+        for (int j = 0; j < KEYS; j++) {
+            const float share = first + WARPS * j < count ? __expf(score[j] - now) : 0;
             sum += share;
-            for (int i = 0; i < 4; i++) average[i] += share * value[j][i];
+            average[0] += share * widened(held[j].x), average[1] += share * widened(held[j].y);
+            average[2] += share * widened(held[j].z), average[3] += share * widened(held[j].w);
         }
         most = now;
     }
+    if (warp == WARPS - 1) {
+        float key[4];
+        const ushort4 value = *(const ushort4 *)(row + (heads + kv_heads + kv_head) * 128);
+        turned(key, *(const ushort4 *)(row + (heads + kv_head) * 128), own, lane);
+        if (head % (heads / kv_heads) == 0) {
+            *(ushort4 *)(keys + cache + (long long)count * 128) = narrowed(key);
+            *(ushort4 *)(values + cache + (long long)count * 128) = value;
+        }
+        float score = product(query, key);
+        for (int step = 16; step; step >>= 1) score += __shfl_xor_sync(~0u, score, step);
+        const float now = fmaxf(most, score), shrink = __expf(most - now), share = __expf(score - now);
+        sum = sum * shrink + share;
+        average[0] = average[0] * shrink + share * widened(value.x);
+        average[1] = average[1] * shrink + share * widened(value.y);
+        average[2] = average[2] * shrink + share * widened(value.z);
+        average[3] = average[3] * shrink + share * widened(value.w);
+        most = now;
+    }
     if (lane == 0) greatest[warp] = most, sums[warp] = sum;
-    for (int i = 0; i < 4; i++) averages[warp][lane * 4 + i] = average[i];
+    *(float4 *)&averages[warp][lane * 4] = make_float4(average[0], average[1], average[2], average[3]);
     __syncthreads();
     if (threadIdx.x >= 128) return;
-    for (int i = 0; i < 8; i++) most = fmaxf(i ? most : greatest[0], greatest[i]);
+    for (int i = 0; i < WARPS; i++) most = fmaxf(i ? most : greatest[0], greatest[i]);
     float total = 0, made = 0;
-    for (int i = 0; i < 8; i++) {
+    for (int i = 0; i < WARPS; i++) {
         const float share = __expf(greatest[i] - most);
         total += sums[i] * share;
         made += averages[i][threadIdx.x] * share;

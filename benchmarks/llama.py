@@ -88,8 +88,9 @@ class TorchGlue:
         cache.values[layer].index_copy_(2, place, v)
         return q
 
-    def attend(self, q: Tensor, cache: Cache, layer: int, config: Config) -> Tensor:
-        end = int(cache.place) + 1
+    def attend(self, qkv: Tensor, cache: Cache, layer: int, config: Config, batch: int) -> Tensor:
+        """Of one new token each, which the caches have afterwards."""
+        q, end = self.turn_and_store(qkv, cache, layer, config, batch, 1), int(cache.place) + 1
         keys, values = (held[layer][:, :, :end] for held in (cache.keys, cache.values))
         return F.scaled_dot_product_attention(q, keys, values, enable_gqa=True).flatten(1)
 
@@ -102,9 +103,10 @@ class CudaGlue(TorchGlue):
     """The same by glue.cu, in fp16, heads of 128 values."""
 
     SOURCE = Path(__file__).with_name("glue.cu")
+    KERNELS = ("add_norm", "turn_and_store", "attend", "gate")
 
     def __init__(self) -> None:
-        self._kernels = nvrtc.Kernels(self.SOURCE, ("add_norm", "turn_and_store", "attend", "gate"))
+        self._kernels = nvrtc.Kernels(self.SOURCE, self.KERNELS)
         self._overlap = torch.cuda.get_device_capability() >= (9, 0)
 
     def _launch(self, name: str, grid: tuple[int, ...], threads: int, *values: Tensor | c_int | None) -> None:
@@ -125,11 +127,11 @@ class CudaGlue(TorchGlue):
         self._launch("turn_and_store", grid, config.head_dim // 2, *tensors, *sizes)
         return q
 
-    def attend(self, q, cache, layer, config):
-        out = q.new_empty(q.shape[0], config.heads * config.head_dim)
+    def attend(self, qkv, cache, layer, config, batch):
+        out = qkv.new_empty(batch, config.heads * config.head_dim)
         sizes = map(c_int, (config.heads, config.kv_heads, cache.capacity))
-        tensors = (out, q, cache.keys[layer], cache.values[layer], cache.place)
-        self._launch("attend", (config.heads, q.shape[0]), 256, *tensors, *sizes, c_float(config.head_dim**-0.5))
+        tensors = (out, cache.keys[layer], cache.values[layer], qkv, cache.turns, cache.place)
+        self._launch("attend", (config.heads, batch), 512, *tensors, *sizes, c_float(config.head_dim**-0.5))
         return out
 
     def gate(self, both):
@@ -171,8 +173,12 @@ class Llama:
         x, delta = x.reshape(-1, hidden), None
         for i, block in enumerate(self.blocks):
             qkv = block["qkv"](glue.add_norm(x, delta, self.norms[2 * i], config.eps))
-            q = glue.turn_and_store(qkv, cache, i, config, batch, count)
-            delta = block["o"](glue.attend(q, cache, i, config) if count == 1 else self._attend_all(q, cache, i))
+            attended = (
+                glue.attend(qkv, cache, i, config, batch)
+                if count == 1
+                else self._attend_all(qkv, cache, i, batch, count)
+            )
+            delta = block["o"](attended)
             self.reduce(delta)
             both = block["gate_up"](glue.add_norm(x, delta, self.norms[2 * i + 1], config.eps))
             delta = block["down"](glue.gate(both))
@@ -181,8 +187,8 @@ class Llama:
         x, delta = (x, delta) if count == 1 else (x[last].contiguous(), delta[last].contiguous())
         return glue.add_norm(x, delta, self.norms[-1], config.eps)
 
-    def _attend_all(self, q: Tensor, cache: Cache, layer: int) -> Tensor:
-        count = q.shape[2]
+    def _attend_all(self, qkv: Tensor, cache: Cache, layer: int, batch: int, count: int) -> Tensor:
+        q = self.glue.turn_and_store(qkv, cache, layer, self.config, batch, count)
         keys, values = (held[layer][:, :, :count] for held in (cache.keys, cache.values))
         out = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)
-        return out.transpose(1, 2).reshape(q.shape[0] * count, -1)
+        return out.transpose(1, 2).reshape(batch * count, -1)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 import qlinear
-from benchmarks import report
+from benchmarks import exchange, report
 from benchmarks.llama import LLAMA_3_70B, Cache, Config, CudaGlue, Llama, TorchGlue
 
 FORMATS = ("gptq-4", "awq", "nf4-double")
@@ -53,29 +53,14 @@ def _make(name: str, k: int, n: int, device: str) -> Callable[[torch.Tensor], to
     return quantize[name](weight, None) if name in quantize else qlinear.Linear4bit(weight, None, "nf4")
 
 
-def _nccl(x: torch.Tensor) -> object:
+def _all_reduce(x: torch.Tensor) -> object:
     return dist.all_reduce(x)
-
-
-def _symmetric(config: Config) -> Reduce:
-    """Each process reads the others' parts from their memory, in one kernel, without NCCL's protocol. RuntimeError
-    where torch or the machine cannot."""
-    import torch.distributed._symmetric_memory as symmetric
-
-    name = dist.group.WORLD.group_name
-    buffer = symmetric.empty((1, config.hidden), dtype=torch.float16, device="cuda")
-    symmetric.rendezvous(buffer, name)
-
-    def reduce(x: torch.Tensor) -> object:
-        return torch.ops.symm_mem.one_shot_all_reduce_copy_out(buffer, x, "sum", name, x)
-
-    return reduce
 
 
 class _Step:
     """One token through all blocks."""
 
-    def __init__(self, name: str, config: Config, options: Options, reduce: Reduce | None) -> None:
+    def __init__(self, name: str, config: Config, options: Options, reduce: Reduce | None, glue: TorchGlue) -> None:
         device = options.device
         dtype = torch.float16 if device == "cuda" else torch.float32
         norms = torch.ones(2 * config.layers + 1, config.hidden, dtype=dtype, device=device)
@@ -86,7 +71,7 @@ class _Step:
             embedding=nothing,
             head=lambda x: x,
             norms=norms,
-            glue=CudaGlue() if device == "cuda" else TorchGlue(),
+            glue=glue,
             reduce=reduce or (lambda x: None),
         )
         self.cache = Cache(config, 1, 256, device, dtype)
@@ -95,8 +80,11 @@ class _Step:
         self.x = torch.randn(1, 1, config.hidden, dtype=torch.float32).to(device, dtype)
         self.bytes = sum(layer.nbytes for block in self.llama.blocks for layer in block.values())
         self._graph = None
+
+    def start(self) -> None:
+        """Warms up, which every process has to do at the same time, and captures."""
         self._call()
-        if device == "cuda":
+        if self.x.is_cuda:
             torch.cuda.synchronize()
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
@@ -135,36 +123,47 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-def _reduces(options: Options) -> dict[str, Reduce | str]:
-    """By name, or why it is not here. Every process comes to the same."""
-    found: dict[str, Reduce | str] = {"nccl" if options.device == "cuda" else "gloo": _nccl}
-    if options.device == "cuda":
-        try:
-            made, error = _symmetric(options.config), ""
-        except (RuntimeError, AttributeError, ImportError) as failed:
-            made, error = None, (str(failed).splitlines() or [type(failed).__name__])[0]
-        said: list = [None] * options.parts
-        dist.all_gather_object(said, error)
-        found["symmetric"] = next(filter(None, said), "") or made
-    return found
+def _tell(said: object) -> list:
+    heard: list = [None] * dist.get_world_size()
+    dist.all_gather_object(heard, said)
+    return heard
+
+
+def _ways(options: Options, rank: int) -> dict[str, tuple[Reduce | None, TorchGlue] | str]:
+    """How parts are summed, by name; or why not so. Every process comes to the same."""
+    if options.device != "cuda":
+        return {"gloo": (_all_reduce, TorchGlue())}
+    found: dict[str, tuple[Reduce | None, TorchGlue] | str] = {"nccl": (_all_reduce, CudaGlue())}
+    if options.parts != 2:
+        return found | {"exchange": "is for two GPUs"}
+    try:
+        addresses = exchange.connected(1, options.config.hidden, rank, _tell)
+        return found | {"exchange": (None, exchange.ExchangeGlue(1, *addresses))}
+    except exchange.ExchangeError as error:
+        return found | {"exchange": str(error)}
 
 
 def _rows(rank: int, options: Options) -> list[dict]:
     rows = []
+    ways = _ways(options, rank)
+    plain = ways["nccl" if options.device == "cuda" else "gloo"][1]
     for name in options.formats:
         alone, whole_bytes = [], 0
         if rank == 0:
-            step = _Step(name, options.config, options, None)
+            step = _Step(name, options.config, options, None, plain)
+            step.start()
             alone, whole_bytes = step.times(options.rounds), step.bytes
             del step
             _free()
         dist.barrier()
-        for how, reduce in _reduces(options).items():
+        for how, way in ways.items():
             row = {"format": name, "reduce": how, "parts": options.parts}
-            if isinstance(reduce, str):
-                rows.append(row | {"missing": reduce})
+            if isinstance(way, str):
+                rows.append(row | {"missing": way})
                 continue
-            step = _Step(name, options.config.part(options.parts), options, reduce)
+            step = _Step(name, options.config.part(options.parts), options, *way)
+            dist.barrier()
+            step.start()
             dist.barrier()
             times = step.times(options.rounds)
             if rank == 0:
@@ -213,8 +212,8 @@ def tables(content: dict) -> list[report.Table]:
 
 NOTES = [
     f"Llama-3-70B's blocks, one token at {CONTEXT} tokens of context, all layers in one CUDA graph a step, two",
-    "all-reduces a block; medians of rounds of replays. nccl: NCCL's all-reduce; symmetric: torch's one-shot kernel on",
-    "symmetric memory.",
+    "all-reduces a block; medians of rounds of replays. nccl: NCCL's all-reduce; exchange: parts written into the",
+    "other GPU's memory by the kernel that adds them to the residual stream (benchmarks/exchange.py).",
 ]
 
 

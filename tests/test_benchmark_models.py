@@ -208,8 +208,38 @@ def test_the_glue_on_a_gpu_is_that_of_torch(benchmarks, batch, count, place):
         first = glue.add_norm(x.clone(), None, weight, 1e-5)
         normed = glue.add_norm(x, delta, weight, 1e-5)
         q = glue.turn_and_store(qkv, cache, 0, config, batch, count)
-        out = glue.attend(q, cache, 0, config) if count == 1 else q
+        prompt = (q, cache.keys.clone(), cache.values.clone())
+        cache.keys, cache.values = caches.clone()
+        out = glue.attend(qkv, cache, 0, config, batch) if count == 1 else q
         torch.cuda.synchronize()
-        seen.append((first, x, normed, q, cache.keys, cache.values, out, glue.gate(both)))
+        seen.append((first, x, normed, *prompt, cache.keys, cache.values, out, glue.gate(both)))
     for ours, theirs in zip(*reversed(seen), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=4e-3, atol=4e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that torch can use")
+@pytest.mark.parametrize(("rows", "hidden"), [(1, 8192), (3, 1032)])
+def test_two_exchange_their_parts(benchmarks, rows, hidden):
+    """Both ends of it on one GPU, each on a stream of its own: many times, so that places are taken again."""
+    llama, exchange = benchmarks("llama"), benchmarks("exchange")
+    inboxes = [exchange.Inbox(exchange.inbox_bytes(rows, hidden)).address for _ in range(2)]
+    glues = [exchange.ExchangeGlue(rows, inboxes[end], inboxes[1 - end]) for end in range(2)]
+    plain, weight = llama.TorchGlue(), torch.ones(hidden, dtype=torch.float16, device="cuda")
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    generator = torch.Generator("cuda").manual_seed(0)
+    random = lambda: torch.randn(rows, hidden, device="cuda", generator=generator).half()  # noqa: E731
+    parts, x = [(random(), random()) for _ in range(50)], random()
+    expected, own, outs = x.clone(), [x.clone() for _ in range(2)], [[], []]
+    torch.cuda.synchronize()
+    for pair in parts:
+        for end, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                outs[end].append(glues[end].add_norm(own[end], pair[end], weight, 1e-5))
+    torch.cuda.synchronize()
+    for i, (a, b) in enumerate(parts):
+        out = plain.add_norm(expected, a + b, weight, 1e-5)
+        assert torch.equal(outs[0][i], outs[1][i])
+        torch.testing.assert_close(outs[0][i], out, rtol=4e-3, atol=4e-3)
+    assert torch.equal(own[0], expected)
+    assert torch.equal(own[1], expected)

@@ -392,7 +392,8 @@ def parallelize(
     plan: names of modules, with * for what is between two dots, and "colwise", "rowwise", "colwise_gather_output" or
     "rowwise_split_input" for each (the last two between layers that are whole); None is the model's own, as
     transformers' models have one. After `load_checkpoint(model, directory)` on the CPU, which maps the files, a process
-    reads from them no more than its own part of each layer.
+    reads from them no more than its own part of each layer, in whole pages (and its zeros, where they tell their own
+    format; a storage that is converted when it is loaded, as AWQ's GEMV, is read whole).
 
     The weight of a part is the whole's, bit for bit. Sums of row-parallel layers are in the output's dtype, and the
     first process adds the bias. Where x is quantized by its tokens' absmax (LLM.int8(), FP8), a row-parallel part takes

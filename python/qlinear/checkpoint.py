@@ -295,7 +295,8 @@ def load_shards(
                 else:
                     report.skipped.append((layer.name, f"in skip: {kept}"))
                     new = to_linear(new, dtype)
-                new.train(old.training)
+                if new.training != old.training:
+                    new.train(old.training)
                 for place in names[id(old)]:
                     parent, _, leaf = place.rpartition(".")
                     changes.append((model.get_submodule(parent)._modules, leaf, new))

@@ -21,6 +21,18 @@ from .shards import Entry
 _FLOAT8 = tuple(dtype for name in ("float8_e4m3fn", "float8_e5m2") if (dtype := getattr(torch, name, None)))
 # Beside the layers of some files, and nothing of ours: scales of the key-value cache, buffers that models compute.
 _IGNORED = (".k_scale", ".v_scale", ".q_scale", ".output_scale", ".rotary_emb.inv_freq", ".workspace")
+# Formats that are known and cannot be loaded, by names that only they have.
+_BY_KEYS = (
+    (("weight_packed", "weight_global_scale"), "compressed-tensors nvfp4-pack-quantized"),
+    (("weight_packed", "meta"), "compressed-tensors marlin-24"),
+    (("compressed", "bitmask"), "compressed-tensors' sparse weights"),
+    (("weight_scale_2",), "modelopt NVFP4"),
+    (("W_q",), "HQQ"),
+    (("Qidxs",), "QuIP#"),
+    (("codebooks", "codes"), "AQLM"),
+    (("q_weight", "q_scale"), "EXL2"),
+    (("trellis",), "EXL3"),
+)
 
 
 @dataclass
@@ -36,18 +48,7 @@ class Found:
 def _neighbour(entries: Mapping[str, Entry]) -> str:
     """The name of a format that is known and cannot be loaded, or an empty string."""
     weight = entries.get("weight")
-    by_keys = (
-        (("weight_packed", "weight_global_scale"), "compressed-tensors nvfp4-pack-quantized"),
-        (("weight_packed", "meta"), "compressed-tensors marlin-24"),
-        (("compressed", "bitmask"), "compressed-tensors' sparse weights"),
-        (("weight_scale_2",), "modelopt NVFP4"),
-        (("W_q",), "HQQ"),
-        (("Qidxs",), "QuIP#"),
-        (("codebooks", "codes"), "AQLM"),
-        (("q_weight", "q_scale"), "EXL2"),
-        (("trellis",), "EXL3"),
-    )
-    for keys, name in by_keys:
+    for keys, name in _BY_KEYS:
         if all(key in entries for key in keys):
             return name
     if weight is not None and weight.dtype == torch.uint8 and "weight_scale" in entries:

@@ -224,7 +224,8 @@ class Shards(Mapping[str, Entry]):
                 raise ValueError(f"{path}: became shorter while it was read")
             storage = self._storages[path] = torch.UntypedStorage.from_file(str(path), False, size)
         # A storage of its own, so that copies and pickles of one tensor do not take the whole file with them.
-        data = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage[begin:end])
-        if data.data_ptr() % dtype.itemsize:
-            data = data.clone()
-        return data.view(dtype).view(shape)
+        if begin % dtype.itemsize:
+            return (
+                torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage[begin:end]).clone().view(dtype).view(shape)
+            )
+        return torch.empty(0, dtype=dtype, device="cpu").set_(storage[begin:end]).view(shape)

@@ -168,6 +168,32 @@ def check_gradients(mesh):
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3 * float(gradients[1].abs().max()))
 
 
+class Headed(nn.Module):
+    """A norm over each head between two layers that are split: a process has its own heads' part of the gradient."""
+
+    def __init__(self, up, down):
+        super().__init__()
+        self.up, self.norm, self.down = up, nn.LayerNorm(8), down
+
+    def forward(self, x):
+        heads = self.norm(self.up(x).unflatten(-1, (-1, 8)))
+        return self.down(heads.flatten(-2))
+
+
+def check_norms_gradient(mesh):
+    split = next(split for split in SPLITS if split.name == "gptq-4")
+    make = lambda: Headed(split.layer(96, 64, 32, seed=1)[0], split.layer(64, 96, 32)[0])  # noqa: E731
+    model, whole = make(), make()
+    plan = {"up": "colwise", "norm": "replicated_with_grad_allreduce", "down": "rowwise"}
+    report = qlinear.parallelize(model, mesh, plan)
+    assert report.skipped == [("norm", "stays whole, by the plan")]
+    for one in (model, whole):
+        one(activations(0, 64, torch.float32)).square().sum().backward()
+    for name in ("weight", "bias"):
+        own, other = (getattr(one.norm, name).grad for one in (model, whole))
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+
+
 def check_compile(mesh):
     """Whole graphs, what the processes say to each other among them."""
     split = next(split for split in SPLITS if split.name == "gptq-4")
@@ -302,6 +328,7 @@ def checks(mesh, directory):
                 lambda split=split, dtype=dtype: check_products(split, mesh, dtype),
             )
     yield "gradients", lambda: check_gradients(mesh)
+    yield "norms-gradient", lambda: check_norms_gradient(mesh)
     yield "compile", lambda: check_compile(mesh)
     yield "uneven", lambda: check_uneven(mesh)
     yield "file", lambda: check_file_is_read_in_part(mesh, f"{directory}/model")

@@ -42,7 +42,7 @@ def _tune(options: argparse.Namespace) -> None:
     from benchmarks import cuda, tune
 
     formats = tuple(options.formats or tune.FORMATS)
-    tune.run(tuple(options.shapes or cuda.SHAPES), formats, tuple(options.m or cuda.MS), options.json)
+    tune.run(tuple(options.shapes or cuda.SHAPES), formats, tuple(options.m or cuda.MS), options.json, options.save)
 
 
 def _model(options: argparse.Namespace) -> None:
@@ -108,6 +108,7 @@ def main() -> None:
     for command in (cuda, tune):
         command.add_argument("--shapes", nargs="+", type=_shape, metavar="KxN")
         command.add_argument("--m", nargs="+", type=int, metavar="ROWS")
+    tune.add_argument("--save", action="store_true", help="make what is faster the package's own choice, in its table")
     tune.set_defaults(run=_tune)
     cuda.add_argument("--parts", nargs="+", metavar="PART", help="of layers, chains, pairs, host")
     cuda.add_argument("--rounds", type=int, default=15, help="replays of each graph that count (default: 15)")

@@ -138,3 +138,20 @@ def test_a_run_stops_when_its_minutes_are_over(benchmarks, monkeypatch):
         made(endless)._step("")
     with pytest.raises(cuda.TimeIsUpError):
         made(0.0)._step("")
+
+
+def test_a_table_has_what_beats_the_rule(benchmarks):
+    tune = benchmarks("tune")
+    first, second = (("int4", 64, 128, 128, "float16"), 1), (("int4", 64, 128, 128, "float16"), 16)
+
+    def tried(product, kernel, us):
+        problem = dict(zip(tune.Problem._fields, product[0], strict=True))
+        return problem | {"m": product[1], "kernel": kernel, "parameter": 3, "us": us}
+
+    rows = [tried(first, "ql_a_f16_8", 10.2), tried(first, "ql_b_f16_8", 10.0), tried(first, "ql_c_f16_8", 11.0)]
+    rows += [tried(second, "ql_a_f16_8", 10.1), tried(second, "ql_b_f16_8", 10.0)]
+    problem = tune.Problem(*first[0])
+    chosen = tune.Choice(problem, 1, "ql_b_f16_8", 3)
+    assert tune.table(rows, lambda problem, m: []) == [chosen]
+    twin = tune.Choice(problem._replace(dtype="bfloat16"), 1, "ql_b_bf16_8", 3)
+    assert tune.table(rows, lambda problem, m: ["ql_b_bf16_8"]) == [chosen, twin]

@@ -31,6 +31,7 @@ class Engine(types.SimpleNamespace):
 def start(tmp_path, monkeypatch):
     """Begins a new process with this extension."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(choices, "TABLES", tmp_path / "tables")
 
     def begin(**machine):
         engine = Engine(**machine)
@@ -181,3 +182,35 @@ def test_without_an_absolute_cache_folder_it_is_the_homes(start, monkeypatch, tm
     monkeypatch.setenv("XDG_CACHE_HOME", base)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert choices.file(0).parent == tmp_path / "home" / ".cache" / "qlinear"
+
+
+def test_the_packages_choices_come_first_and_autotunes_go_over_them(start, tmp_path):
+    start()
+    assert choices.store_table(0, [CHOICES[0]], [(WIDE, 1)]) == tmp_path / "tables" / "NVIDIA-H200.json"
+    choices.store(0, [CHOICES[2]])
+    for machine in ({}, {"driver": "/usr/lib/libcuda.so.600.1", "version": "2.0.0"}):
+        engine = start(**machine)
+        choices.load(0)
+        assert engine.applied == [applied(CHOICES[0])] + ([] if machine else [applied(CHOICES[2])])
+    engine = start(gpu="NVIDIA H100")
+    choices.load(0)
+    assert engine.applied == []
+
+
+def test_a_choice_of_the_package_that_a_build_lacks_is_passed_over(start, recwarn):
+    start()
+    choices.store_table(0, CHOICES, [])
+    engine = start()
+    engine.refused = ("ql_b",)
+    choices.load(0)
+    assert engine.applied == [applied(CHOICES[0]), applied(CHOICES[2])]
+    assert not recwarn.list
+
+
+def test_what_is_measured_anew_replaces_the_packages_choices_for_it_alone(start):
+    start()
+    choices.store_table(0, CHOICES, [])
+    choices.store_table(0, [CHOICES[0]._replace(kernel="ql_c")], [(WIDE, 1), (WIDE, 64)])
+    engine = start()
+    choices.load(0)
+    assert engine.applied == [applied(CHOICES[0]._replace(kernel="ql_c")), applied(CHOICES[2])]

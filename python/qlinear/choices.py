@@ -1,12 +1,16 @@
-"""The choices between kernels that autotune found, kept in a file for the processes to come.
+"""The choices between kernels that were measured, in files: those that come with the package, and those that autotune
+found and keeps for the processes to come. They go before the engine's own rules.
 
-One file a GPU model, driver and version of the package, in $XDG_CACHE_HOME/qlinear (or ~/.cache/qlinear): what was
-fastest with one of them need not be with the next. It is read when the first layer on such a GPU is made. A file that
-is broken, or not what its name says, is left alone with a warning. Nothing here needs torch.
+The package has a file a GPU model, tables/<gpu>.json, of the products where something is faster than what the rules
+choose. autotune's is one a GPU model, driver and version of the package, in $XDG_CACHE_HOME/qlinear (or
+~/.cache/qlinear): what was fastest with one of them need not be with the next; it goes before the package's. Both are
+read when the first layer on such a GPU is made. A file that is broken, or not what its name says, is left alone with a
+warning. Nothing here needs torch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -20,6 +24,7 @@ from typing import Any, NamedTuple
 from . import _qlinear
 
 LAYOUT = 1
+TABLES = Path(__file__).parent / "tables"
 
 
 class Problem(NamedTuple):
@@ -65,9 +70,17 @@ def _machine(device: int) -> dict[str, Any]:
     }
 
 
+def _named(folder: Path, name: str) -> Path:
+    return folder / f"{re.sub(r'[^A-Za-z0-9.]+', '-', name)}.json"
+
+
 def _file(machine: dict[str, Any]) -> Path:
-    name = "-".join(str(machine[key]) for key in ("gpu", "driver", "qlinear"))
-    return directory() / f"{re.sub(r'[^A-Za-z0-9.]+', '-', name)}.json"
+    return _named(directory(), "-".join(str(machine[key]) for key in ("gpu", "driver", "qlinear")))
+
+
+def _gpu(machine: dict[str, Any]) -> dict[str, Any]:
+    """What the package's own choices are good for."""
+    return {key: machine[key] for key in ("layout", "gpu")}
 
 
 def file(device: int) -> Path:
@@ -96,9 +109,8 @@ def _parse(text: str, machine: dict[str, Any]) -> list[Choice]:
     return found
 
 
-def _read(machine: dict[str, Any]) -> list[Choice]:
+def _read(path: Path, machine: dict[str, Any]) -> list[Choice]:
     """The file's choices; none, and a warning unless there is no file, where it is of no use."""
-    path = _file(machine)
     try:
         return _parse(path.read_text(encoding="utf-8"), machine)
     except FileNotFoundError:
@@ -122,7 +134,11 @@ def load(device: int) -> None:
             return
         _loaded.add(device)
         machine = _machine(device)
-        for choice in _read(machine):
+        for choice in _read(_named(TABLES, machine["gpu"]), _gpu(machine)):
+            # A build may lack the kernel, or all of them be forbidden.
+            with contextlib.suppress(ValueError):
+                apply(device, choice)
+        for choice in _read(_file(machine), machine):
             try:
                 apply(device, choice)
             except (ValueError, OverflowError) as error:
@@ -131,12 +147,9 @@ def load(device: int) -> None:
                 )
 
 
-def store(device: int, choices: Iterable[Choice]) -> Path:
-    """Adds choices to the file, in place of those for the same products. Readers see the old file or the new one."""
-    machine = _machine(device)
-    path = _file(machine)
-    kept = {(choice.problem, choice.m): choice for choice in (*_read(machine), *choices)}
-    entries = [choice.problem._asdict() | choice._asdict() | {"problem": None} for choice in kept.values()]
+def _write(path: Path, machine: dict[str, Any], choices: Iterable[Choice]) -> None:
+    """Readers see the old file or the new one."""
+    entries = [choice.problem._asdict() | choice._asdict() | {"problem": None} for choice in choices]
     for entry in entries:
         del entry["problem"]
     lines = ",\n  ".join(json.dumps(entry) for entry in entries)
@@ -150,4 +163,23 @@ def store(device: int, choices: Iterable[Choice]) -> Path:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def store(device: int, choices: Iterable[Choice]) -> Path:
+    """Adds choices to autotune's file, in place of those for the same products."""
+    machine = _machine(device)
+    path = _file(machine)
+    kept = {(choice.problem, choice.m): choice for choice in (*_read(path, machine), *choices)}
+    _write(path, machine, kept.values())
+    return path
+
+
+def store_table(device: int, choices: Iterable[Choice], measured: Iterable[tuple[Problem, int]]) -> Path:
+    """Makes choices the package's own for the products that were measured: those of them without one have none."""
+    machine = _gpu(_machine(device))
+    path = _named(TABLES, machine["gpu"])
+    gone = set(measured)
+    kept = [choice for choice in _read(path, machine) if (choice.problem, choice.m) not in gone]
+    _write(path, machine, sorted([*kept, *choices]))
+    path.chmod(0o644)
     return path

@@ -1,5 +1,4 @@
-/* What is done to activations before a product: strided ones laid out as rows; for the 8-bit layers row maxima, outlier
- * columns and FP8 rounding. */
+/* Strided tensors laid out as rows; what the quantizers ask of a matrix first: row maxima and outlier columns. */
 #include "params.h"
 #include "source.cuh"
 
@@ -41,35 +40,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) ql_row_absmax(const __grid
         }
         most = block_max(most);
         if (threadIdx.x == 0) p.row_absmax[m] = __uint_as_float(most);
-    }
-}
-
-/* out[m][col] = e4m3(x / s) * s in fp32, with s as the layer's mode says; one block a row. */
-extern "C" __global__ void __launch_bounds__(THREADS)
-    ql_fp8_activation(const __grid_constant__ ql_activation_params p) {
-    float scale = 1.0f;
-    bool reciprocal = p.mode == QL_ACTIVATION_STATIC || p.mode == QL_ACTIVATION_TENSOR;
-    if (p.mode == QL_ACTIVATION_STATIC) scale = p.input_scale;
-    if (p.mode == QL_ACTIVATION_TENSOR) {
-        uint32_t most = 0;
-        for (int64_t m = threadIdx.x; m < p.m; m += THREADS) most = max(most, magnitude_bits(p.row_absmax[m]));
-        scale = e4m3_scale(__uint_as_float(block_max(most)));
-    }
-    for (int64_t m = blockIdx.x; m < p.m; m += gridDim.x) {
-        if (p.mode == QL_ACTIVATION_TOKEN) {
-            float absmax = p.row_absmax[m];
-            float bounded = absmax > p.upper_bound ? p.upper_bound : absmax;
-            scale = __fdiv_rn(bounded, 448.0f);
-            if (scale < p.least_scale) scale = p.least_scale;
-        }
-        for (int64_t base = 0; base < p.k; base += QL_ACTIVATION_GROUP) {
-            int64_t col = base + threadIdx.x;
-            bool inside = threadIdx.x < QL_ACTIVATION_GROUP && col < p.k;
-            float value = inside ? load_value(p.x, p.x_type, m * p.x_stride + col) : 0.0f;
-            if (p.mode == QL_ACTIVATION_GROUP128) scale = e4m3_scale(__uint_as_float(block_max(magnitude_bits(value))));
-            float scaled = reciprocal ? __fmul_rn(value, __fdiv_rn(1.0f, scale)) : __fdiv_rn(value, scale);
-            if (inside) p.out[m * p.k + col] = __fmul_rn(value_from_e4m3(e4m3_from_value(scaled)), scale);
-        }
     }
 }
 

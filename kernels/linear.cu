@@ -81,59 +81,50 @@ extern "C" __global__ void __launch_bounds__(THREADS) ql_dequantize(const __grid
         store_value(p.out, p.out_type, i, weight_at(&p, i / p.k, i % p.k));
 }
 
-/* LLM.int8(): the codes of the activations are made as they are loaded, from the row's absmax and the outlier columns
- * that the activation kernels found. int8 products are summed in 64 bits, outliers in fp32 from the original values. */
+/* LLM.int8(), whose activations are codes already. int8 products are summed in 64 bits, outliers in fp32 from the original
+ * values. */
 extern "C" __global__ void __launch_bounds__(THREADS) ql_linear_int8(const __grid_constant__ ql_linear_params params) {
     enum { TOKENS = 4 };
     const ql_linear_params *p = &params;
     __shared__ int8_t w[DEPTH][OUTPUTS + 4];
     __shared__ int8_t codes[DEPTH][LANES * TOKENS];
     __shared__ float outliers[DEPTH][LANES * TOKENS];
-    __shared__ uint8_t flags[DEPTH];
     int64_t first = (int64_t)blockIdx.x * OUTPUTS, token = (int64_t)blockIdx.y * (LANES * TOKENS);
     int o = (int)threadIdx.x % OUTPUTS, lane = (int)threadIdx.x / OUTPUTS;
     int64_t sum[TOKENS] = {0};
     float outlier_sum[TOKENS] = {0};
     wait_for_previous_kernel();
     for (int64_t depth = 0; depth < p->k; depth += DEPTH) {
+        /* A word of the mask has the columns of a tile. */
+        uint32_t marked = p->outliers ? p->outliers[depth / DEPTH] : 0;
         for (int i = (int)threadIdx.x; i < OUTPUTS * DEPTH; i += THREADS) {
             int64_t row = first + i / DEPTH, col = depth + i % DEPTH;
             bool inside = row < p->n && col < p->k;
             w[i % DEPTH][i / DEPTH] = inside ? ((const int8_t *)p->codes)[row * p->k + col] : (int8_t)0;
         }
-        for (int i = (int)threadIdx.x; i < DEPTH; i += THREADS)
-            flags[i] = p->outliers && depth + i < p->k ? p->outliers[depth + i] : (uint8_t)0;
-        __syncthreads();
         for (int i = (int)threadIdx.x; i < DEPTH * LANES * TOKENS; i += THREADS) {
             int64_t m = token + i / DEPTH, d = depth + i % DEPTH;
-            bool inside = m < p->m && d < p->k;
-            float value = inside ? load_value(p->x, p->x_type, m * p->x_stride + d) : 0.0f;
-            bool outlier = flags[i % DEPTH] != 0;
-            float absmax = inside ? p->row_absmax[m] : 0.0f;
-            /* As formats/int8.c: a tiny absmax is lifted so that its reciprocal is finite. */
-            float lift = absmax < 0x1p-100f ? 0x1p100f : 1.0f;
-            bool plain = absmax > 0.0f && absmax < INFINITY && !outlier;
-            float code =
-                plain ? rintf(__fmul_rn(__fmul_rn(value, lift), __fdiv_rn(127.0f, __fmul_rn(absmax, lift)))) : 0.0f;
-            codes[i % DEPTH][i / DEPTH] = (int8_t)code;
-            outliers[i % DEPTH][i / DEPTH] = outlier ? value : 0.0f;
+            bool inside = m < p->m && d < p->k, outlier = marked >> i % DEPTH & 1;
+            codes[i % DEPTH][i / DEPTH] =
+                inside && !outlier ? ((const int8_t *)p->x_codes)[m * p->x_pitch + d] : (int8_t)0;
+            outliers[i % DEPTH][i / DEPTH] =
+                inside && outlier ? load_value(p->x, p->x_type, m * p->x_stride + d) : 0.0f;
         }
         __syncthreads();
         for (int d = 0; d < DEPTH; d++) {
             int code = w[d][o];
             for (int t = 0; t < TOKENS; t++) sum[t] += code * (int)codes[d][lane * TOKENS + t];
-            if (flags[d])
+            if (marked >> d & 1)
                 for (int t = 0; t < TOKENS; t++) outlier_sum[t] += outliers[d][lane * TOKENS + t] * (float)code;
         }
         __syncthreads();
     }
     if (first + o >= p->n) return;
-    float absmax = ((const float *)p->scales)[first + o], bias = load_bias(p, first + o);
+    float scale = ((const float *)p->scales)[first + o] * (1.0f / 127.0f), bias = load_bias(p, first + o);
     for (int t = 0; t < TOKENS; t++) {
         int64_t m = token + lane * TOKENS + t;
         if (m >= p->m) continue;
-        float value = (float)sum[t] * p->row_absmax[m] * absmax * (1.0f / (127.0f * 127.0f));
-        value += outlier_sum[t] * absmax * (1.0f / 127.0f);
+        float value = (float)sum[t] * (1.0f / 127.0f) * scale * p->row_absmax[m] + outlier_sum[t] * scale;
         store_value(p->out, p->out_type, m * p->n + first + o, value + bias);
     }
 }

@@ -46,30 +46,23 @@ typedef struct ql_linear_params {
     float offset;                                                   /* 4 bit: of nested absmax */
     int32_t bits, zero_offset;                                      /* GPTQ */
     int32_t code;                                                   /* packed: QL_CODE_* */
+    const uint8_t *x_codes;                                         /* INT8: [m, k], rows x_pitch apart */
     const float *row_absmax;                                        /* INT8: [m] */
-    const uint8_t *outliers;                                        /* INT8: [k], 1 in outlier columns, or NULL */
+    const uint32_t *outliers;                                       /* INT8: a bit a column (w8a8.h), or NULL */
+    int64_t x_pitch;
 } ql_linear_params;
-
-enum {
-    QL_ACTIVATION_STATIC,
-    QL_ACTIVATION_TENSOR,
-    QL_ACTIVATION_TOKEN,
-    QL_ACTIVATION_GROUP128,
-    QL_ACTIVATION_GROUP = 128
-};
 
 /* Columns that a block looks for outliers in. */
 enum { QL_OUTLIER_COLUMNS = 32 };
 
-/* The activations of an 8-bit layer: [m, k], rows x_stride apart, x_type. */
+/* A matrix of which the largest magnitudes and the outliers are looked for: [m, k], rows x_stride apart, x_type. */
 typedef struct ql_activation_params {
-    float *out; /* [m, k]: FP8's rounded activations */
     const void *x;
     float *row_absmax; /* [m] */
     uint8_t *outliers; /* [k] */
     int64_t m, k, x_stride;
-    int32_t x_type, mode;
-    float threshold, input_scale, upper_bound, least_scale;
+    int32_t x_type;
+    float threshold;
 } ql_activation_params;
 
 /* The outputs of a block of the mma.sync product and its threads. */

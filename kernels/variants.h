@@ -84,6 +84,22 @@
     QL_DECODE_TILES(X, QL_CODE_TABLE4, table4, 4)                                                                      \
     QL_DECODE_TILES(X, QL_CODE_TABLE4, table4, 8)
 
+/* X(name, source, code, groups, tokens): products of up to `tokens` tokens of 8-bit weights and activations. groups: scales
+ * change every 128 columns. */
+#define QL_W8A8_DECODE_VARIANTS(X)                                                                                     \
+    X(ql_w8a8_decode_e4m3_8, w8a8_decode, QL_W8A8_E4M3, false, 8)                                                      \
+    X(ql_w8a8_decode_e4m3_16, w8a8_decode, QL_W8A8_E4M3, false, 16)                                                    \
+    X(ql_w8a8_decode_groups_8, w8a8_decode, QL_W8A8_E4M3, true, 8)                                                     \
+    X(ql_w8a8_decode_groups_16, w8a8_decode, QL_W8A8_E4M3, true, 16)                                                   \
+    X(ql_w8a8_decode_int8_8, w8a8_decode, QL_W8A8_INT8, false, 8)                                                      \
+    X(ql_w8a8_decode_int8_16, w8a8_decode, QL_W8A8_INT8, false, 16)
+
+/* X(name, source, code, groups): products of any number of tokens of 8-bit weights and activations on mma.sync. */
+#define QL_W8A8_MMA_VARIANTS(X)                                                                                        \
+    X(ql_w8a8_mma_e4m3, w8a8_mma, QL_W8A8_E4M3, false)                                                                 \
+    X(ql_w8a8_mma_groups, w8a8_mma, QL_W8A8_E4M3, true)                                                                \
+    X(ql_w8a8_mma_int8, w8a8_mma, QL_W8A8_INT8, false)
+
 /* X(name, source, code, grouped, 64-row products a warpgroup, tokens, thread blocks a cluster): 8-bit activations with an
  * 8-bit weight on wgmma (w8a8_wgmma.cu). */
 #define QL_W8A8_WGMMA_PLAIN(X, code, name)                                                                             \
@@ -111,8 +127,8 @@
     X(ql_linear_int8, linear)                                                                                          \
     X(ql_find_outliers, activation)                                                                                    \
     X(ql_row_absmax, activation)                                                                                       \
-    X(ql_fp8_activation, activation)                                                                                   \
     X(ql_copy, activation)                                                                                             \
+    X(ql_w8a8_quantize, w8a8_quantize)                                                                                 \
     X(ql_arrange, arrange)                                                                                             \
     X(ql_arrange_ordered, arrange)                                                                                     \
     X(ql_pack_codes, pack)                                                                                             \
@@ -154,6 +170,8 @@
     QL_DECODE_VARIANTS(X)                                                                                              \
     QL_MMA_VARIANTS(X)                                                                                                 \
     QL_WGMMA_VARIANTS(X)                                                                                               \
+    QL_W8A8_DECODE_VARIANTS(X)                                                                                         \
+    QL_W8A8_MMA_VARIANTS(X)                                                                                            \
     QL_W8A8_WGMMA_VARIANTS(X)                                                                                          \
     QL_SINGLE_KERNELS(X)                                                                                               \
     QL_QUANTIZE_KERNELS(X)

@@ -40,11 +40,12 @@ def make(case, K=256, N=192, dtype=torch.float16, bias=True):
 
 def check(case, layer, x, out):
     """Every element within fp32's summing error of |x| @ |W|, and half a unit of the output; the kernels for packed
-    weights may also round the weight to 16 bit, once."""
+    weights may also round the weight to 16 bit, once, and tensor cores keep about 14 bits of sums of FP8."""
     rounds = is_packed(layer) and x.dtype != torch.float32 and os.environ.get("QLINEAR_KERNELS") != "base"
     reference, magnitude = case.reference(copy.deepcopy(layer).cpu(), x.cpu())
     reference, magnitude = torch.from_numpy(reference), torch.from_numpy(magnitude)
-    of_weight = UNIT[x.dtype] if rounds else 0
+    fast = isinstance(layer, qlinear.Fp8Linear) and x.shape[:-1].numel() > 16
+    of_weight = UNIT[x.dtype] if rounds else 2.0**-13 if fast else 0
     bound = ((x.shape[-1] + 8) * 2.0**-24 + of_weight) * magnitude + UNIT[x.dtype] * reference.abs() + 2.0**-25
     assert out.device.type == "cuda"
     assert out.dtype == x.dtype

@@ -20,7 +20,15 @@ pytestmark = [
 ]
 
 # A source, and what each of its kernels must have.
-HOT = {"decode": ["HMMA", "LDG128"], "wgmma": ["HGMMA", "UTMALDG", "LDGSTS128"], "mma": ["HMMA", "LDGSTS128"]}
+HOT = {
+    "decode": ["HMMA", "LDG128"],
+    "wgmma": ["HGMMA", "UTMALDG", "LDGSTS128"],
+    "mma": ["HMMA", "LDGSTS128"],
+    "w8a8_decode": ["LDGSTS128", "LDS128"],
+    "w8a8_mma": ["LDGSTS128", "LDS128"],
+}
+# What some kernels of a source have instead of others: integers by IMMA.
+INTEGERS, FLOATS = ["IMMA"], ["HMMA", "QMMA"]
 
 
 def opcode(instruction):
@@ -61,6 +69,13 @@ def test_hot_kernels_have_the_instructions_meant(machine_code):
     for (source, architecture, kernel), operations in machine_code.items():
         missing = [operation for operation in HOT[source] if operation not in operations]
         assert not missing, f"{kernel} for {architecture} has no {missing}"
+
+
+def test_8_bit_kernels_multiply_what_they_are_for(machine_code):
+    for (source, architecture, kernel), operations in machine_code.items():
+        if source in ("w8a8_decode", "w8a8_mma"):
+            wanted = INTEGERS if "int8" in kernel else FLOATS
+            assert any(operation in operations for operation in wanted), f"{kernel} for {architecture}"
 
 
 def test_hot_kernels_use_no_local_memory(machine_code):

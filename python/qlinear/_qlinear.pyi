@@ -123,6 +123,7 @@ class Fp8Linear(Layer):
         input_scale: Tensor | None = None,
         input_scale_ub: Tensor | float | None = None,
         block_size: tuple[int, int] = (128, 128),
+        promoted: bool = False,
     ) -> None:
         """weight float8_e4m3fn (or its bytes, uint8) [N, K] of any strides; weight_scale fp32 (or bf16, fp16, e8m0)
         of one element, [N], [N, 1], [1, N], or [ceil(N / block_size[0]), ceil(K / block_size[1])]."""

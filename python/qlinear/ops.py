@@ -106,7 +106,7 @@ def fp8_quantize(x: Tensor, scale: Tensor | None, *, mode: str, scale_ub: Tensor
     return tuple(tensor.to(x.device) for tensor in tensors)
 
 
-def _make_fp8(weight, weight_scale, bias, input_scale, input_scale_ub, activation, block_n, block_k):
+def _make_fp8(weight, weight_scale, bias, input_scale, input_scale_ub, activation, block_n, block_k, promoted=False):
     if weight_scale.is_cuda and weight_scale.dtype != torch.float32:
         weight_scale = weight_scale.float()  # on a GPU scales are read where they lie, and as fp32
     return _qlinear.Fp8Linear(
@@ -117,6 +117,7 @@ def _make_fp8(weight, weight_scale, bias, input_scale, input_scale_ub, activatio
         input_scale=input_scale,
         input_scale_ub=input_scale_ub,
         block_size=(block_n, block_k),
+        promoted=promoted,
     )
 
 
@@ -157,7 +158,7 @@ FORMATS = {
     ),
     "fp8": Format(
         "Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? input_scale, Tensor? input_scale_ub, "
-        "str activation, int block_n, int block_k",
+        "str activation, int block_n, int block_k, bool promoted",
         _make_fp8,
         lambda weight, *_: (weight.shape[1], weight.shape[0]),
     ),

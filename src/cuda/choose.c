@@ -39,6 +39,11 @@ static void read_wish(void) {
     base_wanted = wish && strcmp(wish, "base") == 0;
 }
 
+bool ql_cuda_base_wanted(void) {
+    pthread_once(&wish_read, read_wish);
+    return base_wanted;
+}
+
 static ql_cuda_problem problem_of(const ql_packed_params *params) {
     return (ql_cuda_problem){.n = params->n,
                              .k = params->k,
@@ -94,8 +99,7 @@ static ql_cuda_plan plan_with(const ql_cuda_product_engine *engine, const ql_cud
 
 ql_cuda_plan ql_cuda_choose(const ql_cuda_device *device, const ql_packed_params *params) {
     ql_cuda_plan plan = {0};
-    pthread_once(&wish_read, read_wish);
-    if (base_wanted || params->x_type == QL_VALUE_F32) return plan;
+    if (ql_cuda_base_wanted() || params->x_type == QL_VALUE_F32) return plan;
     const ql_cuda_problem problem = problem_of(params);
     ql_cuda_choice choice = {0};
     if (ql_cuda_choice_find(&choice, device->ordinal, &problem))
@@ -139,8 +143,7 @@ int ql_cuda_run(const ql_cuda_guard *guard, void *stream, const ql_cuda_plan *pl
 int ql_cuda_candidates(ql_cuda_choice out[QL_CUDA_MOST_CANDIDATES], const ql_cuda_device *device,
                        const ql_cuda_problem *problem) {
     int count = 0;
-    pthread_once(&wish_read, read_wish);
-    if (base_wanted || problem->x_type == QL_VALUE_F32) return 0;
+    if (ql_cuda_base_wanted() || problem->x_type == QL_VALUE_F32) return 0;
     for (int meant = 1; meant >= 0; meant--)
         for (int i = 0; engines[i]; i++)
             if (is_meant(i, device, problem) == meant)

@@ -46,6 +46,9 @@ int ql_cuda_run(const ql_cuda_guard *guard, void *stream, const ql_cuda_plan *pl
 
 enum { QL_CUDA_MOST_CANDIDATES = 64 };
 
+/* Whether QLINEAR_KERNELS=base was in the environment. */
+bool ql_cuda_base_wanted(void);
+
 /* All choices for the problem on this GPU, the table's own first; how many. */
 int ql_cuda_candidates(ql_cuda_choice out[QL_CUDA_MOST_CANDIDATES], const ql_cuda_device *device,
                        const ql_cuda_problem *problem);

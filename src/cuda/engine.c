@@ -118,16 +118,6 @@ static bool quantizes_activations(const ql_weight *weight) {
            (weight->format == QL_FORMAT_FP8 && weight->fp8.activation != QL_FP8_NONE);
 }
 
-/* Scratch of the layers that quantize x: row_absmax fp32 [m], then for INT8 the outlier flags [k], for FP8 the rounded
- * activations fp32 [m, k]. -1 where it does not fit int64. */
-static int64_t base_scratch(int64_t m, const ql_weight *weight) {
-    int64_t rows, rest = weight->k, bytes;
-    if (!quantizes_activations(weight)) return 0;
-    if (__builtin_mul_overflow(m, (int64_t)sizeof(float), &rows)) return -1;
-    if (weight->format == QL_FORMAT_FP8 && __builtin_mul_overflow(weight->k, rows, &rest)) return -1;
-    return __builtin_add_overflow(rows, rest, &bytes) ? -1 : bytes;
-}
-
 /* A launch reaches at most this many blocks along m; longer inputs take several. */
 enum { MOST_GRID_M = 65535 };
 
@@ -145,7 +135,9 @@ static int launch_products(const ql_cuda_guard *guard, void *stream, ql_cuda_ker
         if (ql_cuda_launch(guard, kernel, stream, &grid, &p, message) < 0) return -1;
         p.x = (const char *)p.x + most * x_bytes;
         p.out = (char *)p.out + most * out_bytes;
-        if (p.row_absmax) p.row_absmax += most;
+        if (!p.x_codes) continue;
+        p.x_codes += most * p.x_pitch;
+        p.row_absmax += most;
     }
     return 0;
 }
@@ -160,62 +152,7 @@ static ql_cuda_grid line_of(int64_t count, int64_t most) {
     return (ql_cuda_grid){.x = count < most ? count : most, .y = 1, .threads = QL_LINEAR_THREADS};
 }
 
-static ql_cuda_grid rows_of(int64_t m) { return line_of(m, 4096); }
-
 static ql_cuda_grid elements_of(int64_t count) { return line_of(ql_ceil_div(count, QL_LINEAR_THREADS), 65536); }
-
-static int launch_int8(const ql_cuda_guard *guard, void *stream, ql_linear_params *p, const ql_weight *weight,
-                       void *scratch, char message[QL_CUDA_MESSAGE]) {
-    float threshold = weight->int8.threshold;
-    ql_activation_params a = {.x = p->x,
-                              .row_absmax = scratch,
-                              .outliers = (uint8_t *)((float *)scratch + p->m),
-                              .m = p->m,
-                              .k = p->k,
-                              .x_stride = p->x_stride,
-                              .x_type = p->x_type,
-                              .threshold = threshold};
-    p->row_absmax = a.row_absmax;
-    if (threshold > 0.0f) {
-        p->outliers = a.outliers;
-        ql_cuda_grid columns = {.x = ql_ceil_div(p->k, QL_OUTLIER_COLUMNS), .y = 1, .threads = QL_LINEAR_THREADS};
-        if (ql_cuda_launch(guard, QL_KERNEL_ql_find_outliers, stream, &columns, &a, message) < 0) return -1;
-    }
-    ql_cuda_grid rows = rows_of(p->m);
-    if (ql_cuda_launch(guard, QL_KERNEL_ql_row_absmax, stream, &rows, &a, message) < 0) return -1;
-    return launch_products(guard, stream, QL_KERNEL_ql_linear_int8, *p, p->n, QL_LINEAR_INT8, message);
-}
-
-static int launch_fp8(const ql_cuda_guard *guard, void *stream, ql_linear_params *p, const ql_weight *weight,
-                      void *scratch, char message[QL_CUDA_MESSAGE]) {
-    static const int32_t modes[] = {
-        [QL_FP8_STATIC] = QL_ACTIVATION_STATIC,
-        [QL_FP8_TENSOR] = QL_ACTIVATION_TENSOR,
-        [QL_FP8_TOKEN] = QL_ACTIVATION_TOKEN,
-        [QL_FP8_GROUP] = QL_ACTIVATION_GROUP128,
-    };
-    ql_activation_params a = {.x = p->x,
-                              .row_absmax = scratch,
-                              .out = (float *)scratch + p->m,
-                              .m = p->m,
-                              .k = p->k,
-                              .x_stride = p->x_stride,
-                              .x_type = p->x_type,
-                              .mode = modes[weight->fp8.activation],
-                              .input_scale = weight->fp8.input_scale,
-                              .upper_bound = weight->fp8.input_upper_bound,
-                              .least_scale = 1.0f / (448.0f * 512.0f)};
-    bool needs_absmax = a.mode == QL_ACTIVATION_TENSOR || a.mode == QL_ACTIVATION_TOKEN;
-    ql_cuda_grid rows = rows_of(p->m);
-    if (needs_absmax && ql_cuda_launch(guard, QL_KERNEL_ql_row_absmax, stream, &rows, &a, message) < 0) return -1;
-    if (ql_cuda_launch(guard, QL_KERNEL_ql_fp8_activation, stream, &rows, &a, message) < 0) return -1;
-    p->x = a.out;
-    p->x_type = QL_VALUE_F32;
-    p->x_stride = p->k;
-    int64_t tokens;
-    ql_cuda_kernel kernel = by_tokens(p->m, &tokens);
-    return launch_products(guard, stream, kernel, *p, p->n, tokens, message);
-}
 
 static ql_linear_params product_params(const ql_cuda_product *product) {
     ql_linear_params p = params_of(product->weight);
@@ -230,35 +167,74 @@ static ql_linear_params product_params(const ql_cuda_product *product) {
     return p;
 }
 
-int ql_cuda_linear_plan(ql_cuda_plan *plan, const ql_cuda_place *place, const ql_cuda_product *product,
+/* A layer's product before its activations are quantized. */
+static ql_cuda_w8a8 w8a8_of(const ql_cuda_product *product) {
+    ql_cuda_w8a8 result = ql_cuda_w8a8_of(product->weight);
+    result.params.out = product->out;
+    result.params.x = product->x;
+    result.params.m = product->m;
+    result.params.x_stride = product->x_stride;
+    result.params.x_type = result.params.out_type = (int32_t)product->dtype;
+    result.params.bias = product->bias.data;
+    result.params.bias_type = (int32_t)product->bias.dtype;
+    result.params.bias_stride = product->bias.stride;
+    return result;
+}
+
+static int launch_w8a8(const ql_cuda_guard *guard, void *stream, const ql_cuda_product *product,
+                       const ql_cuda_w8a8_plan *plan, void *scratch, char message[QL_CUDA_MESSAGE]) {
+    const ql_cuda_w8a8 quantized = w8a8_of(product);
+    ql_w8a8_params filled;
+    if (ql_cuda_w8a8_run(&filled, guard, stream, plan, &quantized, scratch, message) < 0) return -1;
+    if (plan->engine != QL_CUDA_W8A8_BASE) return 0;
+    ql_linear_params p = product_params(product);
+    if (product->weight->format == QL_FORMAT_INT8) {
+        p.x_codes = filled.x_codes;
+        p.x_pitch = filled.x_pitch;
+        p.row_absmax = filled.x_scales;
+        p.outliers = filled.outliers;
+        return launch_products(guard, stream, QL_KERNEL_ql_linear_int8, p, p.n, QL_LINEAR_INT8, message);
+    }
+    p.x = scratch;
+    p.x_type = QL_VALUE_F32;
+    p.x_stride = p.k;
+    int64_t tokens;
+    ql_cuda_kernel kernel = by_tokens(p.m, &tokens);
+    return launch_products(guard, stream, kernel, p, p.n, tokens, message);
+}
+
+int ql_cuda_linear_plan(ql_cuda_product_plan *plan, const ql_cuda_place *place, const ql_cuda_product *product,
                         char message[QL_CUDA_MESSAGE]) {
-    *plan = (ql_cuda_plan){0};
-    if (product->weight->format == QL_FORMAT_PACKED) {
-        const ql_cuda_device *device = ql_cuda_device_get(place->device, message);
-        if (!device) return -1;
+    *plan = (ql_cuda_product_plan){0};
+    const bool is_packed = product->weight->format == QL_FORMAT_PACKED;
+    if (!is_packed && !quantizes_activations(product->weight)) return 0;
+    const ql_cuda_device *device = ql_cuda_device_get(place->device, message);
+    if (!device) return -1;
+    if (is_packed) {
         ql_linear_params p = product_params(product);
         ql_packed_params packed = packed_params_of(&p, &product->weight->packed);
-        *plan = ql_cuda_choose(device, &packed);
-        return 0;
+        plan->packed = ql_cuda_choose(device, &packed);
+        plan->scratch_bytes = plan->packed.scratch_bytes;
+    } else {
+        const ql_cuda_w8a8 quantized = w8a8_of(product);
+        plan->w8a8 = ql_cuda_w8a8_choose(device, &quantized, ql_cuda_base_wanted());
+        plan->scratch_bytes = plan->w8a8.scratch_bytes;
     }
-    plan->scratch_bytes = base_scratch(product->m, product->weight);
     return 0;
 }
 
-int ql_cuda_linear(const ql_cuda_place *place, const ql_cuda_product *product, const ql_cuda_plan *plan, void *scratch,
-                   char message[QL_CUDA_MESSAGE]) {
+int ql_cuda_linear(const ql_cuda_place *place, const ql_cuda_product *product, const ql_cuda_product_plan *plan,
+                   void *scratch, char message[QL_CUDA_MESSAGE]) {
     const ql_weight *weight = product->weight;
     ql_linear_params p = product_params(product);
     ql_cuda_guard guard;
     if (ql_cuda_enter(&guard, place->device, message) < 0) return -1;
     int result;
-    if (plan->engine) {
+    if (plan->packed.engine) {
         ql_packed_params packed = packed_params_of(&p, &weight->packed);
-        result = ql_cuda_run(&guard, place->stream, plan, &packed, scratch, message);
-    } else if (weight->format == QL_FORMAT_INT8) {
-        result = launch_int8(&guard, place->stream, &p, weight, scratch, message);
+        result = ql_cuda_run(&guard, place->stream, &plan->packed, &packed, scratch, message);
     } else if (quantizes_activations(weight)) {
-        result = launch_fp8(&guard, place->stream, &p, weight, scratch, message);
+        result = launch_w8a8(&guard, place->stream, product, &plan->w8a8, scratch, message);
     } else {
         int64_t tokens;
         ql_cuda_kernel kernel = by_tokens(p.m, &tokens);

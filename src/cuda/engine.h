@@ -6,6 +6,7 @@
 
 #include "../formats/weight.h"
 #include "choose.h"
+#include "w8a8.h"
 
 /* A bias on the device: [n], stride elements apart, fp32, fp16 or bf16. */
 typedef struct ql_cuda_bias {
@@ -24,13 +25,19 @@ typedef struct ql_cuda_product {
     ql_cuda_bias bias;
 } ql_cuda_product;
 
-/* How it will run, and the bytes of device memory that this takes as scratch, -1 where they do not fit int64. */
-int ql_cuda_linear_plan(ql_cuda_plan *plan, const ql_cuda_place *place, const ql_cuda_product *product,
+/* How it will run: by one of the two, or by the base kernels where neither has an engine. */
+typedef struct ql_cuda_product_plan {
+    ql_cuda_plan packed;
+    ql_cuda_w8a8_plan w8a8;
+    int64_t scratch_bytes; /* of device memory; -1 where they do not fit int64 */
+} ql_cuda_product_plan;
+
+int ql_cuda_linear_plan(ql_cuda_product_plan *plan, const ql_cuda_place *place, const ql_cuda_product *product,
                         char message[QL_CUDA_MESSAGE]);
 
 /* Launches it. */
-int ql_cuda_linear(const ql_cuda_place *place, const ql_cuda_product *product, const ql_cuda_plan *plan, void *scratch,
-                   char message[QL_CUDA_MESSAGE]);
+int ql_cuda_linear(const ql_cuda_place *place, const ql_cuda_product *product, const ql_cuda_product_plan *plan,
+                   void *scratch, char message[QL_CUDA_MESSAGE]);
 
 /* out[m][k] = g @ W. */
 int ql_cuda_linear_grad(const ql_cuda_place *place, void *out, const void *g, int64_t g_stride, ql_dtype dtype,

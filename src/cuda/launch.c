@@ -74,7 +74,8 @@ int ql_cuda_launch(const ql_cuda_guard *guard, ql_cuda_kernel kernel, void *stre
     if (grid->cluster > 1)
         attributes[count++] = (ql_cu_launch_attribute){.id = QL_CU_LAUNCH_CLUSTER_DIMENSION,
                                                        .value.cluster = {(unsigned)grid->cluster, 1, 1}};
-    if (grid->overlaps && guard->properties->major >= 9 && atomic_load_explicit(&overlap_allowed, memory_order_relaxed))
+    const bool allowed = grid->inner || atomic_load_explicit(&overlap_allowed, memory_order_relaxed);
+    if (grid->overlaps && guard->properties->major >= 9 && allowed)
         attributes[count++] =
             (ql_cu_launch_attribute){.id = QL_CU_LAUNCH_PROGRAMMATIC_STREAM_SERIALIZATION, .value.overlaps = 1};
     const ql_cu_launch_config config = {.grid_x = (unsigned)grid->x,

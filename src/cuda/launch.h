@@ -39,6 +39,7 @@ typedef struct ql_cuda_grid {
     int cluster;      /* blocks along x that form a cluster, x a multiple of it; 0 and 1: none */
     bool overlaps; /* may start while the kernel before it ends (PDL): it waits before it reads or writes. Counts from
                          compute capability 9.0 on. */
+    bool inner;    /* that kernel is of the same call: so it is whatever was allowed */
 } ql_cuda_grid;
 
 /* Launches a kernel with one parameter struct on a stream of the device, between enter and leave. Does not wait. 0, or -1

@@ -97,6 +97,7 @@ typedef struct ql_fp8 {
     ql_fp8_activation activation;
     float input_scale;       /* of QL_FP8_STATIC */
     float input_upper_bound; /* of QL_FP8_TOKEN, infinity where none */
+    bool promoted; /* on a GPU, sums of 128 products are added in fp32, not in the tensor cores' accumulators */
 } ql_fp8;
 
 /* What tells a packed weight's layout, beside its bytes. Zeros are kept as they count, not as the checkpoint stores

@@ -164,7 +164,7 @@ static int ql_run_cuda_linear(const ql_call *call) {
                                .weight = &call->weight};
     if (bias) product.bias = (ql_cuda_bias){bias->data, bias->dtype, bias->stride[0]};
     ql_cuda_place place;
-    ql_cuda_plan plan;
+    ql_cuda_product_plan plan;
     ql_output scratch;
     scratch.pending = scratch.view.data = NULL;
     char message[QL_CUDA_MESSAGE];

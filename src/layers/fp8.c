@@ -22,6 +22,7 @@ static const char *const activation_choices[] = {"none", "static", "tensor", "to
 typedef struct fp8_extra {
     ql_fp8_activation activation;
     bool prefer_blocks; /* scales whose shape could be a channel's or a block's are a block's */
+    bool promoted;
     float upper_bound;  /* where it came as a number; infinity where none */
     int64_t block_n, block_k;
     /* weight_scale in fp32, where the tensor itself will not do. Two, so that a bind never writes what the weight bound
@@ -94,6 +95,7 @@ static int bind_one_scale(float *value, const ql_layer *layer, int index, const 
 static int bind_activation(ql_fp8 *weight, const ql_layer *layer) {
     const fp8_extra *extra = layer->extra;
     weight->activation = extra->activation;
+    weight->promoted = extra->promoted;
     weight->input_upper_bound = extra->upper_bound;
     if (bind_one_scale(&weight->input_scale, layer, HELD_INPUT_SCALE, "input_scale") < 0) return -1;
     return bind_one_scale(&weight->input_upper_bound, layer, HELD_INPUT_SCALE_UB, "input_scale_ub");
@@ -184,9 +186,9 @@ static int check_activation_scales(ql_fp8_activation activation, PyObject *input
 }
 
 static PyObject *fp8_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
-    enum { WEIGHT, WEIGHT_SCALE, BIAS, ACTIVATION, INPUT_SCALE, INPUT_SCALE_UB, BLOCK_SIZE, COUNT };
-    static const char *const names[] = {"weight",      "weight_scale",   "bias",      "activation",
-                                        "input_scale", "input_scale_ub", "block_size"};
+    enum { WEIGHT, WEIGHT_SCALE, BIAS, ACTIVATION, INPUT_SCALE, INPUT_SCALE_UB, BLOCK_SIZE, PROMOTED, COUNT };
+    static const char *const names[] = {"weight",      "weight_scale",   "bias",       "activation",
+                                        "input_scale", "input_scale_ub", "block_size", "promoted"};
     static const ql_signature signature = {"Fp8Linear", COUNT, 3, 2, names};
     PyObject *values[COUNT];
     int activation = QL_FP8_TOKEN;
@@ -194,7 +196,7 @@ static PyObject *fp8_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     if (ql_args_tuple(values, &signature, args, kwargs) < 0 ||
         ql_arg_choice(&activation, values[ACTIVATION], "activation", activation_choices) < 0 ||
         check_activation_scales((ql_fp8_activation)activation, values[INPUT_SCALE], values[INPUT_SCALE_UB]) < 0 ||
-        parse_block_size(&extra, values[BLOCK_SIZE]) < 0)
+        parse_block_size(&extra, values[BLOCK_SIZE]) < 0 || ql_arg_bool(&extra.promoted, values[PROMOTED], "promoted") < 0)
         return NULL;
     PyObject *bound = values[INPUT_SCALE_UB];
     if (!ql_arg_is_none(bound) && is_number(bound)) {
@@ -220,10 +222,11 @@ static PyObject *fp8_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
 PyDoc_STRVAR(
     fp8_doc,
     "Fp8Linear(weight, weight_scale, bias=None, *, activation='token', input_scale=None, input_scale_ub=None,\n"
-    "          block_size=(128, 128))\n--\n\n"
+    "          block_size=(128, 128), promoted=False)\n--\n\n"
     "y = x W' + bias with W float8_e4m3fn (or its bytes, uint8) [N, K], any strides; weight_scale of one\n"
     "element, a row each, or a block each. activation: 'none' (W8A16), 'static' (input_scale), 'tensor',\n"
-    "'token' or 'group' (of 128 columns). Scales in fp32 are read where they lie.");
+    "'token' or 'group' (of 128 columns). Scales in fp32 are read where they lie. promoted: on a GPU, sums of each\n"
+    "128 products are added in fp32, not in the tensor cores' accumulators of about 14 bits.");
 
 int ql_fp8_add_type(PyObject *module) {
     return ql_layer_make_type(module, "_qlinear.Fp8Linear", fp8_new, fp8_doc, NULL, NULL);

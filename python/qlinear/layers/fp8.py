@@ -27,14 +27,16 @@ def apply_fp8_linear(
     input_scale: Tensor | None = None,
     input_scale_ub: Tensor | None = None,
     qbias: Tensor | None = None,
+    *,
+    promoted: bool = False,
 ) -> Tensor:
     """input [..., K] times qweight e4m3 [K, N] (a transposed view of the checkpoint's [N, K]) -> [..., N].
 
     With an input_scale activations are quantized by it, else by a scale for each token, whose absmax input_scale_ub
-    bounds."""
+    bounds. promoted: as of Fp8Linear."""
     activation = "token" if input_scale is None else "static"
     ub = None if input_scale is not None else _scalar(input_scale_ub)
-    arguments = (qweight.t(), weight_scale, qbias, _scalar(input_scale), ub, activation, 128, 128)
+    arguments = (qweight.t(), weight_scale, qbias, _scalar(input_scale), ub, activation, 128, 128, promoted)
     return ops.linear("fp8", input, arguments)
 
 
@@ -45,6 +47,10 @@ class Fp8Linear(QuantizedLinear):
     its absmax, "none" not at all; None is static where there is an input_scale, group where weight_scale is a grid,
     else token. input_scale_ub bounds the absmax of a token. A file that calls the scale `weight_scale_inv` is loaded
     and saved under that name.
+
+    promoted: how a GPU sums more than 16 rows. False is fast: all of K in the tensor cores' accumulators, which keep
+    about 14 bits. True adds the sums of each 128 columns in fp32. Scales of groups or blocks always do. It may be set
+    at any time.
     """
 
     operator = "fp8"
@@ -62,6 +68,7 @@ class Fp8Linear(QuantizedLinear):
         activation: str | None = None,
         input_scale_ub: Tensor | float | None = None,
         block_size: tuple[int, int] = (128, 128),
+        promoted: bool = False,
     ) -> None:
         for name, tensor in (("weight", weight), ("weight_scale", weight_scale)):
             if not isinstance(tensor, Tensor):
@@ -76,6 +83,7 @@ class Fp8Linear(QuantizedLinear):
         super().__init__()
         self.activation = activation
         self.block_n, self.block_k = (int(size) for size in block_size)
+        self.promoted = bool(promoted)
         # Under which name the state dict has the scale; the block-wise files say weight_scale_inv, and multiply by it.
         self.scale_key = "weight_scale"
         self.register_buffer("weight", frozen(weight))
@@ -153,6 +161,7 @@ class Fp8Linear(QuantizedLinear):
             mode,
             self.block_n,
             self.block_k,
+            self.promoted,
         )
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):

@@ -1,0 +1,505 @@
+/* Products of 1 to 16 tokens with 8-bit weights and 8-bit activations. The weight is the checkpoint's own tensor, read once
+ * at the speed of memory; 16 rows of it are the large operand of mma, tokens the small one. A lane takes 16 neighbouring
+ * bytes of a row for what mma calls columns anywhere in 64, and as many bytes of the activations: a sum does not mind the
+ * order of its columns.
+ *
+ * Each warp has a ring of slots in shared memory, 16 rows by 128 columns, which it fills by cp.async in whole lines of the
+ * cache and empties itself: no barrier is between. The ring is as deep as the memory allows, so that the weight is on its way
+ * while the activations are quantized. Those lie in shared memory as codes. Where they are few each block quantizes them
+ * itself, else ql_w8a8_quantize has done it. The warps of a team split K and meet once a strip, where their sums are added in
+ * shared memory, in order, so that the same call gives the same bits.
+ *
+ * e4m3 becomes fp16 exactly and is summed in fp32, int8 is summed in int32. Columns of outliers are multiplied in fp16 or
+ * bf16 from the original activations, with the weight that is at hand already; fp32 is the sum of three bf16.
+ *
+ * Grid: blocks * cluster, blockDim.x = 32 * teams * warps. */
+#include "e4m3.cuh"
+#include "ptx.cuh"
+#include "variants.h"
+#include "w8a8_stage.cuh"
+
+enum { STRIP = QL_W8A8_STRIP, SLOT = QL_W8A8_SLOT };
+
+/* ---- clusters: nothing where a GPU has none ---- */
+
+static __device__ __forceinline__ int cluster_rank(void) {
+    uint32_t rank = 0;
+#if __CUDA_ARCH__ >= 900
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+    return (int)rank;
+}
+
+static __device__ __forceinline__ void meet_cluster(void) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+/* To the same place in the shared memory of block `rank` of the cluster. */
+static __device__ __forceinline__ void store_remote(int at, int rank, float value) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{\n\t.reg .u32 to;\n\tmapa.shared::cluster.u32 to, %0, %1;\n\tst.shared::cluster.f32 [to], %2;\n\t}" ::"r"(
+            shared_address(shared + at)),
+        "r"(rank), "f"(value)
+        : "memory");
+#endif
+}
+
+static __device__ __forceinline__ void meet_team(const ql_w8a8_decode_params *p, int team) {
+    asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "r"(p->warps * 32) : "memory");
+}
+
+/* ---- the weight ---- */
+
+/* Where 16 bytes of a row of a slot are: odd rows swap halves, so that eight lanes' pieces of two rows meet no bank twice. */
+static __device__ __forceinline__ int piece_at(int row, int piece) {
+    return row * COLUMNS + ((piece ^ (row & 1) << 2) << 4);
+}
+
+/* What a warp loads next: a slot's columns of a strip. A lane takes 16 bytes of rows lane / 8, that and 4, 8, 12, and where
+ * scales change by groups that of row lane % 16. */
+typedef struct ql_ahead {
+    const uint8_t *row[4]; /* at the lane's first column of the block */
+    const float *scale;
+    int strip, batch;
+} ql_ahead;
+
+/* Rows beyond the weight's are its last one: what comes of them is not stored. */
+static __device__ __forceinline__ void point_at_rows(ql_ahead *ahead, const ql_w8a8_params *p, const uint8_t *columns,
+                                                     bool groups) {
+    const int lane = (int)threadIdx.x % 32, last = (int)p->n - 1;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        ahead->row[i] = columns + min(ahead->strip * STRIP + lane / 8 + i * 4, last) * p->row_stride;
+    if (groups)
+        ahead->scale = p->w_scales + min(ahead->strip * STRIP + lane % 16, last) / (int)p->w_rows * p->w_row_stride;
+}
+
+/* Columns beyond the end come as zeros. */
+static __device__ __forceinline__ void load_slot(const ql_ahead *ahead, uint32_t slot, int col, int left) {
+    const int lane = (int)threadIdx.x % 32;
+    const bool inside = col < left;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        cp_async_16(slot + piece_at(lane / 8 + i * 4, lane % 8), ahead->row[i] + (inside ? col : 0), inside ? 16 : 0);
+}
+
+/* The scales of the slot's rows in a group; beyond the last one, where codes are 0, any will do. */
+static __device__ __forceinline__ void load_slot_scales(const ql_ahead *ahead, const ql_w8a8_params *p, uint32_t to,
+                                                        int group) {
+    const int lane = (int)threadIdx.x % 32, last = (int)((p->k - 1) / COLUMNS);
+    if (lane < STRIP) cp_async_4(to + lane * 4, ahead->scale + min(group, last) * p->w_group_stride, 4);
+}
+
+/* Scale and bias of the outputs of a block, of which memory would have to serve all slots in flight first if they were asked
+ * for where they are needed. [strip of the block][16] each; a team's strips follow each other. */
+enum { HELD_OUTPUTS = 2 };
+typedef struct ql_held_outputs {
+    float scale[HELD_OUTPUTS], bias[HELD_OUTPUTS];
+} ql_held_outputs;
+
+static __device__ __forceinline__ float bias_at(const ql_w8a8_params *p, int64_t row) {
+    return p->bias && row < p->n ? load_value(p->bias, p->bias_type, row * p->bias_stride) : 0.0f;
+}
+
+static __device__ __forceinline__ void load_output(float *scale, float *bias, const ql_w8a8_decode_params *p,
+                                                   bool groups, int at) {
+    const ql_w8a8_params *w = &p->product;
+    const int team = at / (p->rounds * STRIP), round = at / STRIP - team * p->rounds;
+    const int row =
+        ((int)blockIdx.x / p->cluster + team * p->blocks + round * p->blocks * p->teams) * STRIP + at % STRIP;
+    *scale = !groups && row < (int)w->n ? w->w_scales[row / (int)w->w_rows * w->w_row_stride] : 0.0f;
+    *bias = bias_at(w, row);
+}
+
+static __device__ __forceinline__ float *outputs_of(const ql_w8a8_decode_params *p) {
+    return (float *)(shared + p->outputs_at);
+}
+
+static __device__ __forceinline__ void hold_outputs(ql_held_outputs *held, const ql_w8a8_decode_params *p,
+                                                    bool groups) {
+#pragma unroll
+    for (int i = 0; i < HELD_OUTPUTS; i++) {
+        const int at = i * (int)blockDim.x + (int)threadIdx.x;
+        if (at < p->outputs) load_output(&held->scale[i], &held->bias[i], p, groups, at);
+    }
+}
+
+static __device__ __forceinline__ void store_outputs(const ql_held_outputs *held, const ql_w8a8_decode_params *p,
+                                                     bool groups) {
+#pragma unroll
+    for (int i = 0; i < HELD_OUTPUTS; i++) {
+        const int at = i * (int)blockDim.x + (int)threadIdx.x;
+        if (at >= p->outputs) continue;
+        outputs_of(p)[at] = held->scale[i];
+        outputs_of(p)[p->outputs + at] = held->bias[i];
+    }
+    for (int at = HELD_OUTPUTS * (int)blockDim.x + (int)threadIdx.x; at < p->outputs; at += (int)blockDim.x)
+        load_output(&outputs_of(p)[at], &outputs_of(p)[p->outputs + at], p, groups, at);
+}
+
+/* ---- products ---- */
+
+/* sum += 16 rows by 8 tokens over 64 columns. */
+static __device__ __forceinline__ void multiply_e4m3(float (*sum)[4], const uint4 w[2], const uint4 *x, int tiles) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const uint32_t low = word_of(w[0], i), high = word_of(w[1], i);
+        const uint32_t a[4] = {half2_of_e4m3(low & 0xffffu), half2_of_e4m3(high & 0xffffu), half2_of_e4m3(low >> 16),
+                               half2_of_e4m3(high >> 16)};
+#pragma unroll
+        for (int tile = 0; tile < tiles; tile++) {
+            const uint32_t codes = word_of(x[tile], i);
+            const uint32_t b[2] = {half2_of_e4m3(codes & 0xffffu), half2_of_e4m3(codes >> 16)};
+            multiply_16816(sum[tile], a, b, QL_VALUE_F16);
+        }
+    }
+}
+
+/* sum += a b: 16 x 32 by 32 x 8, in int32. */
+static __device__ __forceinline__ void multiply_16832(int32_t sum[4], const uint32_t a[4], const uint32_t b[2]) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+static __device__ __forceinline__ void multiply_int8(int32_t (*sum)[4], const uint4 w[2], const uint4 *x, int tiles) {
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        const uint32_t a[4] = {word_of(w[0], i), word_of(w[1], i), word_of(w[0], i + 1), word_of(w[1], i + 1)};
+#pragma unroll
+        for (int tile = 0; tile < tiles; tile++) {
+            const uint32_t b[2] = {word_of(x[tile], i), word_of(x[tile], i + 1)};
+            multiply_16832(sum[tile], a, b);
+        }
+    }
+}
+
+/* ---- outliers ---- */
+
+/* Two neighbours of four int8, exact in both types. */
+static __device__ __forceinline__ uint32_t pair_of_int8(uint32_t four, int first, int type) {
+    const uint32_t biased = four ^ 0x80808080u;
+    if (type == QL_VALUE_F16)
+        return add_half2(__byte_perm(biased, 0x64646464u, first ? 0x4342 : 0x4140), 0xe480e480u); /* 1024 + 128 less */
+    const float low = __uint_as_float(__byte_perm(biased, 0x4b000000u, first ? 0x7652 : 0x7650)) - (0x1p23f + 128.0f);
+    const float high = __uint_as_float(__byte_perm(biased, 0x4b000000u, first ? 0x7653 : 0x7651)) - (0x1p23f + 128.0f);
+    return round16_pair(low, high, QL_VALUE_BF16);
+}
+
+/* Four columns of two rows, as mma's large operand. */
+static __device__ __forceinline__ void operand_of_int8(uint32_t a[4], uint32_t low, uint32_t high, int type) {
+    a[0] = pair_of_int8(low, 0, type);
+    a[1] = pair_of_int8(high, 0, type);
+    a[2] = pair_of_int8(low, 2, type);
+    a[3] = pair_of_int8(high, 2, type);
+}
+
+/* sums += W x over the marked columns of a chunk, which are kept in 16 bit as x has them. x: the kept row of token 0, at
+ * the lane's columns of the chunk. */
+static __device__ __forceinline__ void multiply_kept(float (*sums)[4], const uint4 w[2], const uint8_t *x, int m,
+                                                     int tiles, int type) {
+    const int lane = (int)threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        uint32_t a[4];
+        operand_of_int8(a, word_of(w[0], i), word_of(w[1], i), type);
+#pragma unroll
+        for (int tile = 0; tile < tiles; tile++) {
+            const uint2 values = *(const uint2 *)(x + min(tile * 8 + lane / 4, m - 1) * 128 + 8 * i);
+            const uint32_t b[2] = {values.x, values.y};
+            multiply_16816(sums[tile], a, b, type);
+        }
+    }
+}
+
+/* The same for fp32, and for chunks that are not kept: slow. marked: 16 bits for the lane's own columns, which begin at col
+ * of x, and at `own` of the chunk. */
+static __device__ __forceinline__ void multiply_pieces(float sum[4], const ql_w8a8_decode_params *p, const uint4 w[2],
+                                                       int place, int token, int64_t col, int own, uint32_t marked) {
+    const ql_w8a8_params *product = &p->product;
+    const int type = product->x_type == QL_VALUE_F16 ? QL_VALUE_F16 : QL_VALUE_BF16,
+              pieces = pieces_of(product->x_type);
+#pragma unroll 1
+    for (int i = 0; i < 4; i++) {
+        uint32_t a[4];
+        operand_of_int8(a, word_of(w[0], i), word_of(w[1], i), type);
+        float value[4];
+#pragma unroll
+        for (int j = 0; place == NOT_KEPT && j < 4; j++)
+            value[j] = outlier_at(product, token, col + 4 * i + j, marked >> (4 * i + j) & 1);
+#pragma unroll 1
+        for (int piece = 0; piece < pieces; piece++) {
+            uint2 x;
+            if (place == NOT_KEPT)
+                x = make_uint2(next_pieces(value, type), next_pieces(value + 2, type));
+            else
+                x = *(const uint2 *)(kept_at(p, place, piece, token) + (own + 4 * i) * 2);
+            const uint32_t b[2] = {x.x, x.y};
+            if (type == QL_VALUE_F16)
+                multiply_16816(sum, a, b, QL_VALUE_F16);
+            else
+                multiply_16816(sum, a, b, QL_VALUE_BF16);
+        }
+    }
+}
+
+/* Which of the two. */
+static __device__ __forceinline__ void multiply_outliers(float (*sums)[4], const ql_w8a8_decode_params *p,
+                                                         const uint4 w[2], int place, int64_t col, uint32_t marked,
+                                                         int tiles) {
+    const int lane = (int)threadIdx.x % 32, own = lane % 4 * 16, m = (int)p->product.m;
+    if (place != NOT_KEPT && p->product.x_type == QL_VALUE_F16) {
+        multiply_kept(sums, w, kept_at(p, place, 0, 0) + own * 2, m, tiles, QL_VALUE_F16);
+    } else if (place != NOT_KEPT && p->product.x_type == QL_VALUE_BF16) {
+        multiply_kept(sums, w, kept_at(p, place, 0, 0) + own * 2, m, tiles, QL_VALUE_BF16);
+    } else {
+#pragma unroll
+        for (int tile = 0; tile < tiles; tile++)
+            multiply_pieces(sums[tile], p, w, place, min(tile * 8 + lane / 4, m - 1), col, own, marked);
+    }
+}
+
+/* 0xff in each of the bytes whose bit of four is set. */
+static __device__ __forceinline__ uint32_t bytes_of_bits(uint32_t four) {
+    return ((four & 15u) * 0x00204081u & 0x01010101u) * 0xffu;
+}
+
+/* ---- a strip ---- */
+
+/* What a warp has of a strip: sums over its columns, by tile of 8 tokens. */
+typedef struct ql_w8a8_sums {
+    float sum[2][4];
+    int32_t whole[2][4];  /* int8 */
+    float outliers[2][4]; /* int8 */
+} ql_w8a8_sums;
+
+static __device__ __forceinline__ void store_sums(const ql_w8a8_decode_params *p, int at, const uint32_t *sum, int tile,
+                                                  int lane) {
+    uint32_t *to = (uint32_t *)(shared + p->sums_at) + at + tile * 8 * QL_W8A8_SUMS_PITCH + lane / 4;
+    const int token = lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < 4; i++) to[(token + i % 2) * QL_W8A8_SUMS_PITCH + i / 2 * 8] = sum[i];
+}
+
+/* Where block `rank` keeps the part of `from` of an output of a round of its own. */
+static __device__ __forceinline__ int exchange_at(const ql_w8a8_decode_params *p, int round, int team, int from) {
+    return p->exchange_at + ((round / p->cluster * p->teams + team) * p->cluster + from) * (int)p->product.m * 64;
+}
+
+static __device__ __forceinline__ void store_output(const ql_w8a8_params *p, int token, int64_t row, float value,
+                                                    float bias) {
+    if (row < p->n) store_value(p->out, p->out_type, token * p->n + row, value + bias);
+}
+
+/* The sum of a token and row over the team's warps, scaled. */
+static __device__ __forceinline__ float output_of(const ql_w8a8_decode_params *p, int code, bool groups, int tokens,
+                                                  int at, int token, float row_scale, bool has_outliers) {
+    const uint32_t *from = (const uint32_t *)(shared + p->sums_at) + at + token * QL_W8A8_SUMS_PITCH;
+    const int step = tokens * QL_W8A8_SUMS_PITCH, other = p->teams * p->warps * QL_W8A8_SUMS_BUFFERS(tokens) * step;
+    if (code == QL_W8A8_INT8) {
+        int64_t whole = 0;
+        float sum = 0.0f;
+        for (int warp = 0; warp < p->warps; warp++) whole += (int32_t)from[warp * step];
+        if (has_outliers)
+            for (int warp = 0; warp < p->warps; warp++) sum += __uint_as_float(from[other + warp * step]);
+        const float scale = row_scale * (1.0f / 127.0f);
+        return (float)whole * (1.0f / 127.0f) * scale * scales_of(p)[token] + sum * scale;
+    }
+    float sum = 0.0f;
+    for (int warp = 0; warp < p->warps; warp++) sum += __uint_as_float(from[warp * step]);
+    return groups ? sum : sum * scales_of(p)[token] * row_scale;
+}
+
+/* ---- the kernel ---- */
+
+/* Adds to s what a slot gives; col: of the slot, in the block. */
+static __device__ __forceinline__ void multiply_slot(ql_w8a8_sums *s, const ql_w8a8_decode_params *p, int code,
+                                                     bool groups, int tokens, const uint8_t *slot, const float *scales,
+                                                     int col, int64_t first, bool has_outliers) {
+    const int lane = (int)threadIdx.x % 32, tiles = tokens / 8, m = (int)p->product.m;
+    float part[2][4] = {0};
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const uint4 w[2] = {*(const uint4 *)(slot + piece_at(lane / 4, half * 4 + lane % 4)),
+                            *(const uint4 *)(slot + piece_at(lane / 4 + 8, half * 4 + lane % 4))};
+        const int own_col = col + half * 64 + lane % 4 * 16;
+        uint4 x[2];
+#pragma unroll
+        for (int tile = 0; tile < tiles; tile++)
+            x[tile] = *(const uint4 *)(shared + min(tile * 8 + lane / 4, m - 1) * p->x_pitch + own_col);
+        if (code == QL_W8A8_E4M3) {
+            multiply_e4m3(groups ? part : s->sum, w, x, tiles);
+            continue;
+        }
+        const uint2 mask =
+            has_outliers ? *(const uint2 *)(shared + p->mask_at + (col + half * 64) / 8) : make_uint2(0, 0);
+        if (mask.x | mask.y) {
+            const uint32_t marked = (lane % 4 < 2 ? mask.x : mask.y) >> lane % 2 * 16 & 0xffffu;
+            const int place = shared[p->places_at + col / 64 + half];
+            multiply_outliers(s->outliers, p, w, place, first + own_col, marked, tiles);
+#pragma unroll
+            for (int tile = 0; tile < tiles; tile++) {
+                x[tile].x &= ~bytes_of_bits(marked);
+                x[tile].y &= ~bytes_of_bits(marked >> 4);
+                x[tile].z &= ~bytes_of_bits(marked >> 8);
+                x[tile].w &= ~bytes_of_bits(marked >> 12);
+            }
+        }
+        multiply_int8(s->whole, w, x, tiles);
+    }
+    if (!groups) return;
+    const float low = scales[lane / 4], high = scales[lane / 4 + 8];
+#pragma unroll
+    for (int tile = 0; tile < tiles; tile++) {
+        const float2 by = *(const float2 *)(scales_of(p) + col / COLUMNS * tokens + tile * 8 + lane % 4 * 2);
+#pragma unroll
+        for (int i = 0; i < 4; i++) s->sum[tile][i] += part[tile][i] * ((i % 2 ? by.y : by.x) * (i / 2 ? high : low));
+    }
+}
+
+/* Adds the sums of a cluster's blocks, in order, for the rounds that this block owns. */
+static __device__ __forceinline__ void finish_cluster(const ql_w8a8_decode_params *p, int team, int rank) {
+    const int hop = p->blocks * p->teams, m = (int)p->product.m;
+    int strip = (int)blockIdx.x / p->cluster + team * p->blocks + rank * hop;
+    meet_cluster();
+    for (int round = rank; strip < p->strips; round += p->cluster, strip += hop * p->cluster)
+        for (int i = (int)threadIdx.x - team * p->warps * 32; i < m * 16; i += p->warps * 32) {
+            const int64_t row = (int64_t)strip * STRIP + i % 16;
+            float value = 0.0f;
+            for (int from = 0; from < p->cluster; from++)
+                value += *(const float *)(shared + exchange_at(p, round, team, from) + i * 4);
+            store_output(&p->product, i / 16, row, value, bias_at(&p->product, row));
+        }
+}
+
+static __device__ __forceinline__ void product(const ql_w8a8_decode_params *p, int code, bool groups, int tokens) {
+    const ql_w8a8_params *product = &p->product;
+    const int tiles = tokens / 8, m = (int)product->m;
+    const int lane = (int)threadIdx.x % 32, warp_of_block = (int)threadIdx.x / 32;
+    const int team = warp_of_block / p->warps, warp = warp_of_block % p->warps, step = p->warps * COLUMNS;
+    const int rank = p->cluster > 1 ? cluster_rank() : 0, hop = p->blocks * p->teams;
+    const int64_t first = (int64_t)rank * p->span;
+    const int left = (int)min(product->k - first, (int64_t)p->span), load_col = warp * COLUMNS + lane % 8 * 16;
+    const uint8_t *columns = product->codes + first;
+    const int first_group = (int)(first / COLUMNS) + warp;
+    uint8_t *ring = shared + p->ring_at + warp_of_block * p->slots * SLOT;
+    float *ring_scales = (float *)(shared + p->ring_scales_at) + warp_of_block * p->slots * STRIP;
+    ql_held_outputs held_outputs;
+    hold_outputs(&held_outputs, p, groups);
+
+    ql_ahead ahead = {.strip = (int)blockIdx.x / p->cluster + team * p->blocks, .batch = 0};
+    int strip = ahead.strip;
+    point_at_rows(&ahead, product, columns, groups);
+/* The warp's next slot, if there is one, into place `at` of the ring. */
+#define LOAD_AHEAD(at)                                                                                                 \
+    do {                                                                                                               \
+        if (ahead.strip < p->strips) {                                                                                 \
+            load_slot(&ahead, shared_address(ring + (at) * SLOT), load_col + ahead.batch * step, left);                \
+            if (groups)                                                                                                \
+                load_slot_scales(&ahead, product, shared_address(ring_scales + (at) * STRIP),                          \
+                                 first_group + ahead.batch * p->warps);                                                \
+            if (++ahead.batch == p->batches) {                                                                         \
+                ahead.batch = 0;                                                                                       \
+                ahead.strip += hop;                                                                                    \
+                point_at_rows(&ahead, product, columns, groups);                                                       \
+            }                                                                                                          \
+        }                                                                                                              \
+        cp_async_commit();                                                                                             \
+    } while (0)
+    /* What is asked for first comes first: of the weight no more than keeps memory at work until the activations are
+     * asked for. */
+#define LOAD_REST() _Pragma("unroll 1") for (int i = p->early; i < p->slots; i++) LOAD_AHEAD(i)
+#pragma unroll 1
+    for (int i = 0; i < p->early; i++) LOAD_AHEAD(i);
+    start_next_kernel();
+    store_outputs(&held_outputs, p, groups);
+    if (p->own && !groups) {
+        clear_own(p, code);
+        __syncthreads();
+    }
+    wait_for_previous_kernel();
+    ql_held held;
+    if (p->own)
+        hold_values(&held, p);
+    else
+        hold_codes(&held, p, groups, tokens, first);
+    /* Which outliers to ask for only the mask tells, so the rest of the ring waits for them. */
+    const bool asks_again = code == QL_W8A8_INT8 && product->outliers && !p->own;
+    if (!asks_again) LOAD_REST();
+    if (!p->own)
+        copy_activations(&held, p, groups, tokens, first);
+    else if (groups)
+        quantize_own_groups(&held, p, tokens);
+    else
+        quantize_own_rows(&held, p, code, tokens);
+    __syncthreads();
+    bool has_outliers = false;
+    if (code == QL_W8A8_INT8 && product->outliers) {
+        const int chunks = place_outliers(p);
+        has_outliers = chunks > 0;
+        if (p->own)
+            keep_own_outliers(&held, p);
+        else
+            keep_outliers(p, chunks, first);
+        if (asks_again) LOAD_REST();
+        __syncthreads();
+    }
+    if (p->cluster > 1) meet_cluster(); /* nobody writes into a block that has not started */
+
+    int at_slot = 0;
+    /* The warps take turns at adding. */
+    int turn = 0;
+    for (int round = 0; strip < p->strips; strip += hop, round++) {
+        const int own = (int)threadIdx.x - (team * p->warps + turn) * 32;
+        const int output = own < 0 ? own + p->warps * 32 : own;
+        const int64_t row = (int64_t)strip * STRIP + output % 16;
+        if (++turn == p->warps) turn = 0;
+        ql_w8a8_sums s = {0};
+        for (int batch = 0; batch < p->batches; batch++) {
+            cp_async_wait(p->slots - 1);
+            __syncwarp();
+            multiply_slot(&s, p, code, groups, tokens, ring + at_slot * SLOT, ring_scales + at_slot * STRIP,
+                          warp * COLUMNS + batch * step, first, has_outliers);
+            __syncwarp();
+            LOAD_AHEAD(at_slot);
+            if (++at_slot == p->slots) at_slot = 0;
+        }
+        /* With two buffers who adds the sums of one round is past it before anybody meets the round after the next. */
+        const int size = tokens * QL_W8A8_SUMS_PITCH, all = p->teams * p->warps, buffers = QL_W8A8_SUMS_BUFFERS(tokens);
+        const int at = (round % buffers * all + team * p->warps) * size;
+        if (buffers == 1) meet_team(p, team + QL_W8A8_MOST_TEAMS);
+#pragma unroll
+        for (int tile = 0; tile < tiles; tile++) {
+            store_sums(p, at + warp * size,
+                       code == QL_W8A8_INT8 ? (const uint32_t *)s.whole[tile] : (const uint32_t *)s.sum[tile], tile,
+                       lane);
+            if (code == QL_W8A8_INT8 && has_outliers)
+                store_sums(p, at + (buffers * all + warp) * size, (const uint32_t *)s.outliers[tile], tile, lane);
+        }
+        meet_team(p, team);
+        const float *outputs = outputs_of(p) + (team * p->rounds + round) * STRIP + output % 16;
+        const float row_scale = outputs[0], bias = outputs[p->outputs];
+        for (int token = output / 16; token < m; token += p->warps * 2) {
+            const float value = output_of(p, code, groups, tokens, at + output % 16, token, row_scale, has_outliers);
+            if (p->cluster == 1)
+                store_output(product, token, row, value, bias);
+            else
+                store_remote(exchange_at(p, round, team, rank) + (token * 16 + output % 16) * 4, round % p->cluster,
+                             value);
+        }
+    }
+#undef LOAD_AHEAD
+#undef LOAD_REST
+    if (p->cluster > 1) finish_cluster(p, team, rank);
+}
+
+#define QL_DEFINE_W8A8_DECODE(name, source, code, groups, tokens)                                                      \
+    extern "C" __global__ void __launch_bounds__(QL_W8A8_DECODE_THREADS, 1)                                            \
+        name(const __grid_constant__ ql_w8a8_decode_params params) {                                                   \
+        product(&params, code, groups, tokens);                                                                        \
+    }
+QL_W8A8_DECODE_VARIANTS(QL_DEFINE_W8A8_DECODE)

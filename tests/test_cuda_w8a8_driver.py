@@ -1,0 +1,81 @@
+"""What a product with 8-bit activations asks of the driver, seen by a driver without a GPU: one or two launches, the second
+overlapping the first, and nothing else."""
+
+import shutil
+
+import fake_cuda
+import numpy as np
+import pytest
+from fake_cuda import ExchangeArray
+
+from qlinear import _qlinear
+
+pytestmark = [
+    pytest.mark.skipif(not _qlinear.cuda_info()["built"], reason="built without CUDA kernels"),
+    pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler"),
+]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    started = fake_cuda.Server(fake_cuda.build(tmp_path_factory.mktemp("driver")))
+    yield started
+    started.close()
+
+
+def make(kind, K, N):
+    if kind.startswith("int8"):
+        codes, absmax = np.ones((N, K), np.int8), np.ones(N, np.float32)
+        threshold = 0.0 if kind == "int8-0" else 6.0
+        return _qlinear.Linear8bitLt(ExchangeArray(codes), ExchangeArray(absmax), threshold=threshold)
+    weight, options = np.zeros((N, K), np.uint8), {}
+    scale = np.ones((-(-N // 128), -(-K // 128)) if kind == "group" else (N, 1), np.float32)
+    if kind == "static":
+        options["input_scale"] = ExchangeArray(np.ones(1, np.float32))
+    return _qlinear.Fp8Linear(ExchangeArray(weight), ExchangeArray(scale), activation=kind, **options)
+
+
+def calls_of(driver, kind, K, N, rows, dtype):
+    """The driver's functions that a second call of the layer uses, and its launches."""
+    layer, x = make(kind, K, N), ExchangeArray(np.ones((rows, K), dtype))
+    layer(x)
+    driver.forget()
+    layer(x)
+    launches = [
+        (call.kernel.decode(), list(call.grid), list(call.block), call.shared_bytes, call.cluster, call.overlaps)
+        for call in driver.launches()
+    ]
+    return driver.functions(), launches
+
+
+KINDS = ("int8", "int8-0", "token", "tensor", "static", "group")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [(4096, 6144), (14336, 4096), (28672, 512), (128, 64), (100, 33)], ids=str)
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_at_most_two_launches_that_overlap(server, kind, size, dtype):
+    for rows in (1, 2, 4, 8, 16, 17, 100, 1000):
+        functions, launches = server.run(calls_of, kind, *size, rows, dtype)
+        waits = [name for name in functions if "Synchronize" in name or "Memcpy" in name]
+        assert waits == []
+        assert 1 <= len(launches) <= 2, (rows, launches)
+        for _, grid, block, shared_bytes, cluster, overlaps in launches:
+            assert overlaps
+            assert grid[0] >= 1
+            assert 32 <= block[0] <= 1024
+            assert shared_bytes <= 232448
+            assert grid[0] % max(cluster, 1) == 0
+        if len(launches) == 2:
+            assert launches[0][0] == "ql_w8a8_quantize"
+
+
+def test_few_rows_are_one_launch(server):
+    for kind in KINDS:
+        _, launches = server.run(calls_of, kind, 4096, 6144, 1, np.float16)
+        assert [name.startswith("ql_w8a8_decode") for name, *_ in launches] == [True]
+
+
+def test_odd_rows_of_the_weight_are_left_to_the_base_kernels(server):
+    assert server.run(calls_of, "int8", 100, 33, 5, np.float16)[1][1][0] == "ql_linear_int8"
+    assert server.run(calls_of, "token", 100, 33, 5, np.float16)[1][1][0] == "ql_linear_few"

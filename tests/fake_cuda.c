@@ -309,8 +309,8 @@ static int fake_tensor_map_encode_tiled(void *map, int type, uint32_t rank, void
     (void)promotion, (void)fill;
     ANSWER("cuTensorMapEncodeTiled", (uintptr_t)map % 64 || (type != 0 && type != 6 && type != 9) || rank != 2 ||
                                              (uintptr_t)address % 16 || !shape[0] || !shape[1] || strides[0] % 16 ||
-                                             box[0] != (type ? 64 : 128) || box[1] > 256 || steps[0] != 1 || steps[1] != 1 ||
-                                             interleave || swizzle != 3
+                                             box[0] != (type ? 64 : 128) || box[1] > 256 || steps[0] != 1 ||
+                                             steps[1] != 1 || interleave || swizzle != 3
                                          ? INVALID_VALUE
                                          : SUCCESS);
     memset(map, 0, 128);

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import qlinear
-from qlinear import _qlinear
 
 pytestmark = [
     pytest.mark.gpu,

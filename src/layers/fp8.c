@@ -23,7 +23,7 @@ typedef struct fp8_extra {
     ql_fp8_activation activation;
     bool prefer_blocks; /* scales whose shape could be a channel's or a block's are a block's */
     bool promoted;
-    float upper_bound;  /* where it came as a number; infinity where none */
+    float upper_bound; /* where it came as a number; infinity where none */
     int64_t block_n, block_k;
     /* weight_scale in fp32, where the tensor itself will not do. Two, so that a bind never writes what the weight bound
      * before reads: it may have to be bound again, or be in use by another thread. */
@@ -196,7 +196,8 @@ static PyObject *fp8_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     if (ql_args_tuple(values, &signature, args, kwargs) < 0 ||
         ql_arg_choice(&activation, values[ACTIVATION], "activation", activation_choices) < 0 ||
         check_activation_scales((ql_fp8_activation)activation, values[INPUT_SCALE], values[INPUT_SCALE_UB]) < 0 ||
-        parse_block_size(&extra, values[BLOCK_SIZE]) < 0 || ql_arg_bool(&extra.promoted, values[PROMOTED], "promoted") < 0)
+        parse_block_size(&extra, values[BLOCK_SIZE]) < 0 ||
+        ql_arg_bool(&extra.promoted, values[PROMOTED], "promoted") < 0)
         return NULL;
     PyObject *bound = values[INPUT_SCALE_UB];
     if (!ql_arg_is_none(bound) && is_number(bound)) {

@@ -1,5 +1,5 @@
-"""What a product with 8-bit activations asks of the driver, seen by a driver without a GPU: one or two launches, of which
-the second overlaps the first, and nothing else."""
+"""What a product with 8-bit activations asks of the driver, seen by a driver without a GPU: one or two launches, of
+which the second overlaps the first, and nothing else."""
 
 import shutil
 

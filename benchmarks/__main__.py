@@ -75,7 +75,7 @@ def _load(options: argparse.Namespace) -> None:
     names = tuple(options.formats or load.SUBJECTS)
     if unknown := set(names) - set(load.SUBJECTS):
         raise SystemExit(f"no format {', '.join(sorted(unknown))}; there are {', '.join(load.SUBJECTS)}")
-    rows = load.run(names, options.mb, options.rounds)
+    rows = load.run(names, options.mb, options.rounds, options.device)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
 
@@ -94,7 +94,7 @@ def main() -> None:
     tune = commands.add_parser("tune", help="every kernel that could run a product on a GPU, timed")
     model = commands.add_parser("model", help="tokens a second of a whole model on a GPU against fp16, and its memory")
     parallel = commands.add_parser("parallel", help="a large model's decode step on one GPU and on several")
-    load = commands.add_parser("load", help="load_checkpoint against safetensors' load_file, on the CPU")
+    load = commands.add_parser("load", help="load_checkpoint against safetensors' load_file")
     for command in (cpu, cuda, tune, model, parallel, load):
         command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
         command.add_argument("--formats", nargs="+", metavar="NAME", help="some of the formats and peers")
@@ -124,6 +124,7 @@ def main() -> None:
     parallel.set_defaults(run=_parallel)
     load.add_argument("--mb", type=float, default=1000.0, help="size of the file (default: 1000)")
     load.add_argument("--rounds", type=int, default=5, help="loads of each that count (default: 5)")
+    load.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to (default: cpu)")
     load.set_defaults(run=_load)
     rewrite = commands.add_parser("rewrite", help="tables and plot anew from the JSON of runs on a GPU")
     rewrite.add_argument("files", type=Path, nargs="+", metavar="FILE")

@@ -222,6 +222,16 @@ FORMATS |= {
         {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"},
         qlinear.Fp8Linear,
     ),
+    "fp8-e8m0-blocks": (
+        formats.fp8("block", "weight_scale_inv", torch.float8_e8m0fnu),
+        FP8 | {"weight_block_size": [128, 128], "scale_fmt": "ue8m0"},
+        qlinear.Fp8Linear,
+    ),
+    "fp8-bytes-blocks": (
+        formats.with_bytes(formats.fp8("block", "weight_scale_inv", torch.float8_e8m0fnu)),
+        FP8 | {"weight_block_size": [128, 128], "scale_fmt": "ue8m0"},
+        qlinear.Fp8Linear,
+    ),
     "fp8-bf16-blocks": (
         formats.fp8("block", "weight_scale_inv", torch.bfloat16),
         FP8 | {"weight_block_size": [128, 128]},

@@ -280,3 +280,13 @@ def with_dimensions(write):
         return tensors | {"weight_scale": tensors["weight_scale"][:, None, :, None]}, W
 
     return wrapped
+
+
+def with_bytes(write):
+    """Scales of e8m0 under the name of their bytes."""
+
+    def wrapped(rng, N, K, size):
+        tensors, W = write(rng, N, K, size)
+        return tensors | {"weight_scale_inv": tensors["weight_scale_inv"].view(torch.uint8)}, W
+
+    return wrapped

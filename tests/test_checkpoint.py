@@ -251,3 +251,14 @@ def test_inspect_prints_a_table_and_what_would_be_refused(tmp_path, capsys, monk
     code, output = inspected(capsys, tmp_path / "absent")
     assert code == 2
     assert "is not a directory" in output.err
+
+
+def test_progress_is_shown_where_it_is_asked_for(tmp_path, capsys):
+    _, directory = written(tmp_path)
+    load_checkpoint(empty(), directory, progress=False)
+    assert capsys.readouterr().err == ""
+    model = empty()
+    load_checkpoint(model, directory, progress=True)
+    assert "qlinear: load: 100%" in capsys.readouterr().err
+    qlinear.save_pretrained(model, tmp_path / "saved", progress=True)
+    assert "qlinear: save: 100%" in capsys.readouterr().err

@@ -19,6 +19,7 @@ from checkpoint_cases import FORMATS
 from checkpoint_files import safetensors_bytes
 from hf_models import (
     MODELS,
+    SKIPPED,
     agree,
     bert,
     by_group,
@@ -257,6 +258,18 @@ def test_transformers_loads_with_a_dtype_a_quantized_head_and_a_device_map(tmp_p
     assert model.model.layers[0].self_attn.q_proj.scales.dtype == torch.float16
     if importlib.util.find_spec("accelerate") is not None:
         agree(auto(directory, "qwen2", device_map={"": "cpu"}), dense)
+
+
+@pytest.mark.parametrize("skip", [SKIPPED, ()])
+def test_a_part_of_the_model_that_was_saved(tmp_path, registered, skip):
+    """Its names lack a prefix, and the head's layer has no place in it."""
+    dense, directory = checkpoint(tmp_path, "awq", "qwen2", skip=skip)
+    model = transformers.AutoModel.from_pretrained(directory, local_files_only=True)
+    assert type(model) is transformers.Qwen2Model
+    assert set(layers_of(model)) == {name.removeprefix("model.") for name in layers_named(dense) if name != "lm_head"}
+    with torch.no_grad():
+        ids = torch.arange(6)[None]
+        torch.testing.assert_close(model(ids).last_hidden_state, dense.model(ids).last_hidden_state)
 
 
 def test_transformers_refuses_what_is_broken_by_name(tmp_path, registered):

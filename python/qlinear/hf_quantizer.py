@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,15 @@ class _Pending(nn.Module):
         self.__dict__.update(weight=weight, bias=None, _is_hf_initialized=True)
 
 
+def _part_of(model: Any) -> Callable[[str], str]:
+    """renaming; of a model that is a part of the one that was saved, only of what that part has."""
+    rename = renaming(model)
+    if type(model).__name__ in (model.config.architectures or ()):
+        return rename
+    parts = {name for name, _ in model.named_children()}
+    return lambda name: new if (new := rename(name)).partition(".")[0] in parts else ""
+
+
 def _device_of(model: nn.Module, name: str) -> torch.device:
     """Where the tensors beside a module are."""
     while True:
@@ -99,12 +109,16 @@ class QlinearQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
         if not self.pre_quantized:
             return model
-        paths = [Path(path) for path in checkpoint_files or ()]
-        if not paths or any(path.suffix != ".safetensors" for path in paths):
-            raise ValueError("qlinear loads quantized layers from safetensors files, and from nothing else")
+        if not checkpoint_files:
+            raise ValueError("this transformers does not tell which files it loads: release 5 does")
+        paths = [Path(path) for path in checkpoint_files]
+        if any(path.suffix != ".safetensors" for path in paths):
+            raise ValueError(
+                f"{paths[0]}: qlinear loads quantized layers from safetensors files, and from nothing else"
+            )
         values = self.quantization_config.to_dict()
         config = QuantizationConfig("config.json", str(values.get("quant_method") or "bitsandbytes"), values)
-        self._shards = Shards(paths[0].parent, paths).renamed(renaming(model))
+        self._shards = Shards(paths[0].parent, paths).renamed(_part_of(model))
         self._plan, found, _ = plan_layers(model, self._shards, config)
         raise_problems(self._plan, self._shards)
         names, _ = _owners(model)

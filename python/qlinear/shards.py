@@ -195,13 +195,15 @@ class Shards(Mapping[str, Entry]):
                 raise ValueError(f"{self.directory / file}: lacks tensor {name!r:.200}, which the index has in it")
 
     def renamed(self, rename: Callable[[str], str]) -> Shards:
-        """The same files with other names for their tensors."""
+        """The same files with other names for their tensors, less those whose name becomes empty."""
         other = copy.copy(self)
         other._entries = {}
         for name, entry in self._entries.items():
-            if rename(name) in other._entries:
-                raise ValueError(f"{entry.path}: two tensors would be {rename(name)!r:.200}, one of them {name!r:.200}")
-            other._entries[rename(name)] = entry
+            new = rename(name)
+            if new in other._entries:
+                raise ValueError(f"{entry.path}: two tensors would be {new!r:.200}, one of them {name!r:.200}")
+            if new:
+                other._entries[new] = entry
         return other
 
     def __getitem__(self, name: str) -> Entry:

@@ -116,6 +116,32 @@ def test_matmul248_compiles_with_its_gradient(dynamo):
     assert torch.equal(x.grad, twin.grad)
 
 
+@every_case
+def test_the_c_layer_is_made_once(case, monkeypatch, dynamo):
+    """Making one checks the tensors, which reads from a GPU: training, compiled code and train() must not repeat it."""
+    layer = make(case).to(torch.float16)
+    layer.load_state_dict(make(case, seed=5).state_dict())
+    made = []
+
+    def counted(name, real):
+        def make_one(*arguments):
+            made.append(name)
+            return real.make(*arguments)
+
+        return real._replace(make=make_one)
+
+    for name, real in list(ops.FORMATS.items()):
+        monkeypatch.setitem(ops.FORMATS, name, counted(name, real))
+    for _ in range(2):
+        layer(inputs(3, K).requires_grad_()).sum().backward()
+        layer.train(not layer.training)
+    layer.compile(fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        layer(inputs(3, K).requires_grad_()).sum().backward()
+    layer.forward(inputs(3, K))
+    assert made == []
+
+
 # ---- operators ----
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from operator import is_
 from typing import Any, ClassVar
@@ -96,7 +97,18 @@ class QuantizedLinear(PackingModule):
             with lock:
                 self._settle_own()
                 operator, arguments = self._operands()
+                # A mode or a transform may replace the tensors that are made meanwhile.
+                if not ops._dispatch_modes() and ops._functorch_level() is None and not ops._is_tracing():
+                    self._keep_engine()
         return ops.linear(operator, x, arguments)
+
+    def _keep_engine(self) -> None:
+        """Makes the C layer where it can be, for the operators, which keep none: making one may read from a GPU, which
+        costs time and cannot be captured."""
+        _, arguments = self._operands()
+        if is_real(*(argument for argument in arguments if isinstance(argument, Tensor))):
+            with contextlib.suppress(TypeError, ValueError, NotImplementedError):
+                self.engine()
 
     # What is known of it
 
@@ -155,6 +167,7 @@ class QuantizedLinear(PackingModule):
         finally:
             self._forget()
             self._try_to_settle()
+            self._keep_engine()
 
     def __getstate__(self) -> dict:
         state = self._unpacked_state()
@@ -209,6 +222,7 @@ class QuantizedLinear(PackingModule):
         )
         self._forget()
         self._try_to_settle()
+        self._keep_engine()
 
 
 plain_forwards.append(QuantizedLinear.forward)

@@ -210,16 +210,15 @@ class PackingModule(torch.nn.Module):
         return value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if (
-            self.__dict__.get("_packing") is not None
-            and name not in self._unpacked_attributes
-            and not name.startswith("_")
-        ):
+        # torch sets some of its own: train(), eval() and compile() do. The C layer outlives them.
+        is_ours = name not in self._unpacked_attributes and not name.startswith("_")
+        if is_ours and self.__dict__.get("_packing") is not None:
             self._unpack()
         super().__setattr__(name, value)
         if name in self.packs:
             self.__dict__["_unsettled"] = self._identities()
-        self._forget()
+        if is_ours:
+            self._forget()
 
     # Copies, moves, state
 

@@ -8,6 +8,8 @@ from torch.distributed.fsdp import fully_shard
 import qlinear
 
 WIDTH, ROWS, STEPS, PROCESSES = 128, 8, 6, 2
+# fully_shard of torch 2.11 makes every parameter one that may want a gradient, which integers cannot.
+SHARDS_INTEGERS = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) >= (2, 13)
 
 
 class Block(torch.nn.Module):

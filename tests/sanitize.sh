@@ -24,7 +24,8 @@ cp "$build/_qlinear.abi3.so" "$build/site/qlinear/"
 # The runtime must be the first library of the process, which is an interpreter that was built without it. Python's
 # allocator would hide overflows inside its arenas. Leaks are another test's subject: the interpreter itself leaks.
 # Freed memory stays in quarantine here, so tests that measure memory say nothing; the engine's C test has a sanitized
-# build of its own. What compiles, trains adapters, runs transformers or starts processes would take minutes and reaches no C of its own.
+# build of its own. What compiles, trains adapters, runs transformers or starts processes would take minutes and reaches
+# no C of its own.
 [ $# -gt 0 ] || set -- --ignore tests/test_leaks.py --ignore tests/test_build.py --ignore tests/test_cuda_build.py \
     --ignore tests/test_demo.py --ignore tests/test_cpu_engine_c.py --ignore tests/test_cuda_launch_c.py \
     --ignore tests/test_torch_machinery.py --ignore tests/test_peft.py --ignore tests/test_fsdp.py \

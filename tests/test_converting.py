@@ -195,6 +195,13 @@ def test_zeros_that_v1_cannot_tell_from_v2(tmp_path):
         assert torch.equal(before.dequantize(torch.float32), after.dequantize(torch.float32))
 
 
+def test_zeros_that_other_readers_of_v1_mistake_are_told(tmp_path):
+    source = written(tmp_path / "src", "awq")
+    assert any("2 layers have zeros of 0" in note for note in convert_checkpoint(source, tmp_path / "v1", "gptq").notes)
+    assert convert_checkpoint(source, tmp_path / "v2", "gptq_v2").notes == []
+    assert convert_checkpoint(written(tmp_path / "sym", "awq-marlin"), tmp_path / "v1-sym", "gptq").notes == []
+
+
 def test_refused(tmp_path):
     source = written(tmp_path / "src", "gptq")
     with pytest.raises(ValueError, match="none of gptq, gptq_v2"):

@@ -99,6 +99,16 @@ def test_compiled_under_autocast(case, dynamo):
     assert out.dtype == torch.bfloat16
 
 
+def test_compute_dtype_compiles(dynamo):
+    layer = qlinear.Linear4bit(torch.randn(N, K) / 8, None, "nf4", compute_dtype=torch.bfloat16)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in ROWS:
+        out = compiled(inputs(rows, K))
+        assert out.dtype == torch.float32
+        assert torch.equal(out, layer(inputs(rows, K)))
+    assert dynamo["unique_graphs"] == 1
+
+
 def test_matmul248_compiles_with_its_gradient(dynamo):
     weight = torch.randn(N, K) / 8
     layer = qlinear.QuantLinear.quantize(weight, None, bits=4, group_size=32)
@@ -147,11 +157,10 @@ def test_the_c_layer_is_made_once(case, monkeypatch, dynamo):
 
 @every_case
 def test_operators_of_inputs_in_any_layout(case):
-    layer = make(case)
-    arguments = (layer.operator, layer._arguments())
+    name, arguments = make(case)._operands()
     # torch's schema test cannot add up float8 tensors.
     tests = ("test_faketensor",) if case.name.startswith("fp8") else ("test_schema", "test_faketensor")
-    for op, width in zip(ops._OPERATORS[arguments[0]], (K, N), strict=True):
+    for op, width in zip(ops._OPERATORS[name], (K, N), strict=True):
         compact = inputs(3, 5, width)
         for x in (
             compact,
@@ -163,7 +172,7 @@ def test_operators_of_inputs_in_any_layout(case):
             compact[:0],
             inputs(width),
         ):
-            torch.library.opcheck(op, (x, *arguments[1]), test_utils=tests)
+            torch.library.opcheck(op, (x, *arguments), test_utils=tests)
 
 
 @every_case

@@ -211,6 +211,7 @@ def convert_checkpoint(
     _raise_not_exact(wrong, found.layers, to)
     report = RewriteReport(to, bytes_before=sum(entry.nbytes for entry in shards.values()))
     target = Target(shards, directory, max_shard_size, found.layers)
+    wrapping = 0
     target.unquantized += [name for name in plain if name not in found.layers]
     bar = _Bar(len(found.layers), f"qlinear: to {to}", progress)
     try:
@@ -223,6 +224,7 @@ def convert_checkpoint(
                 except NotExactError as error:
                     wrong[layer.name] = str(error)
                 if not wrong:
+                    wrapping += to == "gptq" and bool((_gptq_zeros(new) == 0).any())
                     after = target.add_layer(layer.name, new)
                     sizes = (layer.in_features, layer.out_features, layer.nbytes, after)
                     report.layers.append(RewrittenLayer(layer.name, *sizes))
@@ -231,6 +233,11 @@ def convert_checkpoint(
             for name in (*found.plain, *found.ignored):
                 target.add_plain(name)
             report.bytes_after = target.nbytes
+            if wrapping:
+                report.notes.append(
+                    f"{wrapping} layers have zeros of 0, which gptq (v1) stores as the largest code: readers that add 1 "
+                    "without wrapping are wrong there by 2^bits; gptq_v2 has no such case"
+                )
     finally:
         bar.close()
     return report

@@ -256,6 +256,8 @@ def test_transformers_loads_with_a_dtype_a_quantized_head_and_a_device_map(tmp_p
     assert type(model.lm_head) is qlinear.QuantLinear
     assert model.model.layers[0].self_attn.q_proj.bias.dtype == model.model.norm.weight.dtype == torch.bfloat16
     assert model.model.layers[0].self_attn.q_proj.scales.dtype == torch.float16
+    qlinear.save_pretrained(model, tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"] == FORMATS["gptq4"][1]
     if importlib.util.find_spec("accelerate") is not None:
         agree(auto(directory, "qwen2", device_map={"": "cpu"}), dense)
 

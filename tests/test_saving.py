@@ -302,3 +302,11 @@ def test_copies_of_a_loaded_model_know_where_it_came_from(tmp_path):
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         qlinear.save_pretrained(copied, tmp_path / "saved")
         same_files(tmp_path / "source", tmp_path / "saved")
+
+
+def test_the_working_directory_may_be_saved_into(tmp_path, monkeypatch):
+    model = loaded(tmp_path)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    qlinear.save_pretrained(model, ".")
+    assert names_in(tmp_path / "here") == sorted(os.listdir()) == ["config.json", "model.safetensors"]

@@ -190,7 +190,8 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 def _renamed(directory: Path) -> Iterator[Path]:
     """A folder to write into, whose files are in `directory` afterwards; after an error none of them is."""
     directory.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not directory.exists() or not any(directory.iterdir())
+    # One that exists may be somebody's working directory, or a link: it stays what it is.
+    is_new = not directory.exists()
     # Beside the directory or in it: a rename works on one file system only.
     scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory.parent if is_new else directory))
     try:

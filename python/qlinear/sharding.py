@@ -333,6 +333,7 @@ def _fp8_part(layer: Fp8Linear, weight: Tensor, scale: Tensor, block: tuple[int,
         activation=layer._mode(),
         input_scale_ub=_own(tensors["input_scale_ub"]),
         block_size=block,
+        promoted=layer.promoted,
     )
 
 

@@ -235,7 +235,7 @@ def convert_checkpoint(
             report.bytes_after = target.nbytes
             if wrapping:
                 report.notes.append(
-                    f"{wrapping} layers have zeros of 0, which gptq (v1) stores as the largest code: readers that add 1 "
+                    f"{wrapping} layers have zeros of 0, which v1 stores as the largest code: readers that add 1 "
                     "without wrapping are wrong there by 2^bits; gptq_v2 has no such case"
                 )
     finally:

@@ -1,6 +1,7 @@
 """torch's machinery over every class on a GPU: compilation, CUDA graphs of training, checkpointing, FSDP2."""
 
 import copy
+import gc
 import importlib.util
 
 import fsdp_worker
@@ -21,6 +22,15 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 K = 256
 ROWS = (3, 17, 2, 40)
+
+
+@pytest.fixture(autouse=True)
+def _no_collection():
+    """A graph that the collector destroys while another is captured makes that one invalid."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture(params=CASES, ids=repr)

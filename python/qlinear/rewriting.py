@@ -252,7 +252,8 @@ def print_report(report: RewriteReport) -> None:
     from rich.table import Table
 
     console = Console(soft_wrap=True)
-    table = Table("layer")
+    table = Table()
+    table.add_column("layer", overflow="fold")
     for title in ("inputs", "outputs", "bytes", "error", "largest"):
         table.add_column(title, justify="right")
     for layer in report.layers:

@@ -179,90 +179,135 @@ static __device__ __forceinline__ ushort4 narrowed(const float value[4]) {
     return make_ushort4(rounded(value[0]), rounded(value[1]), rounded(value[2]), rounded(value[3]));
 }
 
-static __device__ __forceinline__ float product(const float a[4], const float b[4]) {
-    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3];
+static __device__ __forceinline__ float product(const float a[4], ushort4 b) {
+    return a[0] * widened(b.x) + a[1] * widened(b.y) + a[2] * widened(b.z) + a[3] * widened(b.w);
+}
+
+static __device__ __forceinline__ void add_share(float average[4], float share, ushort4 value) {
+    average[0] += share * widened(value.x), average[1] += share * widened(value.y);
+    average[2] += share * widened(value.z), average[3] += share * widened(value.w);
 }
 
 #define WARPS 16
 #define KEYS 8
+#define MOST_QUERIES 4
+
+/* Eight sums over a warp at once: the lanes 4 * i to 4 * i + 3 have that of value[i]. */
+static __device__ __forceinline__ float eight_sums(float value[8], int lane) {
+#pragma unroll
+    for (int step = 16, count = 4; count; step /= 2, count /= 2)
+#pragma unroll
+        for (int i = 0; i < count; i++) {
+            const float kept = lane & step ? value[count + i] : value[i],
+                        sent = lane & step ? value[i] : value[count + i];
+            value[i] = kept + __shfl_xor_sync(~0u, sent, step);
+        }
+    value[0] += __shfl_xor_sync(~0u, value[0], 2);
+    return value[0] + __shfl_xor_sync(~0u, value[0], 1);
+}
+
+/* Of a head's query so far: the greatest score, the sum of exp(score - most) of this lane's keys, and the average of
+ * the values (four of them a lane) before it is divided by all lanes' sum. */
+typedef struct running {
+    float most, sum, average[4];
+} running;
 
 /* One new token: qkv [batch, heads + 2 * kv_heads, 128] -> out [batch, heads * 128], its attention to the caches up to
- * place[0] and to itself; its key, turned, and its value go into the caches there. One block a head of a sequence: a
- * warp takes every WARPS-th key, KEYS of them at a time and four values a lane, and keeps the greatest score, the sum
- * and the average that are put together at the end. */
-__global__ void __launch_bounds__(32 * WARPS)
-    attend(half_bits *out, half_bits *keys, half_bits *values, const half_bits *qkv, const float *turns,
-           const long long *place, int heads, int kv_heads, int capacity, float scale) {
-    __shared__ float greatest[WARPS], sums[WARPS], averages[WARPS][128];
+ * place[0] and to itself; its key, turned, and its value go into the caches there. A block has `queries` heads that
+ * share their keys: a warp takes every WARPS-th key, KEYS of them at a time, and what warps found is put together at
+ * the end. */
+static __device__ __forceinline__ void attend(half_bits *out, half_bits *keys, half_bits *values, const half_bits *qkv,
+                                              const float *turns, const long long *place, int heads, int kv_heads,
+                                              int capacity, float scale, const int queries) {
+    __shared__ float greatest[MOST_QUERIES][WARPS], sums[MOST_QUERIES][WARPS], averages[MOST_QUERIES][WARPS][128];
     begin();
-    const int head = (int)blockIdx.x, batch = (int)blockIdx.y, warp = (int)threadIdx.x / 32,
-              lane = (int)threadIdx.x % 32;
-    const int count = (int)place[0], kv_head = head / (heads / kv_heads);
+    const int head = (int)blockIdx.x * queries, batch = (int)blockIdx.y, each = heads / kv_heads, kv_head = head / each;
+    const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
     const long long cache = ((long long)batch * kv_heads + kv_head) * capacity * 128 + lane * 4;
     const half_bits *row = qkv + (long long)batch * (heads + 2 * kv_heads) * 128 + lane * 4;
-    const float4 *turn = (const float4 *)(turns + ((long long)count * 64 + lane % 16 * 4) * 2),
-                 own[2] = {turn[0], turn[1]};
-    float query[4], average[4] = {0, 0, 0, 0}, most = -1e30f, sum = 0;
-    turned(query, *(const ushort4 *)(row + head * 128), own, lane);
-    for (int i = 0; i < 4; i++) query[i] *= scale;
-    for (int first = warp; first < count; first += WARPS * KEYS) {
-        float score[KEYS];
-        ushort4 held[KEYS];
-        for (int j = 0; j < KEYS; j++) {
-            const int at = first + WARPS * j;
-            const long long offset = cache + (long long)(at < count ? at : first) * 128;
-            const ushort4 key = *(const ushort4 *)(keys + offset);
-            held[j] = *(const ushort4 *)(values + offset);
-            const float wide[4] = {widened(key.x), widened(key.y), widened(key.z), widened(key.w)};
-            score[j] = product(query, wide);
-        }
-        for (int step = 16; step; step >>= 1)
-            for (int j = 0; j < KEYS; j++) score[j] += __shfl_xor_sync(~0u, score[j], step);
-        float now = most;
-        for (int j = 0; j < KEYS; j++)
-            if (first + WARPS * j < count) now = fmaxf(now, score[j]);
-        const float shrink = __expf(most - now);
-        sum *= shrink;
-        for (int i = 0; i < 4; i++) average[i] *= shrink;
-        for (int j = 0; j < KEYS; j++) {
-            const float share = first + WARPS * j < count ? __expf(score[j] - now) : 0;
-            sum += share;
-            average[0] += share * widened(held[j].x), average[1] += share * widened(held[j].y);
-            average[2] += share * widened(held[j].z), average[3] += share * widened(held[j].w);
-        }
-        most = now;
+    const int count = (int)place[0];
+    const float4 *turn = (const float4 *)(turns + ((long long)count * 64 + lane % 16 * 4) * 2);
+    const float4 own[2] = {turn[0], turn[1]};
+    float query[MOST_QUERIES][4];
+    running state[MOST_QUERIES];
+#pragma unroll
+    for (int h = 0; h < queries; h++) {
+        turned(query[h], *(const ushort4 *)(row + (head + h) * 128), own, lane);
+        for (int i = 0; i < 4; i++) query[h][i] *= scale;
+        state[h].most = -1e30f, state[h].sum = 0;
+        for (int i = 0; i < 4; i++) state[h].average[i] = 0;
     }
-    if (warp == WARPS - 1) {
-        float key[4];
-        const ushort4 value = *(const ushort4 *)(row + (heads + kv_heads + kv_head) * 128);
-        turned(key, *(const ushort4 *)(row + (heads + kv_head) * 128), own, lane);
-        if (head % (heads / kv_heads) == 0) {
-            *(ushort4 *)(keys + cache + (long long)count * 128) = narrowed(key);
-            *(ushort4 *)(values + cache + (long long)count * 128) = value;
+    /* The first keys are fetched before it is known how many there are. */
+    int first = warp, bound = capacity;
+    do {
+        ushort4 key[KEYS], value[KEYS];
+        for (int j = 0; j < KEYS; j++) {
+            /* For keys that there are not any place will do. */
+            const long long offset = cache + (long long)min(first + WARPS * j, bound - 1) * 128;
+            key[j] = *(const ushort4 *)(keys + offset), value[j] = *(const ushort4 *)(values + offset);
         }
-        float score = product(query, key);
+        const bool is_key = first + WARPS * (lane / 4) < count;
+#pragma unroll
+        for (int h = 0; h < queries; h++) {
+            float score[KEYS];
+            for (int j = 0; j < KEYS; j++) score[j] = product(query[h], key[j]);
+            const float found = eight_sums(score, lane), mine = is_key ? found : -1e30f;
+            float now = mine;
+            for (int step = 16; step >= 4; step /= 2) now = fmaxf(now, __shfl_xor_sync(~0u, now, step));
+            now = fmaxf(now, state[h].most);
+            const float shrink = __expf(state[h].most - now), share = is_key ? __expf(mine - now) : 0;
+            state[h].most = now, state[h].sum = state[h].sum * shrink + share;
+            for (int i = 0; i < 4; i++) state[h].average[i] *= shrink;
+            for (int j = 0; j < KEYS; j++) add_share(state[h].average, __shfl_sync(~0u, share, 4 * j), value[j]);
+        }
+        first += WARPS * KEYS, bound = count;
+    } while (first < count);
+    const ushort4 value = *(const ushort4 *)(row + (heads + kv_heads + kv_head) * 128);
+    float wide[4];
+    turned(wide, *(const ushort4 *)(row + (heads + kv_head) * 128), own, lane);
+    const ushort4 key = narrowed(wide);
+    if (warp == 0 && head % each == 0) {
+        *(ushort4 *)(keys + cache + (long long)count * 128) = key;
+        *(ushort4 *)(values + cache + (long long)count * 128) = value;
+    }
+#pragma unroll
+    for (int h = 0; h < queries; h++) {
+        /* Every fourth lane has a sum of its own. */
+        for (int step = 16; step >= 4; step /= 2) state[h].sum += __shfl_xor_sync(~0u, state[h].sum, step);
+        float score = product(query[h], key);
         for (int step = 16; step; step >>= 1) score += __shfl_xor_sync(~0u, score, step);
-        const float now = fmaxf(most, score), shrink = __expf(most - now), share = __expf(score - now);
-        sum = sum * shrink + share;
-        average[0] = average[0] * shrink + share * widened(value.x);
-        average[1] = average[1] * shrink + share * widened(value.y);
-        average[2] = average[2] * shrink + share * widened(value.z);
-        average[3] = average[3] * shrink + share * widened(value.w);
-        most = now;
+        if (warp == 0) {
+            const float now = fmaxf(state[h].most, score), shrink = __expf(state[h].most - now),
+                        share = __expf(score - now);
+            state[h].most = now, state[h].sum = state[h].sum * shrink + share;
+            for (int i = 0; i < 4; i++) state[h].average[i] *= shrink;
+            add_share(state[h].average, share, value);
+        }
+        if (lane == 0) greatest[h][warp] = state[h].most, sums[h][warp] = state[h].sum;
+        *(float4 *)&averages[h][warp][lane * 4] =
+            make_float4(state[h].average[0], state[h].average[1], state[h].average[2], state[h].average[3]);
     }
-    if (lane == 0) greatest[warp] = most, sums[warp] = sum;
-    *(float4 *)&averages[warp][lane * 4] = make_float4(average[0], average[1], average[2], average[3]);
     __syncthreads();
-    if (threadIdx.x >= 128) return;
-    for (int i = 0; i < WARPS; i++) most = fmaxf(i ? most : greatest[0], greatest[i]);
-    float total = 0, made = 0;
-    for (int i = 0; i < WARPS; i++) {
-        const float share = __expf(greatest[i] - most);
-        total += sums[i] * share;
-        made += averages[i][threadIdx.x] * share;
+    const int h = (int)threadIdx.x / 128, i = (int)threadIdx.x % 128;
+    if (h >= queries) return;
+    float most = greatest[h][0], total = 0, made = 0;
+    for (int w = 1; w < WARPS; w++) most = fmaxf(most, greatest[h][w]);
+    for (int w = 0; w < WARPS; w++) {
+        const float share = __expf(greatest[h][w] - most);
+        total += sums[h][w] * share;
+        made += averages[h][w][i] * share;
     }
-    out[((long long)batch * heads + head) * 128 + threadIdx.x] = rounded(made / total);
+    out[((long long)batch * heads + head + h) * 128 + i] = rounded(made / total);
 }
+
+#define DEFINE_ATTEND(queries)                                                                                         \
+    __global__ void __launch_bounds__(32 * WARPS)                                                                      \
+        attend_##queries(half_bits *out, half_bits *keys, half_bits *values, const half_bits *qkv, const float *turns, \
+                         const long long *place, int heads, int kv_heads, int capacity, float scale) {                 \
+        attend(out, keys, values, qkv, turns, place, heads, kv_heads, capacity, scale, queries);                       \
+    }
+DEFINE_ATTEND(1)
+DEFINE_ATTEND(4)
 
 /* both [rows, 2 * n] -> out [rows, n]: silu of the first half times the second, 8 values a thread. */
 __global__ void gate(half_bits *out, const half_bits *both, int n, long long count) {

@@ -190,7 +190,9 @@ def test_the_table_and_the_plot_of_a_model(benchmarks, tmp_path, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that torch can use")
-@pytest.mark.parametrize(("batch", "count", "place"), [(1, 1, 0), (1, 1, 130), (3, 1, 17), (1, 1, 511), (2, 5, 0)])
+@pytest.mark.parametrize(
+    ("batch", "count", "place"), [(1, 1, 0), (1, 1, 130), (3, 1, 17), (1, 1, 511), (2, 5, 0), (32, 1, 300)]
+)
 def test_the_glue_on_a_gpu_is_that_of_torch(benchmarks, batch, count, place):
     llama = benchmarks("llama")
     config = llama.Config(1032, 520, 1, 8, 2, vocab=50)

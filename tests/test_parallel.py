@@ -31,8 +31,8 @@ def test_in_processes(outcomes, name, size):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs that torch can use")
-def test_on_two_gpus(tmp_path):
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that torch can use")
+def test_on_gpus(tmp_path):
     torch.multiprocessing.spawn(parallel_ranks.run_on_gpus, (str(tmp_path),), nprocs=2)
 
 

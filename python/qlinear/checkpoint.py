@@ -203,12 +203,15 @@ def _device(model: nn.Module) -> torch.device:
 def make_layer(
     shards: Shards, layer: Layer, config: QuantizationConfig, device: torch.device, dtype: torch.dtype | None
 ) -> QuantizedLinear:
-    """The layer on its device; on the way there it is checked by the C types on the mapped tensors."""
+    """The layer on its device; on the way there it is checked by the C types, on mapped tensors where it can be."""
     tensors = {key: shards.tensor(name) for key, name in layer.tensors.items()}
     kept: dict[str, Tensor] = {}
     try:
         if layer.conversion:
+            # A GPU does it faster than a CPU reads it.
+            tensors = {key: tensor.to(device) for key, tensor in tensors.items()}
             tensors, kept = convert(layer.conversion, tensors, layer.options)
+            kept = {key: tensor.cpu() for key, tensor in kept.items()}
         made = _CLASSES[layer.format].from_tensors(tensors, **layer.options)
     except (ValueError, TypeError, NotImplementedError) as error:
         path = shards[next(iter(layer.tensors.values()))].path

@@ -388,8 +388,6 @@ static __device__ __forceinline__ void product(const ql_w8a8_decode_params *p, i
     const int first_group = (int)(first / COLUMNS) + warp;
     uint8_t *ring = shared + p->ring_at + warp_of_block * p->slots * SLOT;
     float *ring_scales = (float *)(shared + p->ring_scales_at) + warp_of_block * p->slots * STRIP;
-    ql_held_outputs held_outputs;
-    hold_outputs(&held_outputs, p, groups);
 
     ql_ahead ahead = {.strip = (int)blockIdx.x / p->cluster + team * p->blocks, .batch = 0};
     int strip = ahead.strip;
@@ -416,7 +414,6 @@ static __device__ __forceinline__ void product(const ql_w8a8_decode_params *p, i
 #pragma unroll 1
     for (int i = 0; i < p->early; i++) LOAD_AHEAD(i);
     start_next_kernel();
-    store_outputs(&held_outputs, p, groups);
     if (p->own && !groups) {
         clear_own(p, code);
         __syncthreads();
@@ -427,6 +424,8 @@ static __device__ __forceinline__ void product(const ql_w8a8_decode_params *p, i
         hold_values(&held, p);
     else
         hold_codes(&held, p, groups, tokens, first);
+    ql_held_outputs held_outputs;
+    hold_outputs(&held_outputs, p, groups);
     /* Which outliers to ask for only the mask tells, so the rest of the ring waits for them. */
     const bool asks_again = code == QL_W8A8_INT8 && product->outliers && !p->own;
     if (!asks_again) LOAD_REST();
@@ -436,6 +435,7 @@ static __device__ __forceinline__ void product(const ql_w8a8_decode_params *p, i
         quantize_own_groups(&held, p, tokens);
     else
         quantize_own_rows(&held, p, code, tokens);
+    store_outputs(&held_outputs, p, groups);
     __syncthreads();
     bool has_outliers = false;
     if (code == QL_W8A8_INT8 && product->outliers) {

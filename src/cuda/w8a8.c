@@ -8,15 +8,17 @@
 
 #include <limits.h>
 
+/* Rows that the decode kernels take, of LLM.int8() where wgmma does not do 64 of them sooner (us at 8192x10240: 41, decode
+ * for 16 rows 67), and rows that their blocks quantize themselves. */
+enum { MOST_ROWS = 16, INT8_ROWS = 8, MOST_OWN_ROWS = 4 };
+
 enum {
-    MOST_ROWS = 16,
-    MOST_OWN_ROWS = 2,
     MOST_CLUSTER = 8,
     LEAST_SLOTS = 2,
-    OWN_EARLY_SLOTS = 2,
     EARLY_SLOTS = 4,
+    OWN_EARLY_SLOTS = 2,
     KEPT_CHUNKS = 8,
-    ALIGNMENT = 256
+    ALIGNMENT = 256 /* of parts of scratch */
 };
 
 /* FP8's least scale of a token: formats/fp8.h. */
@@ -148,6 +150,8 @@ static bool can_hold(const ql_cuda_w8a8 *product, const ql_w8a8_decode_params *p
     const ql_w8a8_params *w = &product->params;
     const int64_t pieces = ql_ceil_div(p->span, 8 * 32) * 32, threads = (int64_t)p->teams * p->warps * 32;
     const bool vector = (uintptr_t)w->x % 16 == 0 && (w->x_stride % 8 == 0 || w->m == 1);
+    /* Scales of rows are not those of groups. */
+    if (by_groups(product) && product->mode != QL_W8A8_GROUPS) return false;
     return w->x_type != QL_VALUE_F32 && vector && w->m <= QL_W8A8_OWN_TOKENS && w->m * pieces <= QL_W8A8_HELD * threads;
 }
 
@@ -180,7 +184,7 @@ static int64_t cut(ql_w8a8_decode_params *p, const ql_cuda_w8a8 *product, const 
     p->x_pitch = p->span + 64;
     take(&at, m * p->x_pitch);
     p->scales_at = take(&at, (by_groups(product) ? p->span / QL_W8A8_GROUP * tokens : tokens) * 4);
-    p->mask_at = take(&at, has_mask(product) ? p->span / 8 : 0);
+    p->mask_at = take(&at, product->params.code == QL_W8A8_INT8 ? p->span / 8 : 0);
     p->places_at = take(&at, has_mask(product) ? p->span / 64 : 0);
     p->chunks_at = take(&at, p->kept * 2);
     p->kept_at = take(&at, p->kept * pieces * m * 128);
@@ -202,6 +206,8 @@ static int64_t cut(ql_w8a8_decode_params *p, const ql_cuda_w8a8 *product, const 
  * these meet least often. A cluster is an exchange more. */
 static bool plan_decode(ql_cuda_w8a8_plan *plan, const ql_cuda_device *device, const ql_cuda_w8a8 *product, bool own) {
     static const int widths[] = {16, 15, 14, 13, 12, 10, 8, 7, 6, 5, 4, 3, 2, 1};
+    /* An exchange more, and of larger clusters fewer fit. */
+    static const int weight[MOST_CLUSTER + 1] = {[1] = 8, [2] = 9, [4] = 12, [8] = 16};
     const int most = own || device->properties.major < 9 ? 1 : MOST_CLUSTER;
     const int64_t all = ql_ceil_div(product->params.k, QL_W8A8_GROUP);
     int64_t least = INT64_MAX;
@@ -212,7 +218,7 @@ static bool plan_decode(ql_cuda_w8a8_plan *plan, const ql_cuda_device *device, c
             /* Each block has a part of K. */
             if (widths[i] > groups || groups * (cluster - 1) >= all) continue;
             if (cut(&p, product, &device->properties, own, widths[i], cluster) < 0) continue;
-            const int64_t steps = (int64_t)p.rounds * p.batches * (cluster > 1 ? 9 : 8) + (p.slots < 4 ? 4 : 0);
+            const int64_t steps = (int64_t)p.rounds * p.batches * weight[cluster] + (p.slots < 4 ? 4 : 0);
             const int64_t cost = steps * 64 + widths[i];
             if (cost >= least) continue;
             least = cost;
@@ -325,16 +331,17 @@ static int64_t quantizer_scratch(ql_cuda_w8a8_plan *plan, const ql_cuda_device *
 
 ql_cuda_w8a8_plan ql_cuda_w8a8_choose(const ql_cuda_device *device, const ql_cuda_w8a8 *product, bool base) {
     ql_cuda_w8a8_plan plan = {0};
-    const bool fast = !base && suits_tensor_cores(product);
+    const bool fast = !base && suits_tensor_cores(product), int8 = product->params.code == QL_W8A8_INT8;
     const int64_t m = product->params.m;
-    if (fast && m <= MOST_ROWS && device->kernels[decode_kernel(product)]) {
+    /* Scratch is aligned to more than any engine asks for, so any such address stands for it. */
+    const ql_w8a8_params stand_in = filled_params(&plan, product, (void *)(uintptr_t)ALIGNMENT);
+    const bool wgmma = fast && m > INT8_ROWS && ql_cuda_w8a8_wgmma_takes(device, &stand_in);
+    if (fast && m <= (wgmma && int8 ? INT8_ROWS : MOST_ROWS) && device->kernels[decode_kernel(product)]) {
         if (m <= MOST_OWN_ROWS && plan_decode(&plan, device, product, true)) return plan;
         plan_decode(&plan, device, product, false);
     }
-    /* Scratch is aligned to more than any engine asks for, so any such address stands for it. */
-    const ql_w8a8_params stand_in = filled_params(&plan, product, (void *)(uintptr_t)ALIGNMENT);
     if (fast && plan.engine == QL_CUDA_W8A8_BASE) {
-        if (ql_cuda_w8a8_wgmma_takes(device, &stand_in))
+        if (wgmma || (m <= INT8_ROWS && ql_cuda_w8a8_wgmma_takes(device, &stand_in)))
             plan.engine = QL_CUDA_W8A8_WGMMA;
         else if (device->kernels[mma_kernel(product)])
             plan.engine = QL_CUDA_W8A8_MMA;

@@ -172,3 +172,11 @@ def test_nothing_is_made_of_tensors_without_data():
 
 def test_the_writers_code_is_the_formats():
     assert np.allclose(NF4, qlinear.functional.get_4bit_type("nf4").numpy())
+
+
+def test_what_is_chosen_beside_a_weight_goes_with_it():
+    split = next(split for split in SPLITS if split.name == "fp8-channel")
+    layer, _ = split.layer(48, 256, 0)
+    layer.promoted = True
+    assert sharding.column_part(layer, 0, 16).promoted
+    assert sharding.row_part(layer, 0, 64, False).promoted

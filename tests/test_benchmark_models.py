@@ -153,6 +153,13 @@ def test_the_benchmark_of_several_processes_runs(benchmarks, tmp_path, capsys):
     assert "A decode step of 2 blocks" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", ["model", "parallel"])
+def test_the_commands_know_their_formats(benchmarks, monkeypatch, command):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", command, "--formats", "gptq-4", "gguf"])
+    with pytest.raises(SystemExit, match="no format gguf; there are gptq-4, awq, "):
+        benchmarks("__main__").main()
+
+
 def measured(name, **ratios):
     row = {key: {"ms": 2.0, "fp16_ms": 2.0 * ratio, "x_fp16": ratio} for key, ratio in ratios.items()}
     return {"format": name, "allocated": 4_000_000, "stored": 3_950_000, "x_memory": 4 / 3.95} | row

@@ -35,7 +35,7 @@ _LEAST_GROUP = 16
 # Of double quantization: the least block that there is.
 _LEAST_NESTED = 32
 # Attributes beside the weight that some classes have.
-_KEPT = ("weight_dtype", "scale_key", "promoted")
+_KEPT = ("weight_dtype", "scale_key")
 
 
 class Step(NamedTuple):

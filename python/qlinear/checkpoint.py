@@ -209,9 +209,9 @@ def make_layer(
     try:
         if layer.conversion:
             # A GPU does it faster than a CPU reads it.
-            tensors = {key: tensor.to(device) for key, tensor in tensors.items()}
+            mapped, tensors = tensors, {key: tensor.to(device) for key, tensor in tensors.items()}
             tensors, kept = convert(layer.conversion, tensors, layer.options)
-            kept = {key: tensor.cpu() for key, tensor in kept.items()}
+            kept = {key: mapped.get(key, tensor) for key, tensor in kept.items()}
         made = _CLASSES[layer.format].from_tensors(tensors, **layer.options)
     except (ValueError, TypeError, NotImplementedError) as error:
         path = shards[next(iter(layer.tensors.values()))].path

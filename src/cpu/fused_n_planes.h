@@ -48,7 +48,7 @@ INLINE bool n_digits(n_planes *to, const float *x, int64_t cols, int m, const in
     if (!most) exponent = 0;
     if (ql_f32_from_bits(most) * ql_f32_from_bits((uint32_t)(127 + exponent) << 23) > limit) exponent--;
     const vf up = vf_set(ql_f32_from_bits((uint32_t)(127 + exponent) << 23));
-    const vi bias = vi_set(planes == 3 ? 0x808080 : (int32_t)0x80808080u);
+    const vu bias = (vu)vi_set(planes == 3 ? 0x808080 : (int32_t)0x80808080u);
     const __m512i turn = _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400);
     __m512i sums = _mm512_setzero_si512();
     __mmask16 inexact = 0;
@@ -57,7 +57,7 @@ INLINE bool n_digits(n_planes *to, const float *x, int64_t cols, int m, const in
         vi whole = (vi)_mm512_cvtps_epi32((__m512)scaled);
         inexact |= _mm512_cmp_ps_mask((__m512)scaled, (__m512)vf_from_int(whole), _CMP_NEQ_UQ);
         /* Bytes of the sum less 128 each, as signed ones, are the digits. */
-        __m512i digits = _mm512_shuffle_epi8((__m512i)((whole + bias) ^ bias), turn);
+        __m512i digits = _mm512_shuffle_epi8((__m512i)(((vu)whole + bias) ^ bias), turn);
         sums = _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), digits);
         for (int quad = 0; quad < LANES / 4; quad++) {
             int32_t lane[LANES];

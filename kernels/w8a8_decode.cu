@@ -109,7 +109,7 @@ static __device__ __forceinline__ void load_output(float *scale, float *bias, co
     const ql_w8a8_params *w = &p->product;
     const int team = at / (p->rounds * STRIP), round = at / STRIP - team * p->rounds;
     const int row =
-        ((int)blockIdx.x / p->cluster + team * p->blocks + round * p->blocks * p->teams) * STRIP + at % STRIP;
+        (((int)blockIdx.x >> p->cluster_shift) + team * p->blocks + round * p->blocks * p->teams) * STRIP + at % STRIP;
     *scale = !groups && row < (int)w->n ? w->w_scales[row / (int)w->w_rows * w->w_row_stride] : 0.0f;
     *bias = bias_at(w, row);
 }
@@ -303,15 +303,33 @@ static __device__ __forceinline__ float output_of(const ql_w8a8_decode_params *p
     if (code == QL_W8A8_INT8) {
         int64_t whole = 0;
         float sum = 0.0f;
+#pragma unroll 4
         for (int warp = 0; warp < p->warps; warp++) whole += (int32_t)from[warp * step];
         if (has_outliers)
+#pragma unroll 4
             for (int warp = 0; warp < p->warps; warp++) sum += __uint_as_float(from[other + warp * step]);
         const float scale = row_scale * (1.0f / 127.0f);
         return (float)whole * (1.0f / 127.0f) * scale * scales_of(p)[token] + sum * scale;
     }
     float sum = 0.0f;
+#pragma unroll 4
     for (int warp = 0; warp < p->warps; warp++) sum += __uint_as_float(from[warp * step]);
     return groups ? sum : sum * scales_of(p)[token] * row_scale;
+}
+
+/* Until the oldest of the ring's slots is there: all but the others. Compared one by one, as a jump by a table waits for
+ * memory at each slot. */
+static __device__ __forceinline__ void wait_for_slot(int slots) {
+    if (slots == 6)
+        cp_async_wait(5);
+    else if (slots == 5)
+        cp_async_wait(4);
+    else if (slots == 4)
+        cp_async_wait(3);
+    else if (slots == 3)
+        cp_async_wait(2);
+    else
+        cp_async_wait(1);
 }
 
 /* ---- the kernel ---- */
@@ -364,7 +382,7 @@ static __device__ __forceinline__ void multiply_slot(ql_w8a8_sums *s, const ql_w
 /* Adds the sums of a cluster's blocks, in order, for the rounds that this block owns. */
 static __device__ __forceinline__ void finish_cluster(const ql_w8a8_decode_params *p, int team, int rank) {
     const int hop = p->blocks * p->teams, m = (int)p->product.m;
-    int strip = (int)blockIdx.x / p->cluster + team * p->blocks + rank * hop;
+    int strip = ((int)blockIdx.x >> p->cluster_shift) + team * p->blocks + rank * hop;
     meet_cluster();
     for (int round = rank; strip < p->strips; round += p->cluster, strip += hop * p->cluster)
         for (int i = (int)threadIdx.x - team * p->warps * 32; i < m * 16; i += p->warps * 32) {
@@ -380,7 +398,8 @@ static __device__ __forceinline__ void product(const ql_w8a8_decode_params *p, i
     const ql_w8a8_params *product = &p->product;
     const int tiles = tokens / 8, m = (int)product->m;
     const int lane = (int)threadIdx.x % 32, warp_of_block = (int)threadIdx.x / 32;
-    const int team = warp_of_block / p->warps, warp = warp_of_block % p->warps, step = p->warps * COLUMNS;
+    const int team = warp_of_block * p->warp_team >> 16, warp = warp_of_block - team * p->warps;
+    const int step = p->warps * COLUMNS, cluster = (int)blockIdx.x >> p->cluster_shift;
     const int rank = p->cluster > 1 ? cluster_rank() : 0, hop = p->blocks * p->teams;
     const int64_t first = (int64_t)rank * p->span;
     const int left = (int)min(product->k - first, (int64_t)p->span), load_col = warp * COLUMNS + lane % 8 * 16;
@@ -389,7 +408,7 @@ static __device__ __forceinline__ void product(const ql_w8a8_decode_params *p, i
     uint8_t *ring = shared + p->ring_at + warp_of_block * p->slots * SLOT;
     float *ring_scales = (float *)(shared + p->ring_scales_at) + warp_of_block * p->slots * STRIP;
 
-    ql_ahead ahead = {.strip = (int)blockIdx.x / p->cluster + team * p->blocks, .batch = 0};
+    ql_ahead ahead = {.strip = cluster + team * p->blocks, .batch = 0};
     int strip = ahead.strip;
     point_at_rows(&ahead, product, columns, groups);
 /* The warp's next slot, if there is one, into place `at` of the ring. */
@@ -460,7 +479,7 @@ static __device__ __forceinline__ void product(const ql_w8a8_decode_params *p, i
         if (++turn == p->warps) turn = 0;
         ql_w8a8_sums s = {0};
         for (int batch = 0; batch < p->batches; batch++) {
-            cp_async_wait(p->slots - 1);
+            wait_for_slot(p->slots);
             __syncwarp();
             multiply_slot(&s, p, code, groups, tokens, ring + at_slot * SLOT, ring_scales + at_slot * STRIP,
                           warp * COLUMNS + batch * step, first, has_outliers);

@@ -15,7 +15,7 @@ enum {
     QL_W8A8_STRIP = 16,
     QL_W8A8_DECODE_THREADS = 512,
     QL_W8A8_SLOT = QL_W8A8_STRIP * QL_W8A8_GROUP,
-    QL_W8A8_MOST_SLOTS = 8,
+    QL_W8A8_MOST_SLOTS = 6,
     QL_W8A8_MOST_TEAMS = 7,
     QL_W8A8_OWN_TOKENS = 8, /* at most so many are quantized by each block itself */
     QL_W8A8_HELD = 8        /* pieces of 16 bytes of activations that a thread holds */
@@ -30,15 +30,17 @@ typedef struct ql_w8a8_decode_params {
     ql_w8a8_quantize_params quantize; /* read where own */
     int32_t own;                      /* the block quantizes x itself; product.x_codes and x_scales are not read then */
     int32_t strips, blocks, cluster, teams, warps;
-    int32_t batches;    /* slots of a warp in a strip */
-    int32_t span;       /* columns of a block: batches * warps * QL_W8A8_GROUP */
-    int32_t rounds;     /* strips of a team, at most */
-    int32_t outputs;    /* rows of a block: rounds * teams * 16 */
-    int32_t slots;      /* of a ring */
-    int32_t early;      /* of them, filled before the activations are asked for */
-    int32_t kept;       /* chunks of 64 columns whose outliers are in shared memory */
-    int32_t row_pieces; /* of 16 bytes that a thread holds, in a row of x or of codes: a multiple of 32 */
-    uint32_t per_row;   /* 2^32 / row_pieces, rounded up */
+    int32_t cluster_shift; /* log2 of cluster */
+    int32_t warp_team;     /* 65536 / warps, rounded up */
+    int32_t batches;       /* slots of a warp in a strip */
+    int32_t span;          /* columns of a block: batches * warps * QL_W8A8_GROUP */
+    int32_t rounds;        /* strips of a team, at most */
+    int32_t outputs;       /* rows of a block: rounds * teams * 16 */
+    int32_t slots;         /* of a ring */
+    int32_t early;         /* of them, filled before the activations are asked for */
+    int32_t kept;          /* chunks of 64 columns whose outliers are in shared memory */
+    int32_t row_pieces;    /* of 16 bytes that a thread holds, in a row of x or of codes: a multiple of 32 */
+    uint32_t per_row;      /* 2^32 / row_pieces, rounded up */
     /* Shared memory, offsets in bytes. */
     int32_t x_pitch;        /* codes at 0: [m, x_pitch], 64 more than a multiple of 128 */
     int32_t ring_at;        /* [warps of the block, slots] */

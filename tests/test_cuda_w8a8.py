@@ -24,32 +24,32 @@ SIZES = ((1024, 256), (528, 1001), (128, 48), (4096, 136), (2064, 72))
 # Rows of the weight that do not begin at multiples of 16 bytes are left to the base kernels.
 ODD_SIZES = ((100, 33), (1, 5), (17, 130), (1030, 64))
 KINDS = ("int8", "int8-0", "token", "tensor", "static", "group", "blocks-token", "blocks-tensor", "group-channel")
-# The tensor cores' own accumulators keep about 14 bits, of each product below the largest that it is added with.
+# The tensor cores' own accumulators keep about 14 bits of each product, below the largest of the 32 that it is added with.
 FAST = 2.0**-13
 
 
 def make(kind, K, N, bias=None, seed=0, **options):
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cuda").manual_seed(seed)
+    random = {"generator": generator, "device": "cuda"}
     if kind.startswith("int8"):
-        codes = torch.randint(-127, 128, (N, K), generator=generator).to(torch.int8)
-        tensors = {"weight": codes, "SCB": torch.rand(N, generator=generator) + 0.01}
+        codes = torch.randint(-127, 128, (N, K), **random).to(torch.int8)
+        tensors = {"weight": codes, "SCB": torch.rand(N, **random) + 0.01}
         return qlinear.Linear8bitLt.from_tensors(tensors, bias, threshold=0.0 if kind == "int8-0" else 6.0).cuda()
-    weight = (torch.randn(N, K, generator=generator) * 60).clamp(-448, 448).to(torch.float8_e4m3fn)
-    blocks = torch.rand(-(-N // 128), -(-K // 128), generator=generator) * 0.01 + 0.001
-    channels = torch.rand(N, 1, generator=generator) * 0.01 + 0.001
+    weight = (torch.randn(N, K, **random) * 60).clamp(-448, 448).to(torch.float8_e4m3fn)
+    blocks = torch.rand(-(-N // 128), -(-K // 128), **random) * 0.01 + 0.001
+    channels = torch.rand(N, 1, **random) * 0.01 + 0.001
     scale = blocks if kind in ("group", "blocks-token", "blocks-tensor") else channels
     activation = {"blocks-token": "token", "blocks-tensor": "tensor", "group-channel": "group"}.get(kind, kind)
-    given = torch.tensor([0.02]) if kind == "static" else None
-    layer = qlinear.Fp8Linear(weight, bias, scale, given, activation=activation, **options)
-    return layer.cuda()
+    given = torch.tensor([0.02], device="cuda") if kind == "static" else None
+    return qlinear.Fp8Linear(weight, bias, scale, given, activation=activation, **options)
 
 
 def activations(M, K, dtype, outliers=6, seed=1):
-    generator = torch.Generator().manual_seed(seed * 1000 + M)
-    x = torch.randn(M, K, generator=generator).clamp(-5, 5)
-    columns = torch.randperm(K, generator=generator)[:outliers]
+    generator = torch.Generator("cuda").manual_seed(seed * 1000 + M)
+    x = torch.randn(M, K, generator=generator, device="cuda").clamp(-5, 5)
+    columns = torch.randperm(K, generator=generator, device="cuda")[:outliers]
     x[:, columns] *= 9
-    return x.to(dtype).cuda()
+    return x.to(dtype)
 
 
 def quantize_int8(x, threshold):
@@ -102,7 +102,7 @@ def check(layer, kind, x, out):
         reference = reference + layer.bias.double()
     bound = (x.shape[-1] + 8) * 2.0**-24 * magnitude
     if not kind.startswith("int8") and len(x) > 16:
-        bound += FAST * (magnitude + 8 * seen.abs().amax(1, keepdim=True) * W.abs().amax(1))
+        bound += FAST * (magnitude + 32 * seen.abs().amax(1, keepdim=True) * W.abs().amax(1))
     bound = bound + UNIT[x.dtype] * reference.abs() + 2.0**-25
     wrong = ((out.double() - reference).abs() > bound) | out.isnan()
     assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()}, first at {wrong.nonzero()[0].tolist()}"
@@ -114,7 +114,7 @@ def test_products(kind, size):
     K, N = size
     for i, M in enumerate(ROWS):
         dtype = DTYPES[i % 3]
-        bias = torch.randn(N).to(dtype) if i % 2 else None
+        bias = torch.randn(N, device="cuda").to(dtype) if i % 2 else None
         layer = make(kind, K, N, bias, seed=M)
         x = activations(M, K, dtype, outliers=min(6, K // 8))
         out = layer(x)
@@ -127,8 +127,8 @@ def test_products(kind, size):
 def test_wide_and_deep(kind, dtype):
     """Clusters that share K, blocks that take many strips."""
     for K, N in ((14336, 64), (28672, 48), (256, 20000)):
+        layer = make(kind, K, N, torch.randn(N, device="cuda").to(dtype))
         for M in (1, 4, 8, 16, 40):
-            layer = make(kind, K, N, torch.randn(N).to(dtype))
             x = activations(M, K, dtype)
             check(layer, kind, x, layer(x))
 
@@ -183,7 +183,7 @@ def test_blocks_of_other_sizes(block, activation):
 
 def picking(kind, K, **options):
     if kind.startswith("int8"):
-        tensors = {"weight": torch.eye(K).mul(127).to(torch.int8), "SCB": torch.full((K,), 127.0)}
+        tensors = {"weight": torch.eye(K).mul(127).to(torch.int8), "SCB": torch.ones(K)}
         return qlinear.Linear8bitLt.from_tensors(tensors, threshold=0.0 if kind == "int8-0" else 6.0)
     scale = torch.ones(-(-K // 128), -(-K // 128)) if kind == "group" else torch.ones(K, 1)
     given = torch.tensor([0.02]) if kind == "static" else None
@@ -207,8 +207,11 @@ def test_codes_and_scales_are_those_of_the_cpu(kind, dtype):
     for M in (1, 2, 4, 7, 16, 40, 200):
         x = numbers(M, K).to(dtype)
         layer = picking(kind, K)
-        expected = layer(x)
-        assert torch.equal(layer.cuda()(x.cuda()).cpu(), expected), M
+        expected, out = layer(x), layer.cuda()(x.cuda()).cpu()
+        # What outliers give is x itself, but for the order of fp32's roundings.
+        marked = (x.abs() >= 6).any(0) & (kind == "int8")
+        assert torch.equal(out[:, ~marked], expected[:, ~marked]), M
+        assert ((out - expected).abs() <= (2 * UNIT[dtype] + 2.0**-20) * expected.abs() + 1e-37).all(), M
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -343,7 +346,7 @@ def test_a_float_weight_that_learns(M, dtype):
 
 
 def test_apply_fp8_linear():
-    layer = make("token", 512, 96, torch.randn(96).half())
+    layer = make("token", 512, 96, torch.randn(96, device="cuda").half())
     x = activations(5, 512, torch.float16)
     for promoted in (False, True):
         out = qlinear.apply_fp8_linear(x, layer.qweight, layer.weight_scale, qbias=layer.qbias, promoted=promoted)

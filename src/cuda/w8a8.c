@@ -3,6 +3,7 @@
 #include "../../kernels/params.h"
 #include "../../kernels/w8a8_decode.h"
 #include "../../kernels/w8a8_mma.h"
+#include "memo.h"
 #include "nonce.h"
 #include "w8a8_wgmma.h"
 
@@ -52,7 +53,7 @@ static ql_cuda_w8a8 fp8_of(const ql_weight *weight) {
                                      .row_stride = fp8->row_stride,
                                      .w_row_stride = fp8->scale_stride,
                                      .w_group_stride = across,
-                                     .w_rows = fp8->block_n,
+                                     .w_rows = fp8->block_n < weight->n ? fp8->block_n : weight->n,
                                      .promoted = fp8->promoted,
                                      .code = QL_W8A8_E4M3},
                           /* A block of 256 columns would have one scale for two groups. */
@@ -145,14 +146,13 @@ static int32_t take(int64_t *at, int64_t bytes) {
     return (int32_t)start;
 }
 
-/* Whether each thread of a block can hold its part of x: 16-bit values, 8 at a time, rows in whole warps. */
-static bool can_hold(const ql_cuda_w8a8 *product, const ql_w8a8_decode_params *p) {
+/* Whether blocks could quantize x themselves, if its rows are short enough for their threads to hold: 16-bit values, 8 at a
+ * time, with scales of the kind that the product wants. */
+static bool may_hold(const ql_cuda_w8a8 *product) {
     const ql_w8a8_params *w = &product->params;
-    const int64_t pieces = ql_ceil_div(p->span, 8 * 32) * 32, threads = (int64_t)p->teams * p->warps * 32;
     const bool vector = (uintptr_t)w->x % 16 == 0 && (w->x_stride % 8 == 0 || w->m == 1);
-    /* Scales of rows are not those of groups. */
-    if (by_groups(product) && product->mode != QL_W8A8_GROUPS) return false;
-    return w->x_type != QL_VALUE_F32 && vector && w->m <= QL_W8A8_OWN_TOKENS && w->m * pieces <= QL_W8A8_HELD * threads;
+    return w->x_type != QL_VALUE_F32 && vector && w->m <= MOST_OWN_ROWS &&
+           by_groups(product) == (product->mode == QL_W8A8_GROUPS);
 }
 
 /* Cuts a product for teams of `warps` warps and clusters of `cluster`; the bytes of shared memory that a block takes, or -1
@@ -164,20 +164,24 @@ static int64_t cut(ql_w8a8_decode_params *p, const ql_cuda_w8a8 *product, const 
     const int64_t planes = product->params.code == QL_W8A8_INT8 ? 2 : 1;
     const int64_t pieces = product->params.x_type == QL_VALUE_F32 ? 3 : 1;
     const int64_t room = gpu->multiprocessors / cluster;
+    if (room < 1) return -1;
     p->own = own;
     p->cluster = cluster;
     p->warps = warps;
+    p->warp_team = (65536 + warps - 1) / warps;
+    p->cluster_shift = 0;
+    while (1 << p->cluster_shift < cluster) p->cluster_shift++;
     p->teams = QL_W8A8_DECODE_THREADS / 32 / warps;
     if (p->teams > QL_W8A8_MOST_TEAMS) p->teams = QL_W8A8_MOST_TEAMS;
     p->strips = (int32_t)ql_ceil_div(product->params.n, QL_W8A8_STRIP);
     p->batches = (int32_t)ql_ceil_div(ql_ceil_div(groups, cluster), warps);
     p->span = p->batches * warps * QL_W8A8_GROUP;
-    if (own && !can_hold(product, p)) return -1;
     const int64_t wanted = ql_ceil_div(p->strips, p->teams), all = (int64_t)p->teams * warps;
     p->blocks = (int32_t)(room < wanted ? room : wanted);
     p->rounds = (int32_t)ql_ceil_div(p->strips, (int64_t)p->blocks * p->teams);
     p->outputs = p->rounds * p->teams * QL_W8A8_STRIP;
     p->row_pieces = (int32_t)(ql_ceil_div(p->span, (own ? 8 : 16) * 32) * 32);
+    if (own && m * p->row_pieces > QL_W8A8_HELD * all * 32) return -1;
     p->per_row = (uint32_t)(((UINT64_C(1) << 32) + (uint64_t)p->row_pieces - 1) / (uint64_t)p->row_pieces);
     int64_t at = 0;
     p->kept = has_mask(product) ? KEPT_CHUNKS : 0;
@@ -203,14 +207,15 @@ static int64_t cut(ql_w8a8_decode_params *p, const ql_cuda_w8a8 *product, const 
 }
 
 /* The way whose warps walk fewest slots, where the multiprocessors share strips; of equal ones the one with most teams, as
- * these meet least often. A cluster is an exchange more. */
-static bool plan_decode(ql_cuda_w8a8_plan *plan, const ql_cuda_device *device, const ql_cuda_w8a8 *product, bool own) {
+ * these meet least often. Warps of a team plus 32 times the cluster, or 0 where there is no way. */
+static int weigh_ways(const ql_cuda_device *device, const ql_cuda_w8a8 *product, bool own) {
     static const int widths[] = {16, 15, 14, 13, 12, 10, 8, 7, 6, 5, 4, 3, 2, 1};
     /* An exchange more, and of larger clusters fewer fit. */
     static const int weight[MOST_CLUSTER + 1] = {[1] = 8, [2] = 9, [4] = 12, [8] = 16};
     const int most = own || device->properties.major < 9 ? 1 : MOST_CLUSTER;
     const int64_t all = ql_ceil_div(product->params.k, QL_W8A8_GROUP);
     int64_t least = INT64_MAX;
+    int best = 0;
     for (int cluster = 1; cluster <= most; cluster *= 2)
         for (int i = 0; i < (int)(sizeof widths / sizeof *widths); i++) {
             ql_w8a8_decode_params p;
@@ -222,10 +227,30 @@ static bool plan_decode(ql_cuda_w8a8_plan *plan, const ql_cuda_device *device, c
             const int64_t cost = steps * 64 + widths[i];
             if (cost >= least) continue;
             least = cost;
-            plan->warps = widths[i];
-            plan->cluster = cluster;
+            best = widths[i] + 32 * cluster;
         }
-    if (least == INT64_MAX) return false;
+    return best;
+}
+
+static bool plan_decode(ql_cuda_w8a8_plan *plan, const ql_cuda_device *device, const ql_cuda_w8a8 *product, bool own) {
+    /* Beside the engines of choose.c. */
+    enum { MEMO = 64 };
+    const int place = MEMO + own + 2 * by_groups(product) + 4 * has_mask(product);
+    const ql_cuda_problem problem = {.n = product->params.n,
+                                     .k = product->params.k,
+                                     .m = product->params.m,
+                                     .code = product->params.code,
+                                     .x_type = product->params.x_type};
+    ql_cuda_choice choice = {.kernel = decode_kernel(product)};
+    bool found;
+    if (!ql_cuda_memo_find(&found, &choice, place, device->ordinal, &problem)) {
+        choice.parameter = weigh_ways(device, product, own);
+        found = choice.parameter > 0;
+        ql_cuda_memo_keep(found, choice, place, device->ordinal, &problem);
+    }
+    if (!found) return false;
+    plan->warps = choice.parameter % 32;
+    plan->cluster = choice.parameter / 32;
     plan->engine = QL_CUDA_W8A8_DECODE;
     plan->own = own;
     return true;
@@ -234,8 +259,8 @@ static bool plan_decode(ql_cuda_w8a8_plan *plan, const ql_cuda_device *device, c
 /* What is read 16 bytes at a time, with 32-bit indices. */
 static bool suits_tensor_cores(const ql_cuda_w8a8 *product) {
     const ql_w8a8_params *p = &product->params;
-    return product->fast && p->k % 16 == 0 && p->row_stride % 16 == 0 && (uintptr_t)p->codes % 16 == 0 &&
-           p->n <= INT_MAX / 2 && p->k <= 1 << 26 && p->w_rows >= 1;
+    return product->fast && p->k % 16 == 0 && p->row_stride % 16 == 0 && p->row_stride >= p->k &&
+           (uintptr_t)p->codes % 16 == 0 && p->n <= INT_MAX / 2 && p->k <= 1 << 26 && p->w_rows >= 1;
 }
 
 static int launch_decode(const ql_cuda_guard *guard, void *stream, const ql_cuda_w8a8_plan *plan,
@@ -337,7 +362,7 @@ ql_cuda_w8a8_plan ql_cuda_w8a8_choose(const ql_cuda_device *device, const ql_cud
     const ql_w8a8_params stand_in = filled_params(&plan, product, (void *)(uintptr_t)ALIGNMENT);
     const bool wgmma = fast && m > INT8_ROWS && ql_cuda_w8a8_wgmma_takes(device, &stand_in);
     if (fast && m <= (wgmma && int8 ? INT8_ROWS : MOST_ROWS) && device->kernels[decode_kernel(product)]) {
-        if (m <= MOST_OWN_ROWS && plan_decode(&plan, device, product, true)) return plan;
+        if (may_hold(product) && plan_decode(&plan, device, product, true)) return plan;
         plan_decode(&plan, device, product, false);
     }
     if (fast && plan.engine == QL_CUDA_W8A8_BASE) {

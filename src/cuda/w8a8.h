@@ -1,7 +1,7 @@
 /* Products of the layers that quantize their activations: FP8 and LLM.int8(). At most two launches, the second overlapping the
  * first, and no synchronization: what decides the outliers' columns stays on the device.
  *
- * Up to 16 rows kernels/w8a8_decode.cu multiplies, and quantizes up to QL_W8A8_OWN_TOKENS of them itself; else
+ * Up to 16 rows kernels/w8a8_decode.cu multiplies, and quantizes the activations itself where they are few; else
  * kernels/w8a8_quantize.cu goes first, and wgmma or mma.sync multiply its codes. What none of these takes, as a weight whose
  * rows do not begin at multiples of 16 bytes, is left to the base kernels, after the quantizer: they are slow. */
 #ifndef QL_CUDA_W8A8_H

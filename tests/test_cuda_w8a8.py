@@ -24,7 +24,7 @@ SIZES = ((1024, 256), (528, 1001), (128, 48), (4096, 136), (2064, 72))
 # Rows of the weight that do not begin at multiples of 16 bytes are left to the base kernels.
 ODD_SIZES = ((100, 33), (1, 5), (17, 130), (1030, 64))
 KINDS = ("int8", "int8-0", "token", "tensor", "static", "group", "blocks-token", "blocks-tensor", "group-channel")
-# The tensor cores' own accumulators keep about 14 bits of each product, below the largest of the 32 that it is added with.
+# The tensor cores' own accumulators keep about 14 bits of a product, below the largest of the 32 that it is added with.
 FAST = 2.0**-13
 
 

@@ -30,6 +30,15 @@ def _registered():
     adapters.unregister()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """The models are too small for two, which would wait for each other more than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def config(**options):
     return peft.LoraConfig(**{"target_modules": ["0"], "r": 4, "lora_alpha": 8} | options)
 
@@ -267,11 +276,11 @@ def test_qlora_has_the_losses_of_the_dequantized_model(form):
     assert len(report.replaced) == 14
     dense = copy.deepcopy(model)
     assert len(qlinear.dequantize(dense, torch.float32).replaced) == 14
-    count = 25 if form == "nf4" else 6
+    count = 16 if form == "nf4" else 6
     tuned, losses = token_losses(model, count)
     _, expected = token_losses(dense, count)
     assert losses == pytest.approx(expected, rel=2e-5)
-    assert losses[-1] < (0.75 if form == "nf4" else 0.98) * losses[0]
+    assert losses[-1] < (0.9 if form == "nf4" else 0.98) * losses[0]
     assert sum(isinstance(m, adapters.LoraQuantizedLinear) for m in tuned.modules()) == 14
 
 

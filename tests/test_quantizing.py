@@ -46,6 +46,15 @@ def bert():
     return transformers.BertModel(transformers.BertConfig(vocab_size=96, max_position_embeddings=32, **sizes)).eval()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """The models are too small for two, which would wait for each other more than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     directory = tmp_path_factory.mktemp("source")

@@ -1,11 +1,11 @@
 /* Products with few rows of x and a weight of GPTQ with 4 or 8 bits or of AWQ by VNNI: four columns of K an operation,
  * codes as they are in the checkpoint's bytes. Part of the kernels (see vector.h); others than AVX-512's use fused_n.h.
  *
- * The columns of a chunk of x are integers times one power of two, where the least of them lies within 2^22 (or 2^30) of
- * the largest: bf16 and fp16 seldom reach further in 64 columns. Such integers are written in three (or four) digits of
- * base 256 from -128 to 127, a plane each. Sums of codes times digits, less zeros times the sum of digits, are exact in
- * int32; what is rounded is their sum over planes, by 2^-24 of at most three times |q - z| |x|. Chunks that reach further,
- * are not finite, or lie where powers of two would overflow go the way of fused_n.h. */
+ * The columns of a chunk of x are integers times one power of two, where the least of them lies within 2^22 (or 2^30)
+ * of the largest: bf16 and fp16 seldom reach further in 64 columns. Such integers are written in three (or four) digits
+ * of base 256 from -128 to 127, a plane each. Sums of codes times digits, less zeros times the sum of digits, are exact
+ * in int32; what is rounded is their sum over planes, by 2^-24 of at most three times |q - z| |x|. Chunks that reach
+ * further, are not finite, or lie where powers of two would overflow go the way of fused_n.h. */
 #ifndef QL_CPU_FUSED_N_PLANES_H
 #define QL_CPU_FUSED_N_PLANES_H
 
@@ -239,8 +239,8 @@ INLINE void n_fetch_quad(n_ahead *ahead) {
     ahead->line += 4 * 64;
 }
 
-/* Bytes [first, first + bytes) of each word: of two rows of W each, 2 * bytes vectors of sums. The lower nibble's sum is
- * what the byte's has over sixteen times the upper one's. */
+/* Bytes [first, first + bytes) of each word: of two rows of W each, 2 * bytes vectors of sums. The lower nibble's sum
+ * is what the byte's has over sixteen times the upper one's. */
 INLINE void n_planes_awq_quad(vi sum[8][MAX_FUSED_ROWS][PLANES], const int32_t *from, int64_t words, __mmask16 there,
                               int64_t cols, const int32_t *digits, const int first, const int bytes, const int planes,
                               const int m_count) {

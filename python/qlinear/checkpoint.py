@@ -25,7 +25,7 @@ from .layers.gptq import QuantLinear
 from .model import Report, _Bar, _is_conv1d, _nbytes, _owners, _weights_of_attention, to_linear
 from .quantization_config import QuantizationConfig, read_config
 from .shards import Shards
-from .storages import Origin, convert, set_origin
+from .storages import ON_DEVICE, Origin, convert, set_origin
 
 _CLASSES: dict[str, type[QuantizedLinear]] = {
     "gptq": QuantLinear,
@@ -208,8 +208,9 @@ def make_layer(
     kept: dict[str, Tensor] = {}
     try:
         if layer.conversion:
-            # A GPU does it faster than a CPU reads it.
-            mapped, tensors = tensors, {key: tensor.to(device) for key, tensor in tensors.items()}
+            mapped = tensors
+            if layer.conversion in ON_DEVICE:
+                tensors = {key: tensor.to(device) for key, tensor in mapped.items()}
             tensors, kept = convert(layer.conversion, tensors, layer.options)
             kept = {key: mapped.get(key, tensor) for key, tensor in kept.items()}
         made = _CLASSES[layer.format].from_tensors(tensors, **layer.options)

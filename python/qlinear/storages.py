@@ -18,6 +18,9 @@ from .quantization_config import QuantizationConfig
 
 _Tensors = dict[str, Tensor]
 
+# Conversions that write codes anew, which a GPU does faster than a CPU reads them.
+ON_DEVICE = {"planar", "gemv", "gemv_fast", "marlin", "gptq-marlin", "pack-quantized", "int-quantized codes"}
+
 
 class Origin(NamedTuple):
     """How a layer stood in the files that it was loaded from: the config, and the conversion with what the way back

@@ -1,6 +1,6 @@
-/* Codes of a packed weight as exact 16-bit numbers, q - zero, in the fragment order of the matrix instructions; scales are
- * applied elsewhere. A code is put into the mantissa of a power of two by one mask, and one fused multiply-add takes that
- * power and the zero away: both steps are exact. A table's values are rounded to 16 bit, once.
+/* Codes of a packed weight as exact 16-bit numbers, q - zero, in the fragment order of the matrix instructions; scales
+ * are applied elsewhere. A code is put into the mantissa of a power of two by one mask, and one fused multiply-add
+ * takes that power and the zero away: both steps are exact.
  *
  * Each row has a "zero word", the same for a whole group, that says what the multiply-add subtracts. */
 #ifndef QL_KERNELS_CODE_EXACT_CUH
@@ -67,16 +67,16 @@ static __device__ __forceinline__ uint32_t byte_codes(uint32_t word, int h, uint
     /* bf16 has room for seven bits: 128 + (q & 127), less 128 with or without 128 by the highest bit, is q - 128. */
     const uint32_t in_place = word >> (8 * h);
     const uint32_t low = masked_or(in_place, 0x007f007fu, 0x43004300u);
-    const uint32_t high = masked_or(in_place, 0x00800080u, 0x43004300u) ^ 0x00800080u;
+    uint32_t high; /* its bit turned over, in one instruction: of the mask ~in_place, else the power */
+    asm("lop3.b32 %0, %1, %2, %3, 0x2e;" : "=r"(high) : "r"(in_place), "r"(0x00800080u), "r"(0x43004300u));
     uint32_t exact = sub_bf162(low, high);
     return has_zeros ? add_bf162(exact, zero) : exact;
 }
 
-/* a[4] of one step of 16 columns: rows g and g + 8, columns 2t.. and 2t + 8... `words`, `high`: the lane's codes of a tile;
- * zero: of both rows; table: this lane's column of the pair table in shared memory, 256 bytes an entry. */
+/* a[4] of one step of 16 columns: rows g and g + 8, columns 2t.. and 2t + 8... `words`, `high`: the lane's codes of a
+ * tile; zero: the zero words of both rows. */
 static __device__ __forceinline__ void exact_step(uint32_t a[4], const uint32_t *words, const uint32_t *high, int s,
-                                                  const uint32_t zero[2], uint32_t table, int has_zeros, int code,
-                                                  int type) {
+                                                  const uint32_t zero[2], bool has_zeros, int code, int type) {
 #pragma unroll
     for (int p = 0; p < 2; p++)
 #pragma unroll
@@ -84,30 +84,11 @@ static __device__ __forceinline__ void exact_step(uint32_t a[4], const uint32_t 
             uint32_t *to = &a[2 * p + h];
             if (code == QL_CODE_INT8) {
                 *to = byte_codes(words[2 * s + p], h, zero[h], type, has_zeros);
-            } else if (code == QL_CODE_TABLE4) {
-                /* The byte becomes bits 8-15 of the address. */
-                uint32_t address = __byte_perm(words[s], table, 0x7604 | (2 * p + h) << 4);
-                asm("ld.shared.u32 %0, [%1];" : "=r"(*to) : "r"(address));
             } else {
                 uint32_t word = words[code == QL_CODE_INT4 ? s : s / 2];
                 *to = small_codes(word, high[s / 4], code, s, p, h, zero[h], type);
             }
         }
-}
-
-/* The same for a table's values times their scales, rounded once; table: this lane's column of the table of pairs of
- * fp32. */
-static __device__ __forceinline__ void scaled_table_step(uint32_t a[4], uint32_t word, float2 scale, uint32_t table,
-                                                         int type) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        float2 pair;
-        asm("ld.shared.v2.f32 {%0, %1}, [%2];"
-            : "=f"(pair.x), "=f"(pair.y)
-            : "r"(__byte_perm(word, table, 0x7604 | i << 4)));
-        const float by = i % 2 ? scale.y : scale.x;
-        a[i] = round16_pair(__fmul_rn(pair.x, by), __fmul_rn(pair.y, by), type);
-    }
 }
 
 #endif

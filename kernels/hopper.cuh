@@ -36,9 +36,38 @@ static __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t p
                  : "memory");
 }
 
+/* Whether that phase is over, at once. */
+static __device__ __forceinline__ bool barrier_test(uint32_t barrier, uint32_t parity) {
+    uint32_t done;
+    asm volatile("{ .reg .pred done;\n\t"
+                 "mbarrier.test_wait.parity.shared.b64 done, [%1], %2;\n\t"
+                 "selp.u32 %0, 1, 0, done; }"
+                 : "=r"(done)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+    return done != 0;
+}
+
+/* An arrival of this thread once its copies so far (cp_async) are there; one that the phase counts. */
+static __device__ __forceinline__ void barrier_arrive_copies(uint32_t barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
 /* Of `threads` threads of the block that share `id`. */
 static __device__ __forceinline__ void named_barrier(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+/* The same without waiting for the others. */
+static __device__ __forceinline__ void named_arrive(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+/* True for one lane of the warp, which the compiler knows to be one. */
+static __device__ __forceinline__ bool is_elected(void) {
+    uint32_t is;
+    asm volatile("{ .reg .pred is;\n\telect.sync _|is, 0xffffffff;\n\tselp.u32 %0, 1, 0, is; }" : "=r"(is));
+    return is != 0;
 }
 
 /* ---- copies into shared memory ---- */
@@ -190,6 +219,12 @@ static __device__ __forceinline__ uint32_t load_shared_4(uint32_t address) {
 static __device__ __forceinline__ uint16_t load_shared_2(uint32_t address) {
     uint16_t v;
     asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address));
+    return v;
+}
+
+static __device__ __forceinline__ uint32_t load_shared_1(uint32_t address) {
+    uint32_t v;
+    asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(address));
     return v;
 }
 

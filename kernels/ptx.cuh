@@ -43,6 +43,12 @@ static __device__ __forceinline__ uint2 load_stream_8(const void *from) {
     return value;
 }
 
+/* In one instruction: the compiler makes four of an assignment here. */
+static __device__ __forceinline__ void store_global_16(void *to, uint4 v) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+}
+
 /* 16 bytes of shared memory from `bytes` (0 to 16) of global memory, the rest zeros. */
 static __device__ __forceinline__ void cp_async_16(uint32_t to, const void *from, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");

@@ -1,9 +1,9 @@
 /* What the stream-K product on wgmma takes, and how its shared memory is laid out: plain C for the host and the device.
  *
- * The product has row_tiles x token_tiles tiles and every tile k_blocks blocks of QL_STREAMK_K columns. The first
+ * The product has row_tiles x token_tiles tiles and every tile k_blocks blocks of a stage's columns. The first
  * split_tiles tiles are one line of blocks, cut into as many equal ranges as there are thread blocks; the tiles after
- * them are done whole, one a thread block and wave. A range that starts inside a tile leaves its sums in scratch for the
- * thread block that has the tile's first columns, which adds them in the order of K. */
+ * them are done whole, one a thread block and wave. A range that starts inside a tile leaves its sums in scratch for
+ * the thread block that has the tile's first columns, which adds them in the order of K. */
 #ifndef QL_KERNELS_STREAMK_H
 #define QL_KERNELS_STREAMK_H
 
@@ -16,53 +16,49 @@
 #endif
 
 enum {
-    QL_STREAMK_K = 128,
     QL_STREAMK_BOX_K = 64,
     QL_STREAMK_TOKEN_GROUP = 16, /* tiles of tokens that are done beside each other */
-    QL_STREAMK_PAIRS = 8,        /* pairs of groups in shared memory */
-    QL_STREAMK_WARP_BYTES = 1024,
-    QL_STREAMK_TABLE_AT = 65536, /* the pair table's address: a code is bits 8-15 of it */
-    QL_STREAMK_TABLE_BYTES = 65536,
-    QL_STREAMK_SHARED_START = 1024, /* the address of dynamic shared memory on sm_90 */
+    QL_STREAMK_WARPS = 8,        /* that multiply */
+    QL_STREAMK_THREADS = (QL_STREAMK_WARPS + 4) * 32,
     QL_STREAMK_BARRIER_BYTES = 1024,
-    QL_STREAMK_THREADS = 384,
-    QL_STREAMK_WARPS = 8 /* that multiply */
+    QL_STREAMK_MOST_STAGES = 24,
+    QL_STREAMK_TABLE_BYTES = 65536, /* pairs of a table's values */
+    QL_STREAMK_NESTED_BYTES = 1024  /* the table of nested absmax */
 };
-
-/* What scales are applied to: a group's sums, the weights before they are rounded to 16 bit, or the outputs. */
-enum { QL_SCALES_SUMS, QL_SCALES_WEIGHTS, QL_SCALES_OUTPUTS };
 
 typedef struct ql_streamk_params {
     QL_ALIGNED(64)
-    uint64_t x_map[16]; /* CUtensorMap of x: boxes of 64 columns by the tile's tokens, swizzled by 128 bytes */
+    uint64_t x_map[16];     /* CUtensorMap of x: boxes of 64 columns by the tile's tokens, swizzled by 128 bytes */
+    uint64_t codes_map[16]; /* of the codes: a row a strip; boxes of a stage's columns by the tile's strips */
     ql_packed_params product;
     float *partials; /* scratch: [grid][rows * tokens] */
-    uint64_t *
-        flags; /* scratch: [grid][QL_STREAMK_WARPS]; one that equals nonce says that the warp's part of partials is there */
+    uint64_t
+        *flags;     /* scratch: [grid][QL_STREAMK_WARPS]; one that equals nonce: the warp's part of partials is there */
     uint64_t nonce; /* of this launch */
     int32_t row_tiles, token_tiles, k_blocks, split_tiles;
     int32_t range, longer_ranges; /* blocks a range, and how many ranges have one more */
-    int32_t stages, low_stages;   /* low_stages: those before the pair table */
-    int32_t nested_shift;         /* log2 of nested_blocksize */
+    int32_t stages;
+    int32_t group_blocks;                            /* blocks a group, at least 1 */
+    uint32_t k_blocks_inverse, group_blocks_inverse; /* 2^32 / each, rounded down; 2^32 - 1 for 1 */
+    int32_t nested_shift;                            /* log2 of nested_blocksize */
 } ql_streamk_params;
 
-/* Columns and bytes of a stage of x: one or two boxes; bytes of the codes of a strip in QL_STREAMK_K columns. */
-#define QL_STREAMK_X_K(tokens) ((tokens) == 256 ? QL_STREAMK_BOX_K : QL_STREAMK_K)
-#define QL_STREAMK_STAGE_BYTES(tokens) ((tokens) * QL_STREAMK_X_K(tokens) * 2)
-#define QL_STREAMK_STRIP_BYTES(code) (QL_STREAMK_K / QL_TILE_K(code) * QL_TILE_BYTES(code))
+/* Bytes of a stage: x in boxes, the codes of the tile's strips, then what groups have (entries): of a strip and a pair
+ * of groups up to 160. */
+#define QL_STREAMK_STRIP_BYTES(code, stage_k) ((stage_k) / QL_TILE_K(code) * QL_TILE_BYTES(code))
+#define QL_STREAMK_CODES_AT(tokens, stage_k) ((tokens) * (stage_k) * 2)
+#define QL_STREAMK_ENTRIES_AT(code, rows, tokens, stage_k)                                                             \
+    (QL_STREAMK_CODES_AT(tokens, stage_k) + (rows) / 16 * QL_STREAMK_STRIP_BYTES(code, stage_k))
+#define QL_STREAMK_STAGE_BYTES(code, rows, tokens, stage_k, groups)                                                    \
+    (QL_STREAMK_ENTRIES_AT(code, rows, tokens, stage_k) + ((groups) ? ((rows) / 16 * 160 + 1023) / 1024 * 1024 : 0))
 
-/* Before the stages: barriers, scales and zeros of pairs of groups, a buffer for each warp's outputs, and the codes of
- * some stages: as many as keep 64 KB of them on their way, if there is room. */
-#define QL_STREAMK_PAIR_BYTES(rows) ((rows) / 16 * 256)
-#define QL_STREAMK_CODE_STAGES(code, rows, tokens)                                                                     \
-    ((code) == QL_CODE_INT8                                         ? ((tokens) == 256   ? 3                           \
-                                                                       : (tokens) == 128 ? 5                           \
-                                                                                         : 6)                          \
-     : (rows) == 256 || (tokens) == 256 || (code) == QL_CODE_TABLE4 ? 4                                                \
-                                                                    : 8)
-#define QL_STREAMK_HEAD_BYTES(code, rows, tokens)                                                                      \
-    (QL_STREAMK_BARRIER_BYTES + QL_STREAMK_PAIRS * QL_STREAMK_PAIR_BYTES(rows) +                                       \
-     QL_STREAMK_WARPS * QL_STREAMK_WARP_BYTES +                                                                        \
-     QL_STREAMK_CODE_STAGES(code, rows, tokens) * (rows) / 16 * QL_STREAMK_STRIP_BYTES(code))
+/* An element of codes_map, in bytes: a box has at most 256 of them along a row. */
+#define QL_STREAMK_CODES_UNIT(code, stage_k) (QL_STREAMK_STRIP_BYTES(code, stage_k) > 1024 ? 8 : 4)
+
+/* Before the stages: barriers, a buffer for each warp's outputs, tables. */
+#define QL_STREAMK_OUTPUT_BYTES(tokens) ((tokens) * 32)
+#define QL_STREAMK_TABLE_AT(tokens) (QL_STREAMK_BARRIER_BYTES + QL_STREAMK_WARPS * QL_STREAMK_OUTPUT_BYTES(tokens))
+#define QL_STREAMK_HEAD_BYTES(code, tokens)                                                                            \
+    (QL_STREAMK_TABLE_AT(tokens) + ((code) == QL_CODE_TABLE4 ? QL_STREAMK_TABLE_BYTES + QL_STREAMK_NESTED_BYTES : 0))
 
 #endif

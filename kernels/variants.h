@@ -34,30 +34,40 @@
     QL_MMA_TABLE(X, 64)                                                                                                \
     QL_MMA_TABLE(X, 128)
 
-/* X(name, source, code, type of x, rows of W a block, tokens a block, what scales are applied to, steps): products with a
- * packed weight on wgmma, for which a group is a multiple of `steps` steps of 16 columns. Sums of a group want registers of
- * their own, and 256 tokens leave none: there weights are scaled. */
-#define QL_WGMMA_TYPES(X, code, name, tile, rows, tokens, scales, steps)                                               \
-    X(ql_wgmma_##name##_f16_##tile, wgmma, code, QL_VALUE_F16, rows, tokens, scales, steps)                            \
-    X(ql_wgmma_##name##_bf16_##tile, wgmma, code, QL_VALUE_BF16, rows, tokens, scales, steps)
-#define QL_WGMMA_TILES(X, code, name)                                                                                  \
-    QL_WGMMA_TYPES(X, code, name, 16, 128, 16, QL_SCALES_SUMS, 4)                                                      \
-    QL_WGMMA_TYPES(X, code, name, 32, 128, 32, QL_SCALES_SUMS, 4)                                                      \
-    QL_WGMMA_TYPES(X, code, name, 64, 128, 64, QL_SCALES_SUMS, 4)                                                      \
-    QL_WGMMA_TYPES(X, code, name, 64_any, 128, 64, QL_SCALES_SUMS, 1)                                                  \
-    QL_WGMMA_TYPES(X, code, name, 128, 128, 128, QL_SCALES_SUMS, 4)                                                    \
-    QL_WGMMA_TYPES(X, code, name, 256, 128, 256, QL_SCALES_WEIGHTS, 4)
+/* X(name, source, code, type of x, wide, rows of W a block, tokens a block, columns a stage, groups a stage): products with
+ * a packed weight on wgmma. wide: scales are not of x's type. groups: 2: a group is half of a stage; 1: it is some stages;
+ * 0: it is all of K. A stage holds whole tiles of codes, and where rows and tokens are many no more columns than there is
+ * room for. */
+#define QL_WGMMA_TYPES(X, code, name, tile, rows, tokens, stage_k, groups)                                             \
+    X(ql_wgmma_##name##_f16_##tile, wgmma, code, QL_VALUE_F16, false, rows, tokens, stage_k, groups)                   \
+    X(ql_wgmma_##name##_bf16_##tile, wgmma, code, QL_VALUE_BF16, false, rows, tokens, stage_k, groups)
+#define QL_WGMMA_SCALES(X, code, name, tile, rows, tokens, stage_k, groups)                                            \
+    QL_WGMMA_TYPES(X, code, name, tile, rows, tokens, stage_k, groups)                                                 \
+    X(ql_wgmma_##name##_f16_wide_##tile, wgmma, code, QL_VALUE_F16, true, rows, tokens, stage_k, groups)               \
+    X(ql_wgmma_##name##_bf16_wide_##tile, wgmma, code, QL_VALUE_BF16, true, rows, tokens, stage_k, groups)
+#define QL_WGMMA_INTEGERS(X, code, name, tall_k)                                                                       \
+    QL_WGMMA_SCALES(X, code, name, 32, 128, 32, 128, 1)                                                                \
+    QL_WGMMA_SCALES(X, code, name, 32_halves, 128, 32, 128, 2)                                                         \
+    QL_WGMMA_SCALES(X, code, name, 64, 128, 64, 128, 1)                                                                \
+    QL_WGMMA_SCALES(X, code, name, 64_halves, 128, 64, 128, 2)                                                         \
+    QL_WGMMA_SCALES(X, code, name, 128, 128, 128, 128, 1)                                                              \
+    QL_WGMMA_SCALES(X, code, name, 128_halves, 128, 128, 128, 2)                                                       \
+    QL_WGMMA_SCALES(X, code, name, tall, 256, 128, tall_k, 1)                                                          \
+    QL_WGMMA_TYPES(X, code, name, 32_rows, 128, 32, 128, 0)                                                            \
+    QL_WGMMA_TYPES(X, code, name, 64_rows, 128, 64, 128, 0)                                                            \
+    QL_WGMMA_TYPES(X, code, name, 128_rows, 128, 128, 128, 0)                                                          \
+    QL_WGMMA_TYPES(X, code, name, tall_rows, 256, 128, tall_k, 0)
+#define QL_WGMMA_TABLE(X, code, name)                                                                                  \
+    QL_WGMMA_TYPES(X, code, name, 32, 128, 32, 128, 1)                                                                 \
+    QL_WGMMA_TYPES(X, code, name, 32_halves, 128, 32, 128, 2)                                                          \
+    QL_WGMMA_TYPES(X, code, name, 64, 128, 64, 128, 1)                                                                 \
+    QL_WGMMA_TYPES(X, code, name, 64_halves, 128, 64, 128, 2)
 #define QL_WGMMA_VARIANTS(X)                                                                                           \
-    QL_WGMMA_TILES(X, QL_CODE_INT2, int2)                                                                              \
-    QL_WGMMA_TILES(X, QL_CODE_INT3, int3)                                                                              \
-    QL_WGMMA_TILES(X, QL_CODE_INT4, int4)                                                                              \
-    QL_WGMMA_TILES(X, QL_CODE_INT8, int8)                                                                              \
-    QL_WGMMA_TILES(X, QL_CODE_TABLE4, table4)                                                                          \
-    QL_WGMMA_TYPES(X, QL_CODE_INT8, int8, 16_rows, 128, 16, QL_SCALES_OUTPUTS, 4)                                      \
-    QL_WGMMA_TYPES(X, QL_CODE_INT8, int8, 32_rows, 128, 32, QL_SCALES_OUTPUTS, 4)                                      \
-    QL_WGMMA_TYPES(X, QL_CODE_INT8, int8, 64_rows, 128, 64, QL_SCALES_OUTPUTS, 4)                                      \
-    QL_WGMMA_TYPES(X, QL_CODE_INT8, int8, 128_rows, 128, 128, QL_SCALES_OUTPUTS, 4)                                    \
-    QL_WGMMA_TYPES(X, QL_CODE_INT8, int8, 256_rows, 128, 256, QL_SCALES_OUTPUTS, 4)
+    QL_WGMMA_INTEGERS(X, QL_CODE_INT2, int2, 128)                                                                      \
+    QL_WGMMA_INTEGERS(X, QL_CODE_INT3, int3, 128)                                                                      \
+    QL_WGMMA_INTEGERS(X, QL_CODE_INT4, int4, 64)                                                                       \
+    QL_WGMMA_INTEGERS(X, QL_CODE_INT8, int8, 64)                                                                       \
+    QL_WGMMA_TABLE(X, QL_CODE_TABLE4, table4)
 
 /* X(name, source, code, type of x, tokens, groups): products of up to `tokens` tokens. groups: of a batch of columns, 0
  * where one is all of K (decode.h). Threads, grid and shared memory: src/cuda/decode.c, cut(). */

@@ -307,10 +307,13 @@ static int fake_tensor_map_encode_tiled(void *map, int type, uint32_t rank, void
                                         const uint64_t *strides, const uint32_t *box, const uint32_t *steps,
                                         int interleave, int swizzle, int promotion, int fill) {
     (void)promotion, (void)fill;
-    ANSWER("cuTensorMapEncodeTiled", (uintptr_t)map % 64 || (type != 0 && type != 6 && type != 9) || rank != 2 ||
-                                             (uintptr_t)address % 16 || !shape[0] || !shape[1] || strides[0] % 16 ||
-                                             box[0] != (type ? 64 : 128) || box[1] > 256 || steps[0] != 1 ||
-                                             steps[1] != 1 || interleave || swizzle != 3
+    /* The bytes of the types that are known here; with a swizzle of 128 bytes a row of the box is as long. */
+    static const uint32_t sizes[10] = {[0] = 1, [3] = 4, [5] = 8, [6] = 2, [9] = 2};
+    const uint32_t size = type >= 0 && type < 10 ? sizes[type] : 0;
+    ANSWER("cuTensorMapEncodeTiled", (uintptr_t)map % 64 || !size || rank != 2 || (uintptr_t)address % 16 ||
+                                             !shape[0] || !shape[1] || strides[0] % 16 || box[0] > 256 ||
+                                             box[1] > 256 || box[0] * size % 16 || (swizzle && box[0] * size != 128) ||
+                                             steps[0] != 1 || steps[1] != 1 || interleave || (swizzle && swizzle != 3)
                                          ? INVALID_VALUE
                                          : SUCCESS);
     memset(map, 0, 128);

@@ -22,7 +22,7 @@ pytestmark = [
 # A source, and what each of its kernels must have.
 HOT = {
     "decode": ["HMMA", "LDG128"],
-    "wgmma": ["HGMMA", "UTMALDG", "LDGSTS128"],
+    "wgmma": ["HGMMA", "UTMALDG"],
     "mma": ["HMMA", "LDGSTS128"],
     "w8a8_decode": ["LDGSTS128", "LDS128"],
     "w8a8_mma": ["LDGSTS128", "LDS128"],

@@ -13,21 +13,17 @@
 static const ql_cuda_product_engine *const engines[] = {&ql_cuda_decode, &ql_cuda_wgmma, &ql_cuda_mma, NULL};
 
 /* The most rows for which the decode kernels beat wgmma, by code, for K up to 8192, up to 16384 and beyond, where x is
- * spread over ever larger clusters. An H200's us at 16 rows, decode / wgmma, 4096x6144, 4096x28672, 8192x10240,
- * 14336x4096: 4 bit 14.6 / 16.2, 30.4 / 36.3, 24.6 / 29.2, 35.3 / 23.9; 8 bit 16.2 / 14.6, 42.0 / 35.8, 34.0 / 28.5,
- * 44.3 / 22.9. 28672x8192, decode at 8 rows / wgmma at 16: 84.8 / 65.0, 81.2 / 62.6. */
+ * spread over ever larger clusters. An H200's us, decode at 8 and at 16 rows / wgmma at 32: 4 bit 4096x6144 10.1, 14.3 /
+ * 10.6, 4096x28672 23.9, 36.2 / 25.5. */
 static const int8_t decode_rows[QL_CODE_COUNT][3] = {
-    [QL_CODE_INT2] = {16, 8, 4}, [QL_CODE_INT3] = {16, 8, 4},   [QL_CODE_INT4] = {16, 8, 4},
-    [QL_CODE_INT8] = {8, 8, 4},  [QL_CODE_TABLE4] = {16, 8, 4}, [QL_CODE_E4M3] = {0, 0, 0},
+    [QL_CODE_INT2] = {8, 8, 4}, [QL_CODE_INT3] = {8, 8, 4},   [QL_CODE_INT4] = {8, 8, 4},
+    [QL_CODE_INT8] = {8, 8, 4}, [QL_CODE_TABLE4] = {8, 8, 4}, [QL_CODE_E4M3] = {0, 0, 0},
 };
 
 /* Whether the table gives the problem to this engine, if it takes it. */
 static bool is_meant(int engine, const ql_cuda_device *device, const ql_cuda_problem *problem) {
-    if (engines[engine] == &ql_cuda_decode && device->properties.major == 9) {
-        /* 8192x57344 at 16 rows: 205 us, where wgmma takes 131 for 32 rows. */
-        if (problem->code == QL_CODE_INT4 && problem->m > 8 && problem->k > 4096 && problem->n > 32768) return false;
+    if (engines[engine] == &ql_cuda_decode && device->properties.major == 9)
         return problem->m <= decode_rows[problem->code][(problem->k > 8192) + (problem->k > 16384)];
-    }
     return problem->m <= engines[engine]->most_rows;
 }
 

@@ -62,10 +62,13 @@ enum { QL_CU_LAUNCH_CLUSTER_DIMENSION = 4, QL_CU_LAUNCH_PROGRAMMATIC_STREAM_SERI
 /* Of cuTensorMapEncodeTiled. */
 enum {
     QL_CU_TENSOR_U8 = 0,
+    QL_CU_TENSOR_INT32 = 3,
+    QL_CU_TENSOR_INT64 = 5,
     QL_CU_TENSOR_F16 = 6,
     QL_CU_TENSOR_BF16 = 9,
     QL_CU_TENSOR_SWIZZLE_128B = 3,
-    QL_CU_TENSOR_L2_128B = 2
+    QL_CU_TENSOR_L2_128B = 2,
+    QL_CU_TENSOR_L2_256B = 3
 };
 
 /* Of cuLibraryLoadData: the driver keeps no copy, the image stays where it is. */

@@ -6,19 +6,17 @@
 #include <limits.h>
 #include <stdio.h>
 
-enum {
-    MOST_STAGES = 24,
-    SWIZZLE_COLUMNS = 64,
-    MOST_K = 1 << 27, /* so that blocks of all split tiles are counted in 32 bits */
-};
+enum { MOST_K = 1 << 26 /* so that bytes of a strip and blocks of all split tiles are counted in 32 bits */ };
 
 typedef struct variant {
     ql_cuda_kernel kernel;
-    int code, type, rows, tokens, scaling, steps;
+    int code, type;
+    bool wide;
+    int rows, tokens, stage_k, groups;
 } variant;
 
-#define VARIANT(name, source, code, type, rows, tokens, scaling, steps)                                                \
-    {QL_KERNEL_##name, code, type, rows, tokens, scaling, steps},
+#define VARIANT(name, source, code, type, wide, rows, tokens, stage_k, groups)                                         \
+    {QL_KERNEL_##name, code, type, wide, rows, tokens, stage_k, groups},
 static const variant variants[] = {QL_WGMMA_VARIANTS(VARIANT)};
 #undef VARIANT
 enum { VARIANTS = sizeof(variants) / sizeof(variants[0]) };
@@ -29,43 +27,44 @@ static const variant *variant_of(ql_cuda_kernel kernel) {
     return NULL;
 }
 
-/* Whether its way with scales serves groups of this size. */
-static bool fits_groups(const variant *v, bool one_group, int64_t group_size) {
-    if (v->scaling == QL_SCALES_OUTPUTS) return one_group;
-    return one_group || group_size % (v->steps * QL_STEP) == 0;
-}
-
-/* Shared memory of a thread block: stages, those of them before a pair table, bytes. */
-typedef struct memory {
-    int stages, low_stages, bytes;
-} memory;
-
-static memory memory_of(const variant *v, int room) {
-    const int head = QL_STREAMK_HEAD_BYTES(v->code, v->rows, v->tokens), stage = QL_STREAMK_STAGE_BYTES(v->tokens);
-    memory m;
-    if (v->code == QL_CODE_TABLE4) {
-        const int table_end = QL_STREAMK_TABLE_AT + QL_STREAMK_TABLE_BYTES;
-        m.low_stages = (QL_STREAMK_TABLE_AT - QL_STREAMK_SHARED_START - head) / stage;
-        m.stages = m.low_stages + (QL_STREAMK_SHARED_START + room - table_end) / stage;
-        m.bytes = room;
-    } else {
-        m.stages = (room - head) / stage;
-        m.low_stages = m.stages;
+/* The variant of the same shape for the type of the product's scales: a choice names the one that is not wide. */
+static const variant *variant_for(const variant *v, const ql_packed_params *p) {
+    if (v->groups == 0 || v->code == QL_CODE_TABLE4 || p->scales_type == p->x_type) return v;
+    for (int i = 0; i < VARIANTS; i++) {
+        const variant *other = &variants[i];
+        if (other->wide && other->code == v->code && other->type == v->type && other->rows == v->rows &&
+            other->tokens == v->tokens && other->groups == v->groups)
+            return other;
     }
-    if (m.stages > MOST_STAGES) m.stages = MOST_STAGES;
-    if (m.low_stages > m.stages) m.low_stages = m.stages;
-    if (v->code != QL_CODE_TABLE4) m.bytes = head + m.stages * stage;
-    return m;
+    return NULL;
 }
 
-/* Lower is better: each tile of tokens costs its products, and decoding the weights once. */
+/* Whether groups lie in its stages as it expects. */
+static bool fits_groups(const variant *v, bool one_group, int64_t group_size) {
+    if (v->groups == 0 || one_group) return v->groups == 0 && one_group;
+    return v->groups == 2 ? group_size * 2 == v->stage_k : group_size % v->stage_k == 0;
+}
+
+static int stage_bytes(const variant *v) {
+    return QL_STREAMK_STAGE_BYTES(v->code, v->rows, v->tokens, v->stage_k, v->groups);
+}
+
+/* As many stages as there is room for. */
+static int stages_of(const variant *v, int room) {
+    const int stages = (room - QL_STREAMK_HEAD_BYTES(v->code, v->tokens)) / stage_bytes(v);
+    return stages < QL_STREAMK_MOST_STAGES ? stages : QL_STREAMK_MOST_STAGES;
+}
+
+/* Lower is better: what a tile of 128 rows costs for each block of K, in the time of its products alone, and the
+ * decoding of the weights. Tall tiles halve the traffic of x, but there are half as many to share, so they want
+ * several. */
 static int64_t rank(const variant *v, const ql_cuda_problem *problem) {
-    const int64_t cost = ql_ceil_div(problem->m, v->tokens) * (v->tokens + 64) * 8;
-    return (v->steps == 1 ? cost * 4 : cost) - (v->scaling == QL_SCALES_OUTPUTS);
+    if (v->rows == 256) return ql_ceil_div(problem->m, v->tokens) * (problem->m > 512 ? 185 : 230);
+    return ql_ceil_div(problem->m, v->tokens) * (v->tokens == 32 ? 100 : v->tokens == 64 ? 125 : 190);
 }
 
 static bool serves(const variant *v, const ql_cuda_device *device, const ql_cuda_problem *problem) {
-    return v->code == problem->code && v->type == problem->x_type && device->kernels[v->kernel] &&
+    return !v->wide && v->code == problem->code && v->type == problem->x_type && device->kernels[v->kernel] &&
            fits_groups(v, problem->group_size == problem->k, problem->group_size) && problem->k <= MOST_K &&
            problem->n <= INT_MAX - 256 && problem->m <= INT_MAX - 128;
 }
@@ -94,9 +93,13 @@ static int candidates(ql_cuda_choice *out, int room, const ql_cuda_device *devic
 
 static bool takes(const ql_cuda_device *device, const ql_packed_params *p, ql_cuda_choice choice) {
     const variant *v = variant_of(choice.kernel);
-    if (!v || !device->kernels[v->kernel] || p->order || p->m < 1 || choice.parameter < 1) return false;
+    if (!v || v->wide || p->order || p->m < 1 || choice.parameter < 1) return false;
+    const variant *fitting = variant_for(v, p);
+    if (!fitting || !device->kernels[fitting->kernel]) return false;
     if (v->code != p->code || v->type != p->x_type || !fits_groups(v, p->groups == 1, p->group_size)) return false;
     if (p->nested_table && (p->nested_blocksize & (p->nested_blocksize - 1))) return false;
+    if (v->code == QL_CODE_TABLE4 && p->n > INT_MAX / p->groups - 256)
+        return false; /* entries are counted in 32 bits */
     if (p->k > MOST_K || p->n > INT_MAX - 256 || p->m > INT_MAX - 128) return false;
     if (ql_ceil_div(p->n, v->rows) * ql_ceil_div(p->m, v->tokens) > INT_MAX / 2) return false;
     return (uintptr_t)p->x % 16 == 0 && (p->x_stride % 8 == 0 || p->m == 1);
@@ -117,20 +120,40 @@ static ql_cu_result map_x(void *map, const ql_cuda_driver *driver, const ql_pack
     const uint64_t shape[2] = {(uint64_t)p->k, (uint64_t)p->m};
     const int64_t stride = p->m == 1 ? (p->k + 7) / 8 * 8 : p->x_stride;
     const uint64_t bytes[1] = {(uint64_t)stride * 2};
-    const uint32_t box[2] = {SWIZZLE_COLUMNS, (uint32_t)v->tokens}, step[2] = {1, 1};
+    const uint32_t box[2] = {QL_STREAMK_BOX_K, (uint32_t)v->tokens}, step[2] = {1, 1};
     return driver->tensor_map_encode_tiled(map, p->x_type == QL_VALUE_F16 ? QL_CU_TENSOR_F16 : QL_CU_TENSOR_BF16, 2,
                                            (void *)(uintptr_t)p->x, shape, bytes, box, step, 0,
                                            QL_CU_TENSOR_SWIZZLE_128B, QL_CU_TENSOR_L2_128B, 0);
 }
 
+/* The codes, a row a strip, as boxes of a stage's columns by a tile's strips. */
+static ql_cu_result map_codes(void *map, const ql_cuda_driver *driver, const ql_packed_params *p, const variant *v) {
+    const int unit = QL_STREAMK_CODES_UNIT(v->code, v->stage_k);
+    const uint64_t strip = (uint64_t)(ql_ceil_div(p->k, QL_TILE_K(v->code)) * QL_TILE_BYTES(v->code));
+    const uint64_t shape[2] = {strip / (uint64_t)unit, (uint64_t)ql_ceil_div(p->n, QL_STRIP)}, bytes[1] = {strip};
+    const uint32_t box[2] = {(uint32_t)(QL_STREAMK_STRIP_BYTES(v->code, v->stage_k) / unit),
+                             (uint32_t)v->rows / QL_STRIP};
+    const uint32_t step[2] = {1, 1};
+    return driver->tensor_map_encode_tiled(map, unit == 8 ? QL_CU_TENSOR_INT64 : QL_CU_TENSOR_INT32, 2,
+                                           (void *)(uintptr_t)p->codes, shape, bytes, box, step, 0, 0,
+                                           QL_CU_TENSOR_L2_256B, 0);
+}
+
+/* What streamk.cuh divides by. */
+static uint32_t inverse(int32_t value) {
+    return value == 1 ? UINT32_MAX : (uint32_t)(((uint64_t)1 << 32) / (uint64_t)value);
+}
+
 static int launch(const ql_cuda_guard *guard, void *stream, const ql_packed_params *p, ql_cuda_choice choice,
                   void *scratch_bytes, char message[QL_CUDA_MESSAGE]) {
-    const variant *v = variant_of(choice.kernel);
-    const memory m = memory_of(v, guard->properties->shared_bytes);
+    const variant *v = variant_for(variant_of(choice.kernel), p);
     ql_streamk_params params = {.product = *p};
     params.row_tiles = (int32_t)ql_ceil_div(p->n, v->rows);
     params.token_tiles = (int32_t)ql_ceil_div(p->m, v->tokens);
-    params.k_blocks = (int32_t)ql_ceil_div(p->k, QL_STREAMK_K);
+    params.k_blocks = (int32_t)ql_ceil_div(p->k, v->stage_k);
+    params.k_blocks_inverse = inverse(params.k_blocks);
+    params.group_blocks = v->groups == 1 ? (int32_t)(p->group_size / v->stage_k) : 1;
+    params.group_blocks_inverse = inverse(params.group_blocks);
     const int64_t tiles = (int64_t)params.row_tiles * params.token_tiles, all = tiles * params.k_blocks;
     const int32_t grid = all < choice.parameter ? (int32_t)all : choice.parameter;
     /* What is left over whole waves is split together with one of them, so that no range is short. */
@@ -138,22 +161,26 @@ static int launch(const ql_cuda_guard *guard, void *stream, const ql_packed_para
     const int32_t units = params.split_tiles * params.k_blocks;
     params.range = units / grid;
     params.longer_ranges = units % grid;
-    params.stages = m.stages;
-    params.low_stages = m.low_stages;
+    params.stages = stages_of(v, guard->properties->shared_bytes);
     while (p->nested_blocksize >> (params.nested_shift + 1)) params.nested_shift++;
     params.partials = scratch_bytes;
     params.flags = (uint64_t *)(void *)((char *)scratch_bytes + partial_bytes(v, choice.parameter));
     params.nonce = ql_cuda_nonce();
-    const ql_cu_result result = map_x(params.x_map, guard->driver, p, v);
+    ql_cu_result result = map_x(params.x_map, guard->driver, p, v);
+    if (result == QL_CU_SUCCESS) result = map_codes(params.codes_map, guard->driver, p, v);
     if (result != QL_CU_SUCCESS) {
         snprintf(message, QL_CUDA_MESSAGE, "%s: x of %lld by %lld could not be described to the GPU: %s.",
-                 ql_cuda_kernel_name(choice.kernel), (long long)p->m, (long long)p->k,
+                 ql_cuda_kernel_name(v->kernel), (long long)p->m, (long long)p->k,
                  ql_cuda_error(guard->driver, result));
         return -1;
     }
-    const ql_cuda_grid launched = {
-        .x = grid, .y = 1, .threads = QL_STREAMK_THREADS, .shared_bytes = m.bytes, .overlaps = true};
-    return ql_cuda_launch(guard, choice.kernel, stream, &launched, &params, message);
+    const ql_cuda_grid launched = {.x = grid,
+                                   .y = 1,
+                                   .threads = QL_STREAMK_THREADS,
+                                   .shared_bytes =
+                                       QL_STREAMK_HEAD_BYTES(v->code, v->tokens) + params.stages * stage_bytes(v),
+                                   .overlaps = true};
+    return ql_cuda_launch(guard, v->kernel, stream, &launched, &params, message);
 }
 
 const ql_cuda_product_engine ql_cuda_wgmma = {

@@ -1,0 +1,213 @@
+/* What a multiplying warp reads of a stage of the stream-K product, and what it makes of it: 16-bit numbers in the
+ * fragment order of wgmma's A. They are (q - zero) * scale, rounded once; or exact q - zero, where a group is all of K
+ * and scales are left to the outputs; or a table's values, rounded once, with absmax left to the group's sums.
+ *
+ * Scales of x's own type multiply in it. Beside bf16 x others (wide) are two bf16 parts, the product of which is
+ * rounded once by a fused multiply-add; beside fp16 x, whose small range would lose bits of them, they multiply in
+ * fp32. */
+#ifndef QL_KERNELS_STAGE_WEIGHT_CUH
+#define QL_KERNELS_STAGE_WEIGHT_CUH
+
+#include "code_exact.cuh"
+#include "streamk.cuh"
+#include "value.cuh"
+
+/* Of a lane's rows g and g + 8 in a group, as it lies in shared memory: scales, two in a word if they have 16 bits;
+ * zeros, a byte of two nibbles or two bytes, or the bytes of nested absmax. */
+typedef struct raw_entry {
+    uint32_t scales[2], second;
+} raw_entry;
+
+/* The same as decoding takes it. zero: zero words; scale: pairs in x's type, or fp32 bits; rest: the lower parts of
+ * scales in two parts. */
+typedef struct entry {
+    uint32_t zero[2], scale[2], rest[2];
+} entry;
+
+/* What is the same in all stages. Addresses: this lane's in the first stage, entries in the group at hand. */
+typedef struct reader {
+    uint32_t codes, scales, seconds;
+    uint32_t nested_table; /* address */
+    float nested_offset;
+    int scales_type, scale_shift; /* scale_shift: 1 where a scale has 32 bits, else 0 */
+    bool has_seconds;
+    entry rows[2]; /* of both sub-tiles, where a group is all of K */
+} reader;
+
+/* A lane's share of a stage, of both sub-tiles. */
+typedef struct stage_words {
+    uint32_t words[2][16], high[2][2]; /* high: of 3 bit */
+    raw_entry entries[2][2];
+} stage_words;
+
+/* The strip of a warp's first sub-tile within the tile; the second's is four further on. */
+static __device__ __forceinline__ int strip_of(int rows) {
+    const int warp = (int)threadIdx.x / WARP;
+    return warp / 4 * 4 * (rows / 128) + warp % 4;
+}
+
+static __device__ __forceinline__ reader make_reader(const ql_streamk_params *q, uint32_t base, shape k) {
+    const ql_packed_params *p = &q->product;
+    const int lane = (int)threadIdx.x % WARP, g = lane / 4, strip = strip_of(k.rows);
+    const bool table = k.code == QL_CODE_TABLE4;
+    const uint32_t stage = stages_at(base, k);
+    const uint32_t entries = stage + QL_STREAMK_ENTRIES_AT(k.code, k.rows, k.tokens, k.stage_k);
+    reader r;
+    r.scales_type = table ? QL_VALUE_F32 : p->scales_type;
+    r.scale_shift = table || (k.wide && r.scales_type == QL_VALUE_F32);
+    r.has_seconds = table ? p->nested_table != NULL : p->zeros != NULL;
+    r.codes = stage + QL_STREAMK_CODES_AT(k.tokens, k.stage_k) + strip * QL_STREAMK_STRIP_BYTES(k.code, k.stage_k);
+    r.codes += lane * 16;
+    r.scales = entries + ((strip * 64 + g * 8) << r.scale_shift);
+    r.seconds = entries + k.rows / 16 * 128;
+    r.seconds += table || k.code == QL_CODE_INT8 ? strip * 32 + g * 4 : strip * 16 + g * 2;
+    r.nested_table = base + QL_STREAMK_TABLE_AT(k.tokens) + QL_STREAMK_TABLE_BYTES;
+    r.nested_offset = p->nested_offset;
+    return r;
+}
+
+/* From the first group of a pair to the second, and back. */
+static __device__ __forceinline__ void flip_group(reader *r, shape k) {
+    r->scales ^= 4u << r->scale_shift;
+    r->seconds ^= k.code == QL_CODE_TABLE4 || k.code == QL_CODE_INT8 ? 2 : 1;
+}
+
+static __device__ __forceinline__ raw_entry read_entry(const reader *r, uint32_t at, int strip, int group, shape k) {
+    const bool bytes = k.code == QL_CODE_TABLE4 || k.code == QL_CODE_INT8;
+    raw_entry raw = {{0, 0}, 0};
+    const uint32_t scales = r->scales + at + ((strip * 64 + group * 4) << r->scale_shift);
+    const uint32_t seconds = r->seconds + at + (bytes ? strip * 32 + group * 2 : strip * 16 + group);
+    if (k.code == QL_CODE_TABLE4 || (k.wide && r->scales_type == QL_VALUE_F32)) {
+        const uint2 v = load_shared_8(scales);
+        raw.scales[0] = v.x;
+        raw.scales[1] = v.y;
+    } else {
+        raw.scales[0] = load_shared_4(scales);
+    }
+    if (r->has_seconds) raw.second = bytes ? load_shared_2(seconds) : load_shared_1(seconds);
+    return raw;
+}
+
+/* at: bytes from the first stage. */
+static __device__ __forceinline__ void read_stage(stage_words *d, const reader *r, uint32_t at, shape k) {
+    const int strip_bytes = QL_STREAMK_STRIP_BYTES(k.code, k.stage_k), lane = (int)threadIdx.x % WARP;
+#pragma unroll
+    for (int i = 0; i < k.rows / 128; i++) {
+#pragma unroll
+        for (int tile = 0; tile < k.stage_k / QL_TILE_K(k.code); tile++) {
+            const uint32_t from = r->codes + at + i * 4 * strip_bytes + tile * QL_TILE_BYTES(k.code);
+            const uint4 v = load_shared_16(from);
+            d->words[i][4 * tile] = v.x;
+            d->words[i][4 * tile + 1] = v.y;
+            d->words[i][4 * tile + 2] = v.z;
+            d->words[i][4 * tile + 3] = v.w;
+            if (k.code == QL_CODE_INT3) {
+                const uint2 h = load_shared_8(from + 512 - lane * 8);
+                d->high[i][0] = h.x;
+                d->high[i][1] = h.y;
+            }
+        }
+#pragma unroll
+        for (int group = 0; group < k.groups; group++) d->entries[i][group] = read_entry(r, at, 4 * i, group, k);
+    }
+}
+
+static __device__ __forceinline__ float scale_value(const raw_entry *raw, int h, int type) {
+    if (type == QL_VALUE_F32) return __uint_as_float(raw->scales[h]);
+    const uint32_t bits = h ? raw->scales[0] >> 16 : raw->scales[0] & 0xffffu;
+    return type == QL_VALUE_F16 ? __half2float(__ushort_as_half((uint16_t)bits)) : __uint_as_float(bits << 16);
+}
+
+/* Zeros as they are stored: of 8 bit a byte a row, else a nibble. */
+static __device__ __forceinline__ uint32_t stored_zero(uint32_t zeros, int h, bool has_zeros, int code) {
+    if (!has_zeros) return 1u << (QL_CODE_BITS(code) - 1);
+    return code == QL_CODE_INT8 ? zeros >> 8 * h & 255u : zeros >> 4 * h & 15u;
+}
+
+static __device__ __forceinline__ entry make_entry(const reader *r, const raw_entry *raw, shape k) {
+    entry e;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        if (k.code == QL_CODE_TABLE4) {
+            float absmax = __uint_as_float(raw->scales[h]);
+            if (r->has_seconds) {
+                const uint32_t nested = r->nested_table + (raw->second >> 8 * h & 255u) * 4;
+                absmax = __fadd_rn(__fmul_rn(__uint_as_float(load_shared_4(nested)), absmax), r->nested_offset);
+            }
+            e.scale[h] = __float_as_uint(absmax);
+            continue;
+        }
+        e.zero[h] = zero_word(stored_zero(raw->second, h, r->has_seconds, k.code), k.code, k.type);
+        if (!k.wide) {
+            e.scale[h] = __byte_perm(raw->scales[0], 0, h ? 0x3232 : 0x1010);
+            continue;
+        }
+        const float scale = scale_value(raw, h, r->scales_type);
+        if (k.type == QL_VALUE_F16) {
+            e.scale[h] = __float_as_uint(scale);
+        } else {
+            e.scale[h] = round16_pair(scale, scale, QL_VALUE_BF16);
+            const float rest = scale - __uint_as_float(e.scale[h] & 0xffff0000u);
+            e.rest[h] = round16_pair(rest, rest, QL_VALUE_BF16);
+        }
+    }
+    return e;
+}
+
+/* a[4 * steps]: exact codes become weights. */
+static __device__ __forceinline__ void scale_codes(uint32_t *a, const entry *e, int steps, shape k) {
+#pragma unroll
+    for (int i = 0; i < 4 * steps; i++) {
+        const uint32_t scale = e->scale[i & 1];
+        if (!k.wide) {
+            a[i] = k.type == QL_VALUE_F16 ? mul_half2(a[i], scale) : mul_bf162(a[i], scale);
+        } else if (k.type == QL_VALUE_F16) {
+            const float2 v = half2_values(a[i]);
+            a[i] = round16_pair(__fmul_rn(v.x, __uint_as_float(scale)), __fmul_rn(v.y, __uint_as_float(scale)), k.type);
+        } else {
+            a[i] = fma_bf162(a[i], scale, mul_bf162(a[i], e->rest[i & 1]));
+        }
+    }
+}
+
+/* Pairs of a table's values by four bytes of two codes; lane_at: this lane's place among its pairs. */
+static __device__ __forceinline__ void look_up(uint32_t a[4], uint32_t word, uint32_t lane_at, shape k) {
+    extern __shared__ __align__(1024) uint8_t shared[];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const uint32_t at = __byte_perm(word, lane_at, 0x7604 | i << 4); /* lane_at, with a byte as bits 8-15 */
+        a[i] = *(const uint32_t *)(shared + QL_STREAMK_TABLE_AT(k.tokens) + at);
+    }
+}
+
+/* a[4 * steps]: `steps` steps from step `from` of the stage, which are in the group that e is of. */
+static __device__ __forceinline__ void decode(uint32_t *a, const stage_words *d, const entry *e, bool has_zeros,
+                                              int sub_tile, int from, int steps, shape k) {
+    const int tile_steps = QL_TILE_K(k.code) / 16;
+    const uint32_t *words = d->words[sub_tile];
+#pragma unroll
+    for (int i = 0; i < steps; i++) {
+        const int at = from + i;
+        if (k.code == QL_CODE_TABLE4)
+            look_up(a + 4 * i, words[at], (threadIdx.x & 31) * 4, k);
+        else
+            exact_step(a + 4 * i, words + at / tile_steps * 4, d->high[sub_tile], at % tile_steps, e->zero, has_zeros,
+                       k.code, k.type);
+    }
+    if (k.code != QL_CODE_TABLE4 && k.groups) scale_codes(a, e, steps, k);
+    keep(a, 4 * steps);
+}
+
+/* Pairs of a table's values by a byte of two codes, one for each lane. */
+static __device__ __forceinline__ void fill_tables(const ql_packed_params *p, uint32_t table, int type) {
+    const int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
+#pragma unroll 1
+    for (int i = warp; i < 256; i += WARPS)
+        store_shared_4(table + i * 256 + lane * 4,
+                       round16_pair(__ldg(p->table + (i & 15)), __ldg(p->table + (i >> 4)), type));
+    if (p->nested_table)
+        store_shared_4(table + QL_STREAMK_TABLE_BYTES + threadIdx.x * 4,
+                       __float_as_uint(__ldg(p->nested_table + threadIdx.x)));
+}
+
+#endif

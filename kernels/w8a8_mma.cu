@@ -261,7 +261,7 @@ static __device__ __forceinline__ void product(const ql_w8a8_params *p, int code
 }
 
 #define QL_DEFINE_W8A8_MMA(name, source, code, groups)                                                                 \
-    extern "C" __global__ void __launch_bounds__(THREADS) name(const __grid_constant__ ql_w8a8_params params) {        \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) name(const __grid_constant__ ql_w8a8_params params) {     \
         product(&params, code, groups);                                                                                \
     }
 QL_W8A8_MMA_VARIANTS(QL_DEFINE_W8A8_MMA)

@@ -50,7 +50,8 @@ class Fp8Linear(QuantizedLinear):
 
     promoted: how a GPU sums more than 16 rows. False is fast: all of K in the tensor cores' accumulators, which keep
     about 14 bits. True adds the sums of each 128 columns in fp32. Scales of groups or blocks always do. It may be set
-    at any time.
+    at any time. The largest error over |x| |W| at K = 8192 on an H200: 2^-15.5 and 2^-16.2, where rounding the
+    activations to e4m3 costs up to 2^-4 of each of them.
     """
 
     operator = "fp8"

@@ -6,7 +6,7 @@ import torch
 from layer_cases import array, assert_close, assert_same_state, decode_fp8, inputs
 
 import qlinear
-from qlinear import functional
+from qlinear import functional, ops
 
 K, N = 200, 136
 
@@ -237,3 +237,11 @@ def test_scaled_mm(dtype, per):
     assert_close(out, A @ B.T + offset, np.abs(A) @ np.abs(B).T + np.abs(offset), K)
     with pytest.raises(TypeError, match="out_dtype"):
         functional.scaled_mm(a, b.t(), scale_a, scale_b, torch.float64)
+
+
+def test_bytes_of_e8m0_as_fp32():
+    """What a GPU reads in place of them."""
+    values = ops.from_e8m0(torch.arange(256, dtype=torch.uint8).view(16, 16))
+    assert values.shape == (16, 16)
+    assert values.flatten()[:255].tolist() == [2.0 ** (byte - 127) for byte in range(255)]
+    assert values[15, 15].isnan()

@@ -106,9 +106,16 @@ def fp8_quantize(x: Tensor, scale: Tensor | None, *, mode: str, scale_ub: Tensor
     return tuple(tensor.to(x.device) for tensor in tensors)
 
 
+def from_e8m0(scale: Tensor) -> Tensor:
+    """The bytes of e8m0, 2^(byte - 127) with NaN for 255, in fp32."""
+    value = (scale.to(torch.int32) << 23).view(torch.float32)
+    return value.masked_fill(scale == 0, 2.0**-127).masked_fill(scale == 255, torch.nan)
+
+
 def _make_fp8(weight, weight_scale, bias, input_scale, input_scale_ub, activation, block_n, block_k, promoted=False):
+    # On a GPU scales are read where they lie, and as fp32.
     if weight_scale.is_cuda and weight_scale.dtype != torch.float32:
-        weight_scale = weight_scale.float()  # on a GPU scales are read where they lie, and as fp32
+        weight_scale = from_e8m0(weight_scale) if weight_scale.dtype == torch.uint8 else weight_scale.float()
     return _qlinear.Fp8Linear(
         exportable(weight),
         exportable(weight_scale),

@@ -321,7 +321,7 @@ def host_time(call, calls=200, rounds=20):
     return min(times)
 
 
-# One launch, and scratch for none or for some of them; int8 and fp8 with quantized activations take two or three.
+# One launch, and scratch for none or for some of them; int8 and fp8 with quantized activations take one or two.
 ONE_LAUNCH = [
     case for case in CASES if not repr(case).startswith("int8") and repr(case) not in ("fp8-token", "fp8-static")
 ]

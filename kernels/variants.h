@@ -110,26 +110,26 @@
     X(ql_w8a8_mma_groups, w8a8_mma, QL_W8A8_E4M3, true)                                                                \
     X(ql_w8a8_mma_int8, w8a8_mma, QL_W8A8_INT8, false)
 
-/* X(name, source, code, grouped, 64-row products a warpgroup, tokens, thread blocks a cluster): 8-bit activations with an
- * 8-bit weight on wgmma (w8a8_wgmma.cu). */
-#define QL_W8A8_WGMMA_PLAIN(X, code, name)                                                                             \
-    X(ql_w8a8_##name##_32, w8a8_wgmma, code, false, 1, 32, 1)                                                          \
-    X(ql_w8a8_##name##_64, w8a8_wgmma, code, false, 1, 64, 1)                                                          \
-    X(ql_w8a8_##name##_128, w8a8_wgmma, code, false, 1, 128, 1)                                                        \
-    X(ql_w8a8_##name##_128_pair, w8a8_wgmma, code, false, 1, 128, 2)                                                   \
-    X(ql_w8a8_##name##_256, w8a8_wgmma, code, false, 1, 256, 1)                                                        \
-    X(ql_w8a8_##name##_256_pair, w8a8_wgmma, code, false, 1, 256, 2)                                                   \
-    X(ql_w8a8_##name##_128_tall, w8a8_wgmma, code, false, 2, 128, 1)                                                   \
-    X(ql_w8a8_##name##_128_tall_pair, w8a8_wgmma, code, false, 2, 128, 2)
+/* X(name, source, code, grouped, tokens, in pairs, meeting, turned): 8-bit activations with an 8-bit weight on wgmma
+ * (w8a8_wgmma.h). */
+#define QL_W8A8_WGMMA_FEW(X, code, grouped, name)                                                                      \
+    X(ql_w8a8_##name##_32, w8a8_wgmma, code, grouped, 32, false, false, false)                                         \
+    X(ql_w8a8_##name##_64, w8a8_wgmma, code, grouped, 64, false, false, false)                                         \
+    X(ql_w8a8_##name##_32_meet, w8a8_wgmma, code, grouped, 32, false, true, false)                                     \
+    X(ql_w8a8_##name##_64_meet, w8a8_wgmma, code, grouped, 64, false, true, false)
+#define QL_W8A8_WGMMA_MANY(X, code, grouped, name, turned)                                                             \
+    X(ql_w8a8_##name##_128, w8a8_wgmma, code, grouped, 128, false, false, turned)                                      \
+    X(ql_w8a8_##name##_128_pair, w8a8_wgmma, code, grouped, 128, true, false, turned)                                  \
+    X(ql_w8a8_##name##_128_meet, w8a8_wgmma, code, grouped, 128, false, true, turned)                                  \
+    X(ql_w8a8_##name##_256, w8a8_wgmma, code, grouped, 256, false, false, turned)                                      \
+    X(ql_w8a8_##name##_256_pair, w8a8_wgmma, code, grouped, 256, true, false, turned)
 #define QL_W8A8_WGMMA_VARIANTS(X)                                                                                      \
-    QL_W8A8_WGMMA_PLAIN(X, QL_W8A8_E4M3, e4m3)                                                                         \
-    QL_W8A8_WGMMA_PLAIN(X, QL_W8A8_INT8, int8)                                                                         \
-    X(ql_w8a8_groups_32, w8a8_wgmma, QL_W8A8_E4M3, true, 1, 32, 1)                                                     \
-    X(ql_w8a8_groups_64, w8a8_wgmma, QL_W8A8_E4M3, true, 1, 64, 1)                                                     \
-    X(ql_w8a8_groups_128, w8a8_wgmma, QL_W8A8_E4M3, true, 1, 128, 1)                                                   \
-    X(ql_w8a8_groups_128_pair, w8a8_wgmma, QL_W8A8_E4M3, true, 1, 128, 2)                                              \
-    X(ql_w8a8_groups_128_tall, w8a8_wgmma, QL_W8A8_E4M3, true, 2, 128, 1)                                              \
-    X(ql_w8a8_groups_128_tall_pair, w8a8_wgmma, QL_W8A8_E4M3, true, 2, 128, 2)
+    QL_W8A8_WGMMA_FEW(X, QL_W8A8_E4M3, false, e4m3)                                                                    \
+    QL_W8A8_WGMMA_FEW(X, QL_W8A8_E4M3, true, groups)                                                                   \
+    QL_W8A8_WGMMA_FEW(X, QL_W8A8_INT8, false, int8)                                                                    \
+    QL_W8A8_WGMMA_MANY(X, QL_W8A8_E4M3, false, e4m3, false)                                                            \
+    QL_W8A8_WGMMA_MANY(X, QL_W8A8_E4M3, true, groups, true)                                                            \
+    QL_W8A8_WGMMA_MANY(X, QL_W8A8_INT8, false, int8, false)
 
 /* X(name, source): the kernels that have one form. */
 #define QL_SINGLE_KERNELS(X)                                                                                           \

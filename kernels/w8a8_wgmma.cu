@@ -1,24 +1,26 @@
 /* The product of 8-bit activations with an 8-bit weight on sm_90a, for more than a few tokens: Y^T = W X^T, both operands
  * as bytes in shared memory, sums in fp32 or int32.
  *
- * A thread block has two warpgroups that multiply, each 64 or 128 rows of the weight with all tokens of a tile, and one
- * that feeds them: a thread copies codes into a ring of stages of 128 columns, three warps fetch scales and outliers.
- * w8a8_wgmma.h says how tiles are shared among thread blocks, w8a8.h what is computed.
+ * A thread block has two warpgroups that multiply, each half of a tile, and one that feeds them: a thread copies codes into
+ * a ring of stages of 128 columns, three warps fetch scales and outliers. w8a8_wgmma.h says how tiles are shared among
+ * thread blocks, w8a8.h what is computed.
  *
  * Grouped kernels sum 128 columns at a time and add them, times their scales, in fp32. The others leave all sums to the
- * tensor cores, whose sums of e4m3 products have fewer bits than fp32, and scale outputs. */
+ * tensor cores, whose sums of e4m3 products have fewer bits than fp32, and scale outputs. From 128 tokens on grouped kernels
+ * are turned: a lane then has two tokens' scales to read in place of 32, and shared memory, which products take three
+ * quarters of, has no time for more. */
 #include "variants.h"
 #include "w8a8_frame.cuh"
 
-enum { MOST_SUMS = 128, OUTPUT_BARRIER = 1, TURN_BARRIER = 3 /* each: of two, one a warpgroup */ };
+enum { MOST_SUMS = 128 };
 
-/* A multiplying warp's place: its sums are `subs` times tokens / 2 registers. */
+/* A multiplying warp's place: its sums are WIDTH / 2 registers for each of SUBS. */
 typedef struct reader {
     const ql_w8a8_wgmma_params *q;
     const layout *l;
     ring stage, scales, slots;
-    uint32_t ready;   /* barriers of stages that may be multiplied */
-    uint32_t rows_at; /* of the warpgroup's rows in a stage */
+    uint32_t ready;       /* barriers of stages that may be multiplied */
+    uint32_t rows, width; /* in a stage: the warpgroup's rows, and what they are multiplied with */
     bool outliers;
 } reader;
 
@@ -26,19 +28,20 @@ static __device__ __forceinline__ int lane_of(void) { return (int)threadIdx.x % 
 
 static __device__ __forceinline__ void release_stage(const reader *d, int slot, shape k) {
     const uint32_t empty = d->l->empty + 8 * slot;
-    if (k.cluster == 1) {
+    if (!k.pair) {
         if (lane_of() == 0) barrier_arrive(empty);
     } else {
-        if (lane_of() < k.cluster) barrier_arrive_at(empty, (uint32_t)lane_of());
+        if (lane_of() < 2) barrier_arrive_at(empty, (uint32_t)lane_of());
     }
 }
 
 /* 128 columns of 64 rows, on top of sums or, without `add`, in their place. */
-static __device__ __forceinline__ void multiply_stage(uint32_t *sums, uint32_t w, uint32_t x, int add, shape k) {
-    const uint32_t a = rows_descriptor(w), b = rows_descriptor(x);
+static __device__ __forceinline__ void multiply_stage(uint32_t *sums, const reader *d, int sub, int add, shape k) {
+    const uint32_t stage = stage_at(d->l, d->stage.slot, k);
+    const uint32_t a = rows_descriptor(stage + d->rows + sub * 64 * K), b = rows_descriptor(stage + d->width);
 #pragma unroll
     for (int step = 0; step < K / 32; step++)
-        multiply_codes(sums, descriptor_at(a, step * 32), descriptor_at(b, step * 32), add || step > 0, k.tokens,
+        multiply_codes(sums, descriptor_at(a, step * 32), descriptor_at(b, step * 32), add || step > 0, WIDTH(k),
                        k.code);
 }
 
@@ -46,13 +49,9 @@ static __device__ __forceinline__ void sum_plain(uint32_t *sums, reader *d, int 
     int before = -1; /* the stage whose products may still run */
 #pragma unroll 1
     for (; blocks > 0; blocks--) {
-        const uint32_t stage = stage_at(d->l, d->stage.slot, k);
         barrier_wait(d->ready + 8 * d->stage.slot, d->stage.parity);
         warpgroup_fence();
-#pragma unroll
-        for (int i = 0; i < k.subs; i++)
-            multiply_stage(sums + i * k.tokens / 2, stage + d->rows_at + i * 64 * K, stage + QL_W8A8_ROWS(k.subs) * K,
-                           1, k);
+        multiply_stage(sums, d, 0, 1, k);
         warpgroup_commit();
         WARPGROUP_WAIT(1);
         if (before >= 0) release_stage(d, before, k);
@@ -60,7 +59,7 @@ static __device__ __forceinline__ void sum_plain(uint32_t *sums, reader *d, int 
         advance(&d->stage, d->q->stages);
     }
     WARPGROUP_WAIT(0);
-    settle_bits(sums, k.subs * k.tokens / 2);
+    settle_bits(sums, WIDTH(k) / 2);
     release_stage(d, before, k);
 }
 
@@ -79,25 +78,44 @@ static __device__ __forceinline__ void add_scaled(uint32_t *sums, const uint32_t
     }
 }
 
-/* The warpgroups take turns: one adds a part to its sums while the other's products run. */
+static __device__ __forceinline__ void add_scaled_rows(uint32_t *sums, const uint32_t *part, const float scale[2]) {
+#pragma unroll
+    for (int c = 0; c < QL_W8A8_ROWS / 2; c++)
+        sums[c] = __float_as_uint(__fmaf_rn(__uint_as_float(part[c]), scale[c / 2 % 2], __uint_as_float(sums[c])));
+}
+
+/* The scales of the lane's rows g and g + 8 of a sub, where tokens are rows. */
+static __device__ __forceinline__ void load_token_pair(float scale[2], const reader *d, int sub, shape k) {
+    const int wg = (int)threadIdx.x / 128, warp = (int)threadIdx.x / WARP % 4;
+    const uint32_t at =
+        d->l->more + d->stage.slot * k.tokens * 4 + ((wg * SUBS(k) + sub) * 64 + warp * 16 + lane_of() / 4) * 4;
+    scale[0] = __uint_as_float(load_shared_4(at));
+    scale[1] = __uint_as_float(load_shared_4(at + 32));
+}
+
+static __device__ __forceinline__ void multiply_part(uint32_t *part, const reader *d, int sub, shape k) {
+    warpgroup_fence();
+    multiply_stage(part, d, sub, 0, k);
+    warpgroup_commit();
+}
+
+/* Sums of 128 columns at a time, added with their scales while the other warpgroup's products run. */
 static __device__ __forceinline__ void sum_grouped(uint32_t *sums, reader *d, int blocks, shape k) {
-    const int wg = (int)threadIdx.x / 128;
     uint32_t part[MOST_SUMS / 2];
 #pragma unroll 1
     for (; blocks > 0; blocks--) {
-        const uint32_t stage = stage_at(d->l, d->stage.slot, k);
-        const uint32_t scales = d->l->more + d->stage.slot * QL_W8A8_SCALE_BYTES(k.subs, k.tokens);
         barrier_wait(d->ready + 8 * d->stage.slot, d->stage.parity);
 #pragma unroll
-        for (int i = 0; i < k.subs; i++) {
-            named_barrier(TURN_BARRIER + wg, 256);
-            warpgroup_fence();
-            multiply_stage(part, stage + d->rows_at + i * 64 * K, stage + QL_W8A8_ROWS(k.subs) * K, 0, k);
-            warpgroup_commit();
-            named_barrier_arrive(TURN_BARRIER + 1 - wg, 256);
+        for (int i = 0; i < SUBS(k); i++) {
+            float scale[2];
+            if (k.turned) load_token_pair(scale, d, i, k);
+            multiply_part(part, d, i, k);
             WARPGROUP_WAIT(0);
-            settle_bits(part, k.tokens / 2);
-            add_scaled(sums + i * k.tokens / 2, part, scales + (k.subs == 2 ? wg : 0) * k.tokens * 4, k);
+            settle_bits(part, WIDTH(k) / 2);
+            if (k.turned)
+                add_scaled_rows(sums + i * WIDTH(k) / 2, part, scale);
+            else
+                add_scaled(sums, part, d->l->more + d->stage.slot * k.tokens * 4, k);
         }
         __syncwarp();
         release_stage(d, d->stage.slot, k);
@@ -105,87 +123,129 @@ static __device__ __forceinline__ void sum_grouped(uint32_t *sums, reader *d, in
     }
 }
 
-/* ---- tiles that several clusters share ---- */
-
-static __device__ __forceinline__ int64_t place_of_partials(int range, int rank, shape k) {
-    return (int64_t)range * k.cluster + rank;
-}
-
-/* In batches, for registers are too few to have them all on their way. */
-static __device__ __forceinline__ void add_bits(uint32_t *sums, const uint4 *from, bool integers, int count) {
-    enum { BATCH = 8 };
+/* The same for tokens as rows where registers allow for two parts: the first is added while the second's products run. */
+static __device__ __forceinline__ void sum_grouped_by_two(uint32_t *sums, reader *d, int blocks, shape k) {
+    uint32_t part[2][MOST_SUMS / 2];
+#pragma unroll 1
+    for (; blocks > 1; blocks -= 2) {
+        float scale[2][2];
+        int slot[2];
 #pragma unroll
-    for (int first = 0; first < count / 4; first += BATCH) {
-        uint4 v[BATCH];
-#pragma unroll
-        for (int i = 0; i < BATCH && first + i < count / 4; i++) v[i] = __ldcg(from + (first + i) * 256);
-#pragma unroll
-        for (int i = 0; i < BATCH && first + i < count / 4; i++) {
-            const uint32_t four[4] = {v[i].x, v[i].y, v[i].z, v[i].w};
-#pragma unroll
-            for (int c = 0; c < 4; c++) {
-                uint32_t *sum = sums + 4 * (first + i) + c;
-                *sum = integers ? *sum + four[c] : __float_as_uint(__uint_as_float(*sum) + __uint_as_float(four[c]));
-            }
+        for (int i = 0; i < 2; i++) {
+            slot[i] = d->stage.slot;
+            barrier_wait(d->ready + 8 * slot[i], d->stage.parity);
+            load_token_pair(scale[i], d, 0, k);
+            multiply_part(part[i], d, 0, k);
+            advance(&d->stage, d->q->stages);
         }
-        asm volatile("" ::: "memory");
-    }
-}
-
-static __device__ __forceinline__ void add_partials(uint32_t *sums, const ql_w8a8_wgmma_params *q, int end, int rank,
-                                                    bool integers, shape k) {
-    const int warp = (int)threadIdx.x / WARP, count = k.subs * k.tokens / 2;
-    int range = own_range(k);
-    while (end < q->k_blocks) {
-        range++;
-        end += range_start(q, range + 1) - range_start(q, range);
-        const int64_t place = place_of_partials(range, rank, k);
-        uint64_t *flag = q->flags + place * QL_W8A8_WARPS + warp;
-        if (lane_of() == 0) {
-            while (load_acquire(flag) != q->nonce) {
-            }
-            *flag = 0; /* so that the launch may be repeated as it is, by a graph */
-        }
+        WARPGROUP_WAIT(1);
+        settle_bits(part[0], WIDTH(k) / 2);
+        add_scaled_rows(sums, part[0], scale[0]);
         __syncwarp();
-        const uint4 *from = (const uint4 *)q->partials + place * (count / 4 * 256) + threadIdx.x;
-        if (integers)
-            add_bits(sums, from, true, count);
-        else
-            add_bits(sums, from, false, count);
+        release_stage(d, slot[0], k);
+        WARPGROUP_WAIT(0);
+        settle_bits(part[1], WIDTH(k) / 2);
+        add_scaled_rows(sums, part[1], scale[1]);
+        __syncwarp();
+        release_stage(d, slot[1], k);
+    }
+    if (blocks > 0) sum_grouped(sums, d, blocks, k);
+}
+
+/* ---- tiles that several thread blocks share ---- */
+
+static __device__ __forceinline__ void add_four(uint32_t *sums, uint4 v, bool integers) {
+    const uint32_t four[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int c = 0; c < 4; c++)
+        sums[c] = integers ? sums[c] + four[c] : __float_as_uint(__uint_as_float(sums[c]) + __uint_as_float(four[c]));
+}
+
+/* Adds what a range left, as it comes through the ring. */
+static __device__ __forceinline__ void add_partial(uint32_t *sums, reader *d, bool integers, shape k) {
+#pragma unroll
+    for (int first = 0; first < SLICES(k); first += SLICES_A_STAGE(k)) {
+        const uint32_t from = stage_at(d->l, d->stage.slot, k) + threadIdx.x * 16;
+        barrier_wait(d->ready + 8 * d->stage.slot, d->stage.parity);
+#pragma unroll
+        for (int i = 0; i < SLICES_A_STAGE(k) && first + i < SLICES(k); i++)
+            add_four(sums + 4 * (first + i), load_shared_16(from + i * QL_W8A8_SLICE_BYTES), integers);
+        __syncwarp();
+        release_stage(d, d->stage.slot, k);
+        advance(&d->stage, d->q->stages);
     }
 }
 
-static __device__ __forceinline__ void leave_partials(const uint32_t *sums, const ql_w8a8_wgmma_params *q, int rank,
-                                                      shape k) {
-    const int count = k.subs * k.tokens / 2;
-    const int64_t place = place_of_partials(own_range(k), rank, k);
-    uint4 *to = (uint4 *)q->partials + place * (count / 4 * 256) + threadIdx.x;
+static __device__ __forceinline__ void add_partials(uint32_t *sums, reader *d, int partials, shape k) {
+#pragma unroll 1
+    for (; partials > 0; partials--)
+        if (k.code == QL_W8A8_INT8 && !d->outliers)
+            add_partial(sums, d, true, k);
+        else
+            add_partial(sums, d, false, k);
+}
+
+static __device__ __forceinline__ void leave_partials(const uint32_t *sums, const ql_w8a8_wgmma_params *q, shape k) {
+    const int64_t place = place_of_partials(own_range(k), k);
+    uint4 *to = (uint4 *)((uint8_t *)q->partials + place * SLICES(k) * QL_W8A8_SLICE_BYTES) + threadIdx.x;
 #pragma unroll
-    for (int i = 0; i < count / 4; i++)
+    for (int i = 0; i < SLICES(k); i++)
         __stcg(to + i * 256, make_uint4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]));
     __syncwarp();
     if (lane_of() == 0) store_release(q->flags + place * QL_W8A8_WARPS + (int)threadIdx.x / WARP, q->nonce);
 }
 
+/* Members of a cluster have a part of the columns each. The sums of warpgroup w meet in member w, where they become
+ * outputs: false in all others. */
+static __device__ __forceinline__ bool meet(uint32_t *sums, const reader *d, shape k) {
+    const bool integers = k.code == QL_W8A8_INT8 && !d->outliers;
+    const int wg = (int)threadIdx.x / 128, thread = (int)threadIdx.x % 128, members = d->q->members;
+    const int rank = (int)cluster_rank();
+    const uint32_t room = stage_at(d->l, d->q->stages, k) + thread * 16;
+    if (rank != wg) {
+        const int place = rank < wg ? rank : rank - 1;
+        const uint32_t to = address_at(room + place * QL_W8A8_MEETING_BYTES(k.tokens), (uint32_t)wg);
+#pragma unroll
+        for (int i = 0; i < SLICES(k); i++)
+            store_remote_16(to + i * 2048, make_uint4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]));
+        __syncwarp();
+        if (lane_of() == 0) barrier_arrive_remote(address_at(d->l->met, (uint32_t)wg));
+        return false;
+    }
+    barrier_wait_remote(d->l->met, 0);
+#pragma unroll 1
+    for (int place = 0; place < members - 1; place++)
+#pragma unroll
+        for (int i = 0; i < SLICES(k); i++)
+            add_four(sums + 4 * i, load_shared_16(room + place * QL_W8A8_MEETING_BYTES(k.tokens) + i * 2048), integers);
+    return true;
+}
+
 /* ---- outputs ---- */
 
-/* Of the lane's rows g and g + 8 of each 64. */
+/* Of the lane's rows g and g + 8. */
 typedef struct row_terms {
-    float scale[4], bias[4];
+    float scale[2], bias[2];
 } row_terms;
+
+static __device__ __forceinline__ float load_row_scale(const ql_w8a8_params *p, int64_t row, shape k) {
+    const int64_t index = p->w_rows == 1 ? row : p->w_rows == QL_W8A8_GROUP ? row / QL_W8A8_GROUP : 0;
+    /* Those of blocks come with the stages. */
+    if (row >= p->n || (k.grouped && p->w_rows == QL_W8A8_GROUP)) return 1.0f;
+    return k.code == QL_W8A8_INT8 ? p->w_scales[index * p->w_row_stride] * (1.0f / 127.0f)
+                                  : p->w_scales[index * p->w_row_stride];
+}
+
+static __device__ __forceinline__ float load_row_bias(const ql_w8a8_params *p, int64_t row) {
+    return row < p->n && p->bias ? load_value(p->bias, p->bias_type, row * p->bias_stride) : 0.0f;
+}
 
 static __device__ __forceinline__ row_terms load_row_terms(const ql_w8a8_params *p, int row, shape k) {
     row_terms r;
 #pragma unroll
-    for (int i = 0; i < 2 * k.subs; i++) {
-        const int64_t at = row + i / 2 * 64 + i % 2 * 8;
-        const bool inside = at < p->n;
-        const int64_t index = p->w_rows == 1 ? at : p->w_rows == QL_W8A8_GROUP ? at / QL_W8A8_GROUP : 0;
-        /* Those of blocks come with the stages. */
-        const bool counts = inside && !(k.grouped && p->w_rows == QL_W8A8_GROUP);
-        r.scale[i] = counts ? p->w_scales[index * p->w_row_stride] : 1.0f;
-        if (k.code == QL_W8A8_INT8) r.scale[i] *= 1.0f / 127.0f;
-        r.bias[i] = inside && p->bias ? load_value(p->bias, p->bias_type, at * p->bias_stride) : 0.0f;
+    for (int i = 0; i < 2; i++) {
+        r.scale[i] = load_row_scale(p, row + 8 * i, k);
+        r.bias[i] = load_row_bias(p, row + 8 * i);
     }
     return r;
 }
@@ -220,22 +280,19 @@ static __device__ __forceinline__ void scale_by_tokens_and_rows(uint32_t *sums, 
     for (int j = 0; j < k.tokens / 16; j++) {
         const token_scales tokens = load_token_scales(d, j, k);
 #pragma unroll
-        for (int i = 0; i < k.subs; i++)
-#pragma unroll
-            for (int c = 0; c < 8; c++) {
-                uint32_t *sum = sums + i * k.tokens / 2 + 8 * j + c;
-                const float row = rows->scale[2 * i + c / 2 % 2], token = tokens.scale[c / 4 * 2 + c % 2];
-                *sum = __float_as_uint(k.code == QL_W8A8_INT8 ? (float)(int32_t)*sum * (1.0f / 127.0f) * row * token
-                                                              : __uint_as_float(*sum) * token * row);
-            }
+        for (int c = 0; c < 8; c++) {
+            uint32_t *sum = sums + 8 * j + c;
+            const float row = rows->scale[c / 2 % 2], token = tokens.scale[c / 4 * 2 + c % 2];
+            *sum = __float_as_uint(k.code == QL_W8A8_INT8 ? (float)(int32_t)*sum * (1.0f / 127.0f) * row * token
+                                                          : __uint_as_float(*sum) * token * row);
+        }
     }
     leave_scales(d);
 }
 
 static __device__ __forceinline__ void scale_by_rows(uint32_t *sums, const row_terms *rows, shape k) {
 #pragma unroll
-    for (int i = 0; i < k.subs * k.tokens / 2; i++)
-        sums[i] = __float_as_uint(__uint_as_float(sums[i]) * rows->scale[2 * (i / (k.tokens / 2)) + i / 2 % 2]);
+    for (int i = 0; i < k.tokens / 2; i++) sums[i] = __float_as_uint(__uint_as_float(sums[i]) * rows->scale[i / 2 % 2]);
 }
 
 /* Integers become fp32, times the tokens' scales. */
@@ -245,34 +302,29 @@ static __device__ __forceinline__ void scale_by_tokens(uint32_t *sums, reader *d
     for (int j = 0; j < k.tokens / 16; j++) {
         const token_scales tokens = load_token_scales(d, j, k);
 #pragma unroll
-        for (int i = 0; i < k.subs; i++)
-#pragma unroll
-            for (int c = 0; c < 8; c++) {
-                uint32_t *sum = sums + i * k.tokens / 2 + 8 * j + c;
-                *sum = __float_as_uint((float)(int32_t)*sum * (1.0f / 127.0f) * tokens.scale[c / 4 * 2 + c % 2]);
-            }
+        for (int c = 0; c < 8; c++) {
+            uint32_t *sum = sums + 8 * j + c;
+            *sum = __float_as_uint((float)(int32_t)*sum * (1.0f / 127.0f) * tokens.scale[c / 4 * 2 + c % 2]);
+        }
     }
     leave_scales(d);
 }
 
 /* Adds the segment's outlier columns. */
 static __device__ __forceinline__ void add_slots(uint32_t *sums, reader *d, shape k) {
-    const int type = d->q->product.x_type, rows = (int)threadIdx.x / 128 * k.subs * 64;
+    const int type = d->q->product.x_type, rows = (int)threadIdx.x / 128 * 64;
     uint32_t last;
     do {
-        const uint32_t slot = d->l->more + d->slots.slot * QL_W8A8_OUTLIER_BYTES(k.subs, k.tokens);
+        const uint32_t slot = slot_at(d->l, d->slots.slot, k);
         barrier_wait(d->l->slot_full + 8 * d->slots.slot, d->slots.parity);
         last = load_shared_4(d->l->last + 4 * d->slots.slot);
         if (last < 2) {
             const uint32_t weights = slot + k.tokens * QL_W8A8_OUTLIERS * 2 + rows * QL_W8A8_OUTLIERS * 2;
             warpgroup_fence();
-#pragma unroll
-            for (int i = 0; i < k.subs; i++)
-                multiply_columns(sums + i * k.tokens / 2, columns_descriptor(weights + i * 64 * QL_W8A8_OUTLIERS * 2),
-                                 columns_descriptor(slot), k.tokens, type);
+            multiply_columns(sums, columns_descriptor(weights), columns_descriptor(slot), k.tokens, type);
             warpgroup_commit();
             WARPGROUP_WAIT(0);
-            settle_bits(sums, k.subs * k.tokens / 2);
+            settle_bits(sums, k.tokens / 2);
         }
         __syncwarp();
         if (lane_of() == 0) barrier_arrive(d->l->slot_empty + 8 * d->slots.slot);
@@ -290,17 +342,17 @@ static __device__ __forceinline__ void store_wide(const uint32_t *sums, const ql
     }
 }
 
-/* 64 rows, 32 tokens at a time: turned over in shared memory, so that 128 bytes go along a row of out. */
+/* A warp's 16 rows, 32 tokens at a time: turned over in shared memory, so that 16 bytes go along a row of out. */
 static __device__ __forceinline__ void store_narrow(const uint32_t *sums, const ql_w8a8_params *p, const float *bias,
                                                     uint32_t buffer, int row, int token, shape k) {
     enum { TOKENS = 32 };
-    const int lane = lane_of(), thread = (int)threadIdx.x % 128, wg = (int)threadIdx.x / 128;
+    const int lane = lane_of(), type = p->out_type;
     const bool whole = p->n % 8 == 0 && (uintptr_t)p->out % 16 == 0;
-    const int type = p->out_type, chunk = thread / WARP * 2 + lane / 8 % 2;
+    const int count = (int)min((int64_t)8, p->n - (row + lane % 2 * 8));
 #pragma unroll
     for (int from = 0; from < k.tokens; from += TOKENS) {
         if (token + from >= p->m) break;
-        named_barrier(OUTPUT_BARRIER + wg, 128);
+        __syncwarp();
 #pragma unroll
         for (int j = 0; j < TOKENS / 8; j += 2) {
             uint32_t m[4];
@@ -309,15 +361,82 @@ static __device__ __forceinline__ void store_narrow(const uint32_t *sums, const 
                 const uint32_t *s = sums + 4 * (from / 8 + j + i / 2) + 2 * (i % 2);
                 m[i] = round16_pair(__uint_as_float(s[0]) + bias[i % 2], __uint_as_float(s[1]) + bias[i % 2], type);
             }
-            const int at = 8 * (j + lane / 16) + lane % 8;
-            store_matrices_transposed(buffer + at * 128 + (chunk ^ at % 8) * 16, m);
+            const int at = 8 * (j + lane / 16) + lane % 8, half = lane / 8 % 2 ^ (at >> 2 & 1);
+            store_matrices_transposed(buffer + at * 32 + half * 16, m);
         }
-        named_barrier(OUTPUT_BARRIER + wg, 128);
+        __syncwarp();
 #pragma unroll
         for (int i = 0; i < TOKENS / 16; i++) {
-            const int at = i * 16 + thread / 8, piece = thread % 8;
-            const uint32_t from_at = buffer + at * 128 + (piece ^ at % 8) * 16;
-            const int64_t m = token + from + at, col = row + piece * 8;
+            const int at = i * 16 + lane / 2;
+            const uint32_t from_at = buffer + at * 32 + (lane % 2 ^ (at >> 2 & 1)) * 16;
+            const int64_t m = token + from + at;
+            if (m >= p->m || count <= 0) continue;
+            uint16_t *to = (uint16_t *)p->out + m * p->n + row + lane % 2 * 8;
+            if (whole) {
+                *(uint4 *)to = load_shared_16(from_at);
+            } else {
+#pragma unroll 1
+                for (int c = 0; c < count; c++) to[c] = load_shared_2(from_at + 2 * c);
+            }
+        }
+    }
+}
+
+/* ---- outputs, turned: sums 4 j to 4 j + 3 of a sub are rows g and g + 8 of x by columns 8 j + 2 t and the next ---- */
+
+static __device__ __forceinline__ void finish_columns(uint32_t *sums, const ql_w8a8_params *p, int64_t first, shape k) {
+    const bool scaled = p->w_rows != QL_W8A8_GROUP;
+    if (!scaled && !p->bias) return;
+#pragma unroll
+    for (int j = 0; j < WIDTH(k) / 8; j++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            const int64_t row = first + 8 * j + lane_of() % 4 * 2 + e;
+            const float scale = load_row_scale(p, row, k), bias = load_row_bias(p, row);
+#pragma unroll
+            for (int i = 0; i < 2 * SUBS(k); i++) {
+                uint32_t *sum = sums + i / 2 * WIDTH(k) / 2 + 4 * j + i % 2 * 2 + e;
+                *sum = __float_as_uint(__fadd_rn(__fmul_rn(__uint_as_float(*sum), scale), bias));
+            }
+        }
+}
+
+static __device__ __forceinline__ void store_wide_turned(const uint32_t *sums, const ql_w8a8_params *p, int64_t row,
+                                                         int64_t token, shape k) {
+#pragma unroll
+    for (int c = 0; c < WIDTH(k) / 2; c++) {
+        const int64_t m = token + lane_of() / 4 + c / 2 % 2 * 8, at = row + c / 4 * 8 + lane_of() % 4 * 2 + c % 2;
+        if (m < p->m && at < p->n) ((float *)p->out)[m * p->n + at] = __uint_as_float(sums[c]);
+    }
+}
+
+/* A warp's 16 tokens, 32 rows of the weight at a time, through shared memory, so that 64 bytes go along a row of out. */
+static __device__ __forceinline__ void store_narrow_turned(const uint32_t *sums, const ql_w8a8_params *p,
+                                                           uint32_t buffer, int64_t row, int64_t token, shape k) {
+    enum { ROWS = 32 };
+    const int lane = lane_of(), type = p->out_type;
+    const bool whole = p->n % 8 == 0 && (uintptr_t)p->out % 16 == 0;
+#pragma unroll
+    for (int from = 0; from < WIDTH(k); from += ROWS) {
+        if (row + from >= p->n) break;
+        __syncwarp();
+#pragma unroll
+        for (int j = 0; j < ROWS / 8; j += 2) {
+            uint32_t m[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const uint32_t *s = sums + 4 * (from / 8 + j + i / 2) + 2 * (i % 2);
+                m[i] = round16_pair(__uint_as_float(s[0]), __uint_as_float(s[1]), type);
+            }
+            const int at = lane % 16, piece = j + lane / 16;
+            store_matrices(buffer + at * 64 + (piece ^ (at >> 1 & 3)) * 16, m);
+        }
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int at = i * 8 + lane / 4, piece = lane % 4;
+            const uint32_t from_at = buffer + at * 64 + (piece ^ (at >> 1 & 3)) * 16;
+            const int64_t m = token + at, col = row + from + piece * 8;
             if (m >= p->m || col >= p->n) continue;
             uint16_t *to = (uint16_t *)p->out + m * p->n + col;
             if (whole) {
@@ -331,45 +450,60 @@ static __device__ __forceinline__ void store_narrow(const uint32_t *sums, const 
     }
 }
 
+static __device__ __forceinline__ void finish_turned(uint32_t *sums, const reader *d, int row, int token, shape k) {
+    const ql_w8a8_params *p = &d->q->product;
+    const int wg = (int)threadIdx.x / 128, warp = (int)threadIdx.x / WARP % 4;
+    finish_columns(sums, p, row, k);
+#pragma unroll
+    for (int i = 0; i < SUBS(k); i++) {
+        const int first = token + (wg * SUBS(k) + i) * 64 + warp * 16;
+        if (first >= p->m) break;
+        if (p->out_type == QL_VALUE_F32)
+            store_wide_turned(sums + i * WIDTH(k) / 2, p, row, first, k);
+        else
+            store_narrow_turned(sums + i * WIDTH(k) / 2, p, d->l->outputs + (wg * 4 + warp) * QL_W8A8_WARP_BYTES, row,
+                                first, k);
+    }
+}
+
 static __device__ __forceinline__ void finish_tile(uint32_t *sums, reader *d, const row_terms *rows, int row, int token,
                                                    shape k) {
     const ql_w8a8_params *p = &d->q->product;
-    const int wg = (int)threadIdx.x / 128, warp = (int)threadIdx.x / WARP % 4;
+    const int warp = (int)threadIdx.x / WARP, first = row + warp * 16;
     if (k.grouped || d->outliers)
         scale_by_rows(sums, rows, k);
     else
         scale_by_tokens_and_rows(sums, d, rows, k);
-#pragma unroll
-    for (int i = 0; i < k.subs; i++) {
-        const int first = row + (wg * k.subs + i) * 64;
-        if (p->out_type == QL_VALUE_F32)
-            store_wide(sums + i * k.tokens / 2, p, rows->bias + 2 * i, first + warp * 16 + lane_of() / 4, token, k);
-        else
-            store_narrow(sums + i * k.tokens / 2, p, rows->bias + 2 * i, d->l->outputs + wg * 4096, first, token, k);
-    }
+    if (p->out_type == QL_VALUE_F32)
+        store_wide(sums, p, rows->bias, first + lane_of() / 4, token, k);
+    else
+        store_narrow(sums, p, rows->bias, d->l->outputs + warp * QL_W8A8_WARP_BYTES, first, token, k);
 }
 
-static __device__ __forceinline__ void multiply_all(const ql_w8a8_wgmma_params *q, const layout *l, int rank, shape k) {
-    const int wg = (int)threadIdx.x / 128, warp = (int)threadIdx.x / WARP % 4, count = k.subs * k.tokens / 2;
+static __device__ __forceinline__ void multiply_all(const ql_w8a8_wgmma_params *q, const layout *l, shape k) {
+    const int wg = (int)threadIdx.x / 128, count = SUBS(k) * WIDTH(k) / 2;
     uint32_t sums[MOST_SUMS];
     reader d;
     d.q = q;
     d.l = l;
     d.stage.slot = d.scales.slot = d.slots.slot = 0;
     d.stage.parity = d.scales.parity = d.slots.parity = 0;
-    d.rows_at = (uint32_t)(wg * k.subs * 64 * K);
+    d.rows = (uint32_t)((k.turned ? QL_W8A8_ROWS : 0) + wg * SUBS(k) * 64) * K;
+    d.width = k.turned ? 0 : QL_W8A8_ROWS * K;
     d.outliers = k.code == QL_W8A8_INT8 && q->product.outliers;
     d.ready = d.outliers ? l->ready : l->full;
-    if (k.grouped && wg == 1) named_barrier_arrive(TURN_BARRIER, 256);
     segment s;
 #pragma unroll 1
     for (int index = 0; segment_at(&s, index, q, k); index++) {
         int row, token;
-        place_tile(q, s.tile, rank, &row, &token, k);
-        const row_terms rows = load_row_terms(&q->product, row + wg * k.subs * 64 + warp * 16 + lane_of() / 4, k);
+        place_tile(q, s.tile, &row, &token, k);
+        row_terms rows;
+        if (!k.turned) rows = load_row_terms(&q->product, row + (int)threadIdx.x / WARP * 16 + lane_of() / 4, k);
 #pragma unroll
         for (int i = 0; i < count; i++) sums[i] = 0;
-        if (k.grouped)
+        if (k.turned && SUBS(k) == 1)
+            sum_grouped_by_two(sums, &d, s.end - s.first, k);
+        else if (k.grouped)
             sum_grouped(sums, &d, s.end - s.first, k);
         else
             sum_plain(sums, &d, s.end - s.first, k);
@@ -377,12 +511,18 @@ static __device__ __forceinline__ void multiply_all(const ql_w8a8_wgmma_params *
             scale_by_tokens(sums, &d, k);
             add_slots(sums, &d, k);
         }
-        if (s.first > 0) {
-            leave_partials(sums, q, rank, k);
+        if (k.meets) {
+            if (!meet(sums, &d, k)) return;
+        } else if (s.first > 0) {
+            leave_partials(sums, q, k);
             continue;
+        } else {
+            add_partials(sums, &d, count_partials(q, &s, k), k);
         }
-        add_partials(sums, q, s.end, rank, k.code == QL_W8A8_INT8 && !d.outliers, k);
-        finish_tile(sums, &d, &rows, row, token, k);
+        if (k.turned)
+            finish_turned(sums, &d, row, token, k);
+        else
+            finish_tile(sums, &d, &rows, row, token, k);
     }
 }
 
@@ -390,44 +530,50 @@ static __device__ __forceinline__ void product(const ql_w8a8_wgmma_params *q, sh
     extern __shared__ __align__(1024) uint8_t shared[];
     const layout l = layout_of(shared_address(shared), k);
     const int lane = (int)threadIdx.x - (QL_W8A8_THREADS - FEEDERS);
-    const int rank = k.cluster > 1 ? (int)cluster_rank() : 0;
+    const bool clustered = k.pair || k.meets;
     if (lane >= 0) {
-        WARPGROUP_GIVES_REGISTERS(56);
+        if (k.tokens > 64 && k.grouped) WARPGROUP_GIVES_REGISTERS(56);
+        if (k.tokens > 64 && !k.grouped) WARPGROUP_GIVES_REGISTERS(72);
         if (lane < WARP) {
             if (lane == 0) {
                 prefetch_map(q->w_map);
                 prefetch_map(q->x_map);
             }
-            init_barriers(&l, lane, k);
+            init_barriers(q, &l, lane, k);
         }
         __syncthreads();
-        if (k.cluster > 1) cluster_barrier();
+        if (clustered) cluster_barrier();
         if (lane < WARP) start_next_kernel();
-        if (lane == 0) copy_codes(q, &l, rank, k);
+        if (lane == 0) copy_codes(q, &l, k);
         if (lane >= WARP) {
             if (k.grouped)
-                scale_stages(q, &l, rank, k);
+                scale_stages(q, &l, k);
             else if (lane >= 2 * WARP)
-                help_segments(q, &l, rank, k);
+                help_segments(q, &l, k);
             else if (k.code == QL_W8A8_INT8 && q->product.outliers)
                 clear_stages(q, &l, k);
         }
         __syncwarp();
     } else {
-        WARPGROUP_TAKES_REGISTERS(224);
+        if (k.tokens > 64 && k.grouped) WARPGROUP_TAKES_REGISTERS(224);
+        if (k.tokens > 64 && !k.grouped) WARPGROUP_TAKES_REGISTERS(216);
         __syncthreads();
-        if (k.cluster > 1) cluster_barrier();
+        if (clustered) cluster_barrier();
         wait_for_previous_kernel();
-        multiply_all(q, &l, rank, k);
+        multiply_all(q, &l, k);
     }
     /* No thread block's shared memory goes before the others' copies and arrivals have reached it. */
-    if (k.cluster > 1) cluster_barrier();
+    if (k.pair) cluster_barrier();
 }
 
-#define KERNEL(name, source, code, grouped, subs, tokens, cluster)                                                     \
-    extern "C" __global__ void __launch_bounds__(QL_W8A8_THREADS, 1)                                                   \
+/* Where they do, thread blocks use half of the registers, so that those of the kernel before and after find room beside
+ * them. */
+#define HAS_ROOM(code, grouped, tokens) ((code) == QL_W8A8_E4M3 && !(grouped) && (tokens) <= 64)
+
+#define KERNEL(name, source, code, grouped, tokens, pair, meets, turned)                                               \
+    extern "C" __global__ void __launch_bounds__(QL_W8A8_THREADS, 1 + HAS_ROOM(code, grouped, tokens))                 \
         name(const __grid_constant__ ql_w8a8_wgmma_params q) {                                                         \
-        const shape k = {code, grouped, subs, tokens, cluster};                                                        \
+        const shape k = {code, grouped, tokens, pair, meets, turned};                                                  \
         product(&q, k);                                                                                                \
     }
 QL_W8A8_WGMMA_VARIANTS(KERNEL)

@@ -1,11 +1,18 @@
 /* What the 8-bit product on wgmma takes beside kernels/w8a8.h, and how its shared memory is laid out: plain C for the host
  * and the device.
  *
- * A tile is the outputs of QL_W8A8_ROWS rows of the weight for each thread block of a cluster, and of some tokens. The
- * product has row_tiles x token_tiles tiles and every tile k_blocks blocks of 128 columns. The first split_tiles tiles are
- * one line of blocks, cut into as many equal ranges as there are clusters; the tiles after them are done whole, one a
- * cluster and wave. A range that starts inside a tile leaves its sums in scratch for the cluster that has the tile's first
- * columns, which adds them in the order of K. */
+ * A tile is the outputs of some rows of the weight and of some tokens. Two warpgroups multiply: with the weight's rows as
+ * the rows of wgmma each has half of them and all tokens; turned, with tokens as its rows, half of the tokens and all rows
+ * of the weight. Kernels of three kinds share tiles among thread blocks:
+ *   alone: a tile has QL_W8A8_ROWS rows and is a thread block's;
+ *   in pairs: a tile has twice the rows, half for each of the two thread blocks of a cluster, which copy x for each other;
+ *   meeting: the `members` thread blocks of a cluster divide the columns of one tile and add their sums over the cluster's
+ *   shared memory, one tile a cluster: for products of few tiles.
+ *
+ * For the first two the product has row_tiles x token_tiles tiles of k_blocks blocks of 128 columns each. The first
+ * split_tiles tiles are one line of blocks, cut into as many equal ranges as there are clusters; the tiles after them are
+ * done whole, one a cluster and wave. A range that starts inside a tile leaves its sums in scratch for the cluster that has
+ * the tile's first columns, which adds them in the order of K. */
 #ifndef QL_KERNELS_W8A8_WGMMA_H
 #define QL_KERNELS_W8A8_WGMMA_H
 
@@ -13,32 +20,33 @@
 #include "w8a8.h"
 
 enum {
-    QL_W8A8_K = 128, /* columns of a stage, one byte each */
+    QL_W8A8_K = 128,    /* columns of a stage, one byte each */
+    QL_W8A8_ROWS = 128, /* of the weight, for a thread block */
     QL_W8A8_THREADS = 384,
     QL_W8A8_WARPS = 8,       /* that multiply */
     QL_W8A8_TOKEN_GROUP = 8, /* tiles of tokens that are done beside each other */
     QL_W8A8_MOST_STAGES = 16,
     QL_W8A8_BARRIER_BYTES = 1024,
-    QL_W8A8_OUTPUT_BYTES = 8192, /* 64 rows by 32 tokens of each of the two warpgroups */
-    QL_W8A8_OUTLIERS = 16,       /* columns of an outlier slot */
+    QL_W8A8_WARP_BYTES = 1024,  /* 16 rows by 32 tokens of outputs */
+    QL_W8A8_SLICE_BYTES = 4096, /* of sums left in scratch: 16 of each thread that multiplies */
+    QL_W8A8_OUTLIERS = 16,      /* columns of an outlier slot */
     QL_W8A8_OUTLIER_SLOTS = 2
 };
 
-/* `subs` 64-row products for each of the two warpgroups that multiply. */
-#define QL_W8A8_ROWS(subs) (128 * (subs))
-#define QL_W8A8_STAGE_BYTES(subs, tokens) ((QL_W8A8_ROWS(subs) + (tokens)) * QL_W8A8_K)
+#define QL_W8A8_STAGE_BYTES(tokens) ((QL_W8A8_ROWS + (tokens)) * QL_W8A8_K)
 
-/* Of a stage: x's scales, times the weight's where it has blocks, for each 128 rows. */
-#define QL_W8A8_SCALE_BYTES(subs, tokens) ((subs) * (tokens) * 4)
+/* Of an outlier slot: 16-bit columns of x and of the weight. */
+#define QL_W8A8_OUTLIER_BYTES(tokens) ((QL_W8A8_ROWS + (tokens)) * QL_W8A8_OUTLIERS * 2)
 
-/* 16-bit columns of x or its codes, and the weight's. */
-#define QL_W8A8_OUTLIER_BYTES(subs, tokens) ((QL_W8A8_ROWS(subs) + (tokens)) * QL_W8A8_OUTLIERS * 2)
+/* What a thread block of a cluster leaves in another's shared memory, after the stages: the sums of a warpgroup. */
+#define QL_W8A8_MEETING_BYTES(tokens) ((tokens) * 256)
 
-/* Before the stages: barriers, outputs, x's scales of two tiles, scales of stages or outlier slots. A multiple of 1024. */
-#define QL_W8A8_HEAD_BYTES(code, grouped, subs, tokens)                                                                \
-    ((QL_W8A8_BARRIER_BYTES + QL_W8A8_OUTPUT_BYTES + 2 * (tokens) * 4 +                                                \
-      ((grouped)                ? QL_W8A8_MOST_STAGES * QL_W8A8_SCALE_BYTES(subs, tokens)                              \
-       : (code) == QL_W8A8_INT8 ? QL_W8A8_OUTLIER_SLOTS * QL_W8A8_OUTLIER_BYTES(subs, tokens)                          \
+/* Before the stages: barriers, outputs, x's scales of two tiles, then scales of stages, times those of the weight's blocks,
+ * or outlier slots. A multiple of 1024. */
+#define QL_W8A8_HEAD_BYTES(code, grouped, tokens)                                                                      \
+    ((QL_W8A8_BARRIER_BYTES + QL_W8A8_WARPS * QL_W8A8_WARP_BYTES + 2 * (tokens) * 4 +                                  \
+      ((grouped)                ? QL_W8A8_MOST_STAGES * (tokens) * 4                                                   \
+       : (code) == QL_W8A8_INT8 ? QL_W8A8_OUTLIER_SLOTS * QL_W8A8_OUTLIER_BYTES(tokens)                                \
                                 : 0) +                                                                                 \
       1023) /                                                                                                          \
      1024 * 1024)
@@ -56,6 +64,7 @@ typedef struct ql_w8a8_wgmma_params {
     int32_t row_tiles, token_tiles, k_blocks, split_tiles;
     int32_t range, longer_ranges; /* blocks a range, and how many ranges have one more */
     int32_t stages;
+    int32_t members; /* of a cluster, where they divide a tile's columns: 2 or more, no more than k_blocks */
 } ql_w8a8_wgmma_params;
 
 #endif

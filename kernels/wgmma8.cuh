@@ -73,15 +73,17 @@ static __device__ __forceinline__ uint64_t columns_descriptor(uint32_t address) 
     return (uint64_t)(256u >> 4) << 32 | (128u >> 4) << 16 | (address & 0x3ffff) >> 4;
 }
 
+/* Four 8 x 8 matrices of 16-bit values, each lane giving the address of a row. */
+static __device__ __forceinline__ void store_matrices(uint32_t row, const uint32_t m[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(m[0]), "r"(m[1]),
+                 "r"(m[2]), "r"(m[3])
+                 : "memory");
+}
+
 /* Sums may be read from here on: keeps the compiler from reading them before the wait. */
 static __device__ __forceinline__ void settle_bits(uint32_t *sums, int count) {
 #pragma unroll
     for (int i = 0; i < count; i++) asm volatile("" : "+r"(sums[i])::"memory");
-}
-
-/* Of `threads` threads of the block that share `id`: arrives without waiting. */
-static __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 /* ---- clusters ---- */
@@ -106,6 +108,35 @@ static __device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint3
                  : "memory");
 }
 
+/* Where this address is in the shared memory of thread block `rank`, as the two functions below take it. */
+static __device__ __forceinline__ uint32_t address_at(uint32_t address, uint32_t rank) {
+    uint32_t remote;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+    return remote;
+}
+
+static __device__ __forceinline__ void store_remote_16(uint32_t remote, uint4 v) {
+    asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(remote), "r"(v.x), "r"(v.y), "r"(v.z),
+                 "r"(v.w)
+                 : "memory");
+}
+
+/* Arrives once what was stored before can be seen there, by whoever waits with barrier_wait_remote. */
+static __device__ __forceinline__ void barrier_arrive_remote(uint32_t remote) {
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(remote) : "memory");
+}
+
+static __device__ __forceinline__ void barrier_wait_remote(uint32_t barrier, uint32_t parity) {
+    asm volatile("{\n\t"
+                 ".reg .pred done;\n\t"
+                 "wait:\n\t"
+                 "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n\t"
+                 "@!done bra wait;\n\t"
+                 "}" ::"r"(barrier),
+                 "r"(parity)
+                 : "memory");
+}
+
 /* As copy_box, into the same place of all thread blocks of `mask`, whose barriers at that place count the bytes. */
 static __device__ __forceinline__ void copy_box_to_all(uint32_t to, const void *map, int col, int row, uint32_t barrier,
                                                        uint16_t mask) {
@@ -115,9 +146,23 @@ static __device__ __forceinline__ void copy_box_to_all(uint32_t to, const void *
                  : "memory");
 }
 
+/* As copy_box, of bytes that are read once: they leave the second-level cache before others do. */
+static __device__ __forceinline__ void copy_box_once(uint32_t to, const void *map, int col, int row, uint32_t barrier) {
+    const uint64_t evict_first = 0x12f0000000000000ull;
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+                 "[%1, {%2, %3}], [%4], %5;" ::"r"(to),
+                 "l"(map), "r"(col), "r"(row), "r"(barrier), "l"(evict_first)
+                 : "memory");
+}
+
 /* What threads stored in shared memory is there for products to read. */
 static __device__ __forceinline__ void fence_for_products(void) {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+/* What threads of other thread blocks stored, and this one has seen the marks of, is there for bulk copies to read. */
+static __device__ __forceinline__ void fence_for_copies(void) {
+    asm volatile("fence.acq_rel.gpu;\n\tfence.proxy.async.global;" ::: "memory");
 }
 
 #endif

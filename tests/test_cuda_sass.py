@@ -26,9 +26,10 @@ HOT = {
     "mma": ["HMMA", "LDGSTS128"],
     "w8a8_decode": ["LDGSTS128", "LDS128"],
     "w8a8_mma": ["LDGSTS128", "LDS128"],
+    "w8a8_wgmma": ["UTMALDG", "LDS128"],
 }
 # What some kernels of a source have instead of others: integers by IMMA.
-INTEGERS, FLOATS = ["IMMA"], ["HMMA", "QMMA"]
+INTEGERS, FLOATS = ["IMMA", "IGMMA"], ["HMMA", "QMMA", "QGMMA"]
 
 
 def opcode(instruction):
@@ -73,7 +74,7 @@ def test_hot_kernels_have_the_instructions_meant(machine_code):
 
 def test_8_bit_kernels_multiply_what_they_are_for(machine_code):
     for (source, architecture, kernel), operations in machine_code.items():
-        if source in ("w8a8_decode", "w8a8_mma"):
+        if source.startswith("w8a8"):
             wanted = INTEGERS if "int8" in kernel else FLOATS
             assert any(operation in operations for operation in wanted), f"{kernel} for {architecture}"
 

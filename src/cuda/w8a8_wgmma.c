@@ -5,61 +5,120 @@
 #include "nonce.h"
 
 #include <limits.h>
+#include <math.h>
 #include <stdio.h>
 
-enum { MOST_K = 1 << 27 /* so that blocks of all split tiles are counted in 32 bits */ };
+enum {
+    MOST_K = 1 << 27, /* so that blocks of all split tiles are counted in 32 bits */
+    MOST_MEMBERS = 4,
+    LEAST_STAGES = 3,
+    NEIGHBOUR_BYTES = 16 * 1024 /* of shared memory for what quantizes x, where both fit a multiprocessor */
+};
 
 typedef struct variant {
     ql_cuda_kernel kernel;
     int code;
     bool grouped;
-    int subs, tokens, cluster;
+    int tokens;
+    bool pair, meets;
 } variant;
 
-#define VARIANT(name, source, code, grouped, subs, tokens, cluster)                                                    \
-    {QL_KERNEL_##name, code, grouped, subs, tokens, cluster},
+#define VARIANT(name, source, code, grouped, tokens, pair, meets, turned)                                              \
+    {QL_KERNEL_##name, code, grouped, tokens, pair, meets},
 static const variant variants[] = {QL_W8A8_WGMMA_VARIANTS(VARIANT)};
 #undef VARIANT
 enum { VARIANTS = sizeof(variants) / sizeof(variants[0]) };
 
 static bool is_grouped(const ql_w8a8_params *p) { return p->promoted || p->x_group_stride || p->w_group_stride; }
 
-static int64_t rows_of(const variant *v) { return (int64_t)QL_W8A8_ROWS(v->subs) * v->cluster; }
-
-/* Tiles of a product, and the clusters that share them. */
+/* A product as a variant runs it. */
 typedef struct cut {
+    const variant *variant;
     int64_t row_tiles, token_tiles, k_blocks;
-    int64_t clusters;
+    int64_t clusters; /* that share the tiles; as many as there are of them where a cluster's members meet */
+    int members;      /* thread blocks of a cluster */
+    int stages;
 } cut;
 
-static cut cut_of(const variant *v, const ql_cuda_device *device, const ql_w8a8_params *p) {
-    cut c = {.row_tiles = ql_ceil_div(p->n, rows_of(v)),
+static int64_t tiles_of(const cut *c) { return c->row_tiles * c->token_tiles; }
+
+static bool is_split(const cut *c) { return !c->variant->meets && tiles_of(c) % c->clusters != 0; }
+
+static int meeting_bytes(const cut *c) {
+    return c->variant->meets ? (c->members - 1) * QL_W8A8_MEETING_BYTES(c->variant->tokens) : 0;
+}
+
+/* Shared memory before the stages. */
+static int head_bytes(const variant *v) { return QL_W8A8_HEAD_BYTES(v->code, v->grouped, v->tokens); }
+
+/* What a cut takes, in ns: a model of an H200 that tells cuts from each other, without the time that all of them take. A
+ * thread block multiplies a token's 128 columns with 128 rows in 2.9 ns at the clock of a GPU at work, and is given 100
+ * bytes a ns from the second-level cache, of 7500 for all of them; the weight comes at 4200. A tile ends in outputs. Sums
+ * that cross thread blocks are dear, least between members. */
+static double cost(const cut *c, const ql_w8a8_params *p) {
+    const variant *v = c->variant;
+    const double tokens = v->tokens, tiles = (double)tiles_of(c), thread_blocks = (double)(c->clusters * c->members);
+    const double blocks = (double)c->k_blocks * (v->meets ? 1.0 / c->members : tiles / (double)c->clusters);
+    const double bytes = QL_W8A8_K * (QL_W8A8_ROWS + (v->pair ? tokens / 2 : tokens));
+    const double copy = bytes / fmin(100, 7500 / thread_blocks), multiply = tokens * (v->grouped ? 3.9 : 2.9);
+    const double main_loop = fmax(blocks * fmax(multiply, copy), (double)p->n * (double)p->k / 4200);
+    const double ends = ceil(tiles / (double)c->clusters) * (1000 + tokens * 6);
+    double exchange = v->pair ? 2500 : 0;
+    if (v->meets) exchange += 1200 + c->members * tokens * 4.5;
+    if (is_split(c)) exchange += 5000 + tokens * 12 * ceil((double)c->clusters / tiles);
+    return main_loop + ends + exchange;
+}
+
+typedef struct choice {
+    cut cut;
+    double cost;
+} choice;
+
+static void consider(choice *best, const variant *v, const ql_cuda_device *device, const ql_w8a8_params *p,
+                     int64_t clusters, int members) {
+    cut c = {.variant = v,
+             .row_tiles = ql_ceil_div(p->n, (int64_t)QL_W8A8_ROWS * (v->pair ? 2 : 1)),
              .token_tiles = ql_ceil_div(p->m, v->tokens),
              .k_blocks = ql_ceil_div(p->k, QL_W8A8_K),
-             .clusters = device->properties.multiprocessors / v->cluster};
-    const int64_t blocks = c.row_tiles * c.token_tiles * c.k_blocks;
-    if (blocks < c.clusters) c.clusters = blocks;
-    return c;
+             .clusters = clusters,
+             .members = members};
+    const int64_t tiles = tiles_of(&c);
+    if (v->meets) {
+        /* Clusters of more than two leave some multiprocessors idle, and what finds no room has to wait. */
+        const int idle = members > 2 ? device->properties.multiprocessors / 8 : 0;
+        if (members > c.k_blocks || tiles * members > device->properties.multiprocessors - idle) return;
+        c.clusters = tiles;
+    }
+    if (c.clusters > tiles * c.k_blocks) c.clusters = tiles * c.k_blocks;
+    const int room = device->properties.shared_bytes - (v->tokens <= 64 ? NEIGHBOUR_BYTES : 0);
+    c.stages = (room - head_bytes(v) - meeting_bytes(&c)) / QL_W8A8_STAGE_BYTES(v->tokens);
+    if (c.stages > QL_W8A8_MOST_STAGES) c.stages = QL_W8A8_MOST_STAGES;
+    if (c.stages < LEAST_STAGES || c.clusters < 1) return;
+    const double own = cost(&c, p);
+    if (best->cut.variant && own >= best->cost) return;
+    best->cut = c;
+    best->cost = own;
 }
 
-/* Lower is better. */
-static int64_t cost(const variant *v, const ql_cuda_device *device, const ql_w8a8_params *p) {
-    (void)device;
-    return ql_ceil_div(p->m, v->tokens) * (v->tokens + 64) * 8 - v->cluster - v->subs;
-}
-
-static const variant *choose(const ql_cuda_device *device, const ql_w8a8_params *p) {
-    const variant *best = NULL;
-    int64_t least = 0;
+/* Without a variant where no kernel is there for it. */
+static cut choose(const ql_cuda_device *device, const ql_w8a8_params *p) {
+    choice best = {.cut = {.variant = NULL}};
     for (int i = 0; i < VARIANTS; i++) {
         const variant *v = &variants[i];
         if (v->code != p->code || v->grouped != is_grouped(p) || !device->kernels[v->kernel]) continue;
-        const int64_t own = cost(v, device, p);
-        if (best && own >= least) continue;
-        best = v;
-        least = own;
+        if (v->meets) {
+            for (int members = 2; members <= MOST_MEMBERS; members++) consider(&best, v, device, p, 0, members);
+            continue;
+        }
+        /* All that there is room for, or fewer that have whole tiles. */
+        const int members = v->pair ? 2 : 1;
+        const int64_t most = device->properties.multiprocessors / members;
+        const int64_t tiles = ql_ceil_div(p->n, (int64_t)QL_W8A8_ROWS * members) * ql_ceil_div(p->m, v->tokens);
+        if (most < 1) continue;
+        consider(&best, v, device, p, most, members);
+        consider(&best, v, device, p, ql_ceil_div(tiles, ql_ceil_div(tiles, most)), members);
     }
-    return best;
+    return best.cut;
 }
 
 static bool are_scales_known(const ql_w8a8_params *p) {
@@ -68,24 +127,24 @@ static bool are_scales_known(const ql_w8a8_params *p) {
 }
 
 bool ql_cuda_w8a8_wgmma_takes(const ql_cuda_device *device, const ql_w8a8_params *p) {
-    if (p->m < 1 || p->n < 1 || p->k < 1 || p->k > MOST_K || p->n > INT_MAX - 1024 || p->m > INT_MAX - 1024)
-        return false;
-    if (p->k % 16 || p->row_stride % 16 || (uintptr_t)p->codes % 16 || (uintptr_t)p->x_codes % 16 || p->x_pitch % 16)
-        return false;
+    if (p->m < 1 || p->n < 1 || p->k < 1) return false;
+    if (p->k > MOST_K || p->n > INT_MAX - 1024 || p->m > INT_MAX - 1024) return false;
+    if (ql_ceil_div(p->n, QL_W8A8_ROWS) * ql_ceil_div(p->m, 32) > INT_MAX / 2) return false;
+    if (p->k % 16 || p->row_stride % 16 || (uintptr_t)p->codes % 16) return false;
+    if (p->x_pitch % 16 || (uintptr_t)p->x_codes % 16) return false;
     if (p->outliers && (p->code != QL_W8A8_INT8 || p->x_type == QL_VALUE_F32)) return false;
-    if (!are_scales_known(p)) return false;
-    return choose(device, p) != NULL && ql_ceil_div(p->n, 128) * ql_ceil_div(p->m, 32) <= INT_MAX / 2;
+    return are_scales_known(p) && choose(device, p).variant;
 }
 
 /* Sums of a range's first, broken tile, then a flag for each of its warps. */
-static int64_t partial_bytes(const variant *v, const cut *c) {
-    return c->clusters * rows_of(v) * v->tokens * (int64_t)sizeof(float);
+static int64_t partial_bytes(const cut *c) {
+    return c->clusters * c->members * QL_W8A8_ROWS * c->variant->tokens * (int64_t)sizeof(float);
 }
 
 int64_t ql_cuda_w8a8_wgmma_scratch(const ql_cuda_device *device, const ql_w8a8_params *p) {
-    const variant *v = choose(device, p);
-    const cut c = cut_of(v, device, p);
-    return partial_bytes(v, &c) + c.clusters * v->cluster * QL_W8A8_WARPS * (int64_t)sizeof(uint64_t);
+    const cut c = choose(device, p);
+    if (!is_split(&c)) return 0;
+    return partial_bytes(&c) + c.clusters * c.members * QL_W8A8_WARPS * (int64_t)sizeof(uint64_t);
 }
 
 /* A matrix of codes as boxes of 128 columns. */
@@ -97,47 +156,52 @@ static ql_cu_result map_codes(void *map, const ql_cuda_driver *driver, const uin
                                            0, QL_CU_TENSOR_SWIZZLE_128B, QL_CU_TENSOR_L2_128B, 0);
 }
 
+static ql_cu_result map_operands(ql_w8a8_wgmma_params *params, const ql_cuda_driver *driver, const variant *v) {
+    const ql_w8a8_params *p = &params->product;
+    const ql_cu_result result = map_codes(params->w_map, driver, p->codes, p->n, p->k, p->row_stride, QL_W8A8_ROWS);
+    if (result != QL_CU_SUCCESS) return result;
+    return map_codes(params->x_map, driver, p->x_codes, p->m, p->k, p->x_pitch, v->pair ? v->tokens / 2 : v->tokens);
+}
+
 int ql_cuda_w8a8_wgmma_launch(const ql_cuda_guard *guard, void *stream, const ql_w8a8_params *p, void *scratch,
                               char message[QL_CUDA_MESSAGE]) {
-    const variant *v = choose(guard->device, p);
-    const cut c = cut_of(v, guard->device, p);
-    const int64_t tiles = c.row_tiles * c.token_tiles;
+    const cut c = choose(guard->device, p);
+    const variant *v = c.variant;
+    const int64_t tiles = tiles_of(&c), left = tiles % c.clusters;
     /* What is left over whole waves is split together with one of them, so that no range is short. */
-    const int64_t left = tiles % c.clusters;
     const int64_t split = left == 0 ? 0 : tiles < c.clusters ? tiles : left + c.clusters;
-    const int head = QL_W8A8_HEAD_BYTES(v->code, v->grouped, v->subs, v->tokens);
-    const int stage = QL_W8A8_STAGE_BYTES(v->subs, v->tokens);
-    int stages = (guard->properties->shared_bytes - head) / stage;
-    if (stages > QL_W8A8_MOST_STAGES) stages = QL_W8A8_MOST_STAGES;
     ql_w8a8_wgmma_params params = {
         .product = *p,
-        .partials = scratch,
-        .flags = (uint64_t *)(void *)((char *)scratch + partial_bytes(v, &c)),
-        .nonce = ql_cuda_nonce(),
         .row_tiles = (int32_t)c.row_tiles,
         .token_tiles = (int32_t)c.token_tiles,
         .k_blocks = (int32_t)c.k_blocks,
         .split_tiles = (int32_t)split,
         .range = (int32_t)(split * c.k_blocks / c.clusters),
         .longer_ranges = (int32_t)(split * c.k_blocks % c.clusters),
-        .stages = stages,
+        .stages = c.stages,
+        .members = c.members,
     };
-    ql_cu_result result =
-        map_codes(params.w_map, guard->driver, p->codes, p->n, p->k, p->row_stride, QL_W8A8_ROWS(v->subs));
-    if (result == QL_CU_SUCCESS)
-        result = map_codes(params.x_map, guard->driver, p->x_codes, p->m, p->k, p->x_pitch, v->tokens / v->cluster);
+    if (is_split(&c)) {
+        params.partials = scratch;
+        params.flags = (uint64_t *)(void *)((char *)scratch + partial_bytes(&c));
+        params.nonce = ql_cuda_nonce();
+    }
+    const ql_cu_result result = map_operands(&params, guard->driver, v);
     if (result != QL_CU_SUCCESS) {
         snprintf(message, QL_CUDA_MESSAGE,
-                 "%s: operands of %lld and %lld by %lld could not be described to the GPU: %s.",
+                 "%s: %lld and %lld rows of %lld codes could not be described to the GPU: %s.",
                  ql_cuda_kernel_name(v->kernel), (long long)p->n, (long long)p->m, (long long)p->k,
                  ql_cuda_error(guard->driver, result));
         return -1;
     }
-    const ql_cuda_grid grid = {.x = c.clusters * v->cluster,
-                               .y = 1,
-                               .threads = QL_W8A8_THREADS,
-                               .shared_bytes = head + stages * stage,
-                               .cluster = v->cluster,
-                               .overlaps = true};
+    const ql_cuda_grid grid = {
+        .x = c.clusters * c.members,
+        .y = 1,
+        .threads = QL_W8A8_THREADS,
+        .shared_bytes = head_bytes(v) + c.stages * QL_W8A8_STAGE_BYTES(v->tokens) + meeting_bytes(&c),
+        .cluster = c.members,
+        .overlaps = true,
+        .inner = true,
+    };
     return ql_cuda_launch(guard, v->kernel, stream, &grid, &params, message);
 }

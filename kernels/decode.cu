@@ -1,73 +1,30 @@
 /* Products of 1 to 16 tokens with a packed weight: mma.m16n8k16 with 16 rows of the weight as the large operand and 8 or 16
  * tokens as the small one. The weight is read once, straight into the registers that multiply it; time is the reading.
  *
- * A thread block is some teams of warps (decode.h). A team takes every so many-th strip of 16 rows; its warps split K and
- * meet once a strip, where their sums are added in shared memory, in order, so that the same call gives the same bits. x
- * lies in shared memory, whole, or split over the blocks of a cluster, which then add their sums once at the end. While a
- * warp multiplies a batch the next one is on its way: each tile is loaded again, from the next batch or strip, as soon as
- * its registers are free.
+ * A thread block is some teams of warps (decode.h). A team takes every so many-th strip of 16 rows; its warps split K, and
+ * leave their sums of each strip in shared memory. Warps run free of each other until there is no more room for sums; then
+ * these are added, in order, so that the same call gives the same bits. x lies in shared memory, whole, or split over the
+ * blocks of a cluster, which then add their sums once at the end. While a warp multiplies a batch the next one is on its
+ * way: each tile is loaded again, from the next batch or strip, as soon as its registers are free.
  *
- * Codes are multiplied as they are (code_raw.cuh); what they lack is made up in fp32 at the end of each group:
- * sum W x = scale * (sum raw x - zero * sum x). The sums of x come from mma as well, with ones as the large operand, once
- * a launch. The weight does not depend on the kernel before, so its loads go out before that one is waited for.
+ * Codes are multiplied as they are (code_raw.cuh); what they lack is made up in fp32 at the end of each group (entries.cuh),
+ * for which sums of x come from mma as well, with ones as the large operand: beside the products of every batch, as the
+ * tensor cores have time for that and a stage before the first product would be waited for, or for 16 tokens, of which
+ * there are twice as many products, ahead of the first strip. Up to four tokens leave half the columns of mma free: there
+ * two groups have their sums side by side, and what is done at the end of a group is done for both at once.
+ *
+ * The weight does not depend on the kernel before, so its loads go out before that one is waited for.
  *
  * Grid: as many blocks as are resident, blockDim.x = 32 * teams * team_warps, at most QL_DECODE_THREADS. */
-#include "code_raw.cuh"
-#include "decode.h"
+#include "entries.cuh"
+#include "pairs.cuh"
 #include "ptx.cuh"
 #include "value.cuh"
 #include "variants.h"
 
-/* What a warp is, and its part of a strip. */
-typedef struct ql_decode_warp {
-    int lane, team, warp; /* warp: of the team */
-    int first, count;     /* batches */
-} ql_decode_warp;
-
-/* What a lane holds of scale and zero until the warp gets to them: an entry of each pair of groups. */
-typedef struct ql_raw_entry {
-    uint32_t scale[4], zero[4]; /* of nested absmax: its byte, and the second level's as a float */
-} ql_raw_entry;
-
 extern __shared__ __align__(1024) uint8_t shared[];
 
-/* ---- barriers in shared memory: phases with a number of arrivals each ---- */
-
-static __device__ __forceinline__ void init_barrier(uint32_t barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-
-static __device__ __forceinline__ void arrive(uint32_t barrier) {
-    asm volatile("{\n\t.reg .b64 state;\n\tmbarrier.arrive.shared.b64 state, [%0];\n\t}" ::"r"(barrier) : "memory");
-}
-
-/* Until the phase of this parity is complete. */
-static __device__ __forceinline__ void wait_barrier(uint32_t barrier, uint32_t parity) {
-    uint32_t done;
-    do
-        asm volatile(
-            "{\n\t.reg .pred p;\n\tmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n\tselp.u32 %0, 1, 0, p;\n\t}"
-            : "=r"(done)
-            : "r"(barrier), "r"(parity)
-            : "memory");
-    while (!done);
-}
-
-static __device__ __forceinline__ int cluster_rank(void) {
-    uint32_t rank = 0;
-#if __CUDA_ARCH__ >= 900
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-#endif
-    return (int)rank;
-}
-
-static __device__ __forceinline__ int cluster_number(void) {
-    uint32_t number = 0;
-#if __CUDA_ARCH__ >= 900
-    asm("mov.u32 %0, %%clusterid.x;" : "=r"(number));
-#endif
-    return (int)number;
-}
+/* ---- clusters ---- */
 
 /* That this block has started, nothing else. */
 static __device__ __forceinline__ void arrive_cluster_started(void) {
@@ -98,6 +55,8 @@ static __device__ __forceinline__ void store_remote(uint32_t at, int rank, float
 #endif
 }
 
+/* ---- weights ---- */
+
 /* A tile of the batch; at: the batch's first tile, for this lane's 16 bytes. */
 static __device__ __forceinline__ void load_tile(ql_batch_codes *codes, int code, const uint8_t *at, int tile,
                                                  int lane) {
@@ -105,252 +64,131 @@ static __device__ __forceinline__ void load_tile(ql_batch_codes *codes, int code
     if (code == QL_CODE_INT3) codes->high[tile] = load_stream_8(at + tile * QL_TILE_BYTES(code) + 512 - 8 * lane);
 }
 
-/* ---- scales and zeros ----
- * A batch's entries are loaded a batch ahead, a lane an entry of each pair of groups, or a strip ahead and 16 lanes a row
- * each where all of K is one group. At the batch's start the warp makes fp32 of them in shared memory: {scale, zero}, or
- * with a table absmax, as multiply() wants them. */
-
-/* One entry: `place` among the scales, of a row and group. */
-static __device__ __forceinline__ void load_raw(const ql_decode_params *p, int code, uint32_t *scale, uint32_t *zero,
-                                                int place, int row, int group) {
-    const ql_packed_params *w = &p->product;
-    const uint8_t *at = (const uint8_t *)w->scales + (int64_t)place * p->scale_size;
-    if (p->scale_size == 2 && code != QL_CODE_TABLE4) *scale = __ldg((const uint16_t *)at);
-    if (p->scale_size == 4) *scale = __ldg((const uint32_t *)at);
-    if (code == QL_CODE_TABLE4) {
-        if (p->scale_size == 1) {
-            *scale = __ldg(at);
-            /* Rows beyond n have no absmax of the second level. */
-            if (row < (int)w->n && group < (int)w->groups)
-                *zero = __float_as_uint(__ldg(w->nested_absmax + ((row * (int)w->groups + group) >> p->nested_shift)));
-        }
-    } else if (p->bare_zero < 0) {
-        *zero = __ldg(w->zeros + (code == QL_CODE_INT8 ? place : place >> 1));
-    }
-}
-
-/* The entries of batch `batch` of a strip; of groups that K has not, zeros. */
-static __device__ __forceinline__ void load_entries(const ql_decode_params *p, int code, int groups, ql_raw_entry *raw,
-                                                    int lane, int strip, int batch) {
-    if (groups == QL_DECODE_CHANNEL) {
-        int row = strip * 16 + lane % 16;
-        load_raw(p, code, &raw->scale[0], &raw->zero[0], row, row, 0);
-        return;
-    }
-    int first = groups == 1 ? batch >> p->group_shift >> 1 : batch * (groups / 2);
-#pragma unroll
-    for (int i = 0; i < (groups + 1) / 2; i++) {
-        if (i && first + i >= p->pairs) {
-            raw->scale[i] = 0;
-            continue;
-        }
-        load_raw(p, code, &raw->scale[i], &raw->zero[i], (strip * p->pairs + first + i) * 32 + lane,
-                 strip * 16 + (lane & 1) * 8 + lane / 4, (first + i) * 2 + (lane >> 1 & 1));
-    }
-}
-
-/* Without branches: types other than the scales' cost a shift and a choice. */
-static __device__ __forceinline__ float value_of_bits(uint32_t bits, int type) {
-    float wide = __uint_as_float(bits << (type == QL_VALUE_F32 ? 0 : 16)),
-          half = __half2float(__ushort_as_half((uint16_t)bits));
-    return type == QL_VALUE_F16 ? half : wide;
-}
-
-/* place: of the entry in a pair; its lowest bit says which of a lane's two rows it is. */
-static __device__ __forceinline__ void store_entry(const ql_decode_params *p, int code, int type, int entries,
-                                                   int place, uint32_t scale, uint32_t zero) {
-    const ql_packed_params *w = &p->product;
-    const float unit = QL_RAW_UNIT(code, type, 1), one = 1.0f / QL_RAW_ONE(code, type);
-    if (code == QL_CODE_TABLE4) {
-        float absmax = __uint_as_float(scale);
-        if (w->nested_table)
-            absmax = __fadd_rn(__fmul_rn(((const float *)(shared + p->nested_at))[scale], __uint_as_float(zero)),
-                               w->nested_offset);
-        *(float *)(shared + entries + place * 4) = absmax;
-    } else {
-        uint32_t bits = code == QL_CODE_INT8 ? zero : zero >> place % 2 * 4 & 15;
-        float z = __uint_as_float(bits | 0x4b000000u) - (0x1p23f - QL_RAW_OFFSET(code, type));
-        *(float2 *)(shared + entries + place * 8) = make_float2(
-            value_of_bits(scale, w->scales_type) * (place % 2 ? one / unit : one), z * (place % 2 ? unit : 1.0f));
-    }
-}
-
-static __device__ __forceinline__ void store_entries(const ql_decode_params *p, int code, int type, int groups,
-                                                     const ql_raw_entry *raw, int entries, int lane) {
-    __syncwarp();
-    if (groups == QL_DECODE_CHANNEL) {
-        if (lane < 16) {
-            /* Its zero, of which two share a byte, is not where a pair of groups has it. */
-            uint32_t zero =
-                code == QL_CODE_INT8 || code == QL_CODE_TABLE4 ? raw->zero[0] : raw->zero[0] >> lane % 2 * 4 & 15;
-            store_entry(p, code, type, entries, lane % 8 * 4 + lane / 8, raw->scale[0],
-                        code == QL_CODE_INT8 || code == QL_CODE_TABLE4 ? zero : zero * 17);
-        }
-    } else {
-#pragma unroll
-        for (int i = 0; i < (groups + 1) / 2; i++)
-            store_entry(p, code, type, entries, i * 32 + lane, raw->scale[i], raw->zero[i]);
-    }
-    __syncwarp();
-}
-
 /* ---- x ---- */
 
-/* Copies the columns of x that the warp multiplies, `columns` from `first` on, into shared memory at `to`, those beyond k
- * as zeros; where the teams share x, each takes some of the rows. */
-static __device__ __forceinline__ void load_x(const ql_decode_params *p, const ql_decode_warp *me, int first,
-                                              int columns, uint32_t to) {
-    const ql_packed_params *w = &p->product;
-    int k = (int)w->k, m = (int)w->m, team = p->x_team_bytes ? 0 : me->team, teams = p->x_team_bytes ? 1 : p->teams;
-    if (p->x_aligned) {
+/* Columns of rows of x into shared memory, zeros beyond k, and a row of zeros where slots are left empty: of `columns` from
+ * `first` on, the piece of 256 that is `piece`, and every `pieces`-th after it; of the rows every `rows`-th from `row` on.
+ * to: the place of column `first`. */
+static __device__ __forceinline__ void copy_x(const ql_decode_params *p, int slots, int first, int columns, uint32_t to,
+                                              int piece, int pieces, int row, int rows, int lane) {
 #pragma unroll 1
-        for (int column = me->lane * 8; column < columns; column += 256) {
-            int bytes = min(max((k - first - column) * 2, 0), 16);
-            const uint16_t *from = (const uint16_t *)w->x + (bytes ? first + column : 0) + team * w->x_stride;
-            uint32_t at = to + (uint32_t)(column * 2 + team * p->x_pitch);
-#pragma unroll 1
-            for (int row = team; row < m; row += teams) {
-                cp_async_16(at, from, bytes);
-                from += teams * w->x_stride;
-                at += (uint32_t)(teams * p->x_pitch);
-            }
-        }
-        return;
-    }
-#pragma unroll 1
-    for (int column = me->lane; column < columns; column += 32) {
-        bool inside = first + column < k;
-        int from = inside && w->order ? w->order[first + column] : first + column;
-#pragma unroll 1
-        for (int row = team; row < m; row += teams) {
-            uint16_t value = inside ? ((const uint16_t *)w->x)[row * w->x_stride + from] : (uint16_t)0;
-            asm volatile("st.shared.u16 [%0], %1;" ::"r"(to + (uint32_t)(row * p->x_pitch + column * 2)), "h"(value)
+    for (int column = piece * 256 + lane * 8; column < columns; column += pieces * 256) {
+        const int bytes = min(max((p->k - first - column) * 2, 0), 16);
+        const uint16_t *from = (const uint16_t *)p->x + (bytes ? first + column : 0) + row * p->x_stride;
+        uint32_t at = to + (uint32_t)(column * 2);
+        if (slots == 2)
+            asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(at + (uint32_t)(p->m * p->x_pitch)), "r"(0)
                          : "memory");
+        at += (uint32_t)(row * p->x_pitch);
+#pragma unroll 1
+        for (int i = row; i < p->m; i += rows, from += rows * p->x_stride, at += (uint32_t)(rows * p->x_pitch))
+            cp_async_16(at, from, bytes);
+    }
+}
+
+/* Of the same warps of all teams, which share columns of x. */
+static __device__ __forceinline__ void wait_for_teams(int teams, int member) {
+    if (teams == 1)
+        __syncwarp();
+    else
+        asm volatile("bar.sync %0, %1;" ::"r"(member + 1), "r"(teams * 32) : "memory");
+}
+
+/* Columns of another order, or of rows that pieces of 16 bytes do not meet: a thread takes eight neighbours of every row,
+ * out of x as it lies in shared memory at stage_at, or where there is no room for that out of global memory. The order
+ * belongs to the weight: its first part is loaded before the wait. */
+static __device__ __forceinline__ void gather_x(const ql_decode_params *p, int first, int columns) {
+    const int32_t *order = p->product.order;
+    const int inside = min(columns, p->k - first);
+    const bool staged = p->stage_at >= 0;
+    bool waited = false;
+#pragma unroll 1
+    for (int column = (int)threadIdx.x * 8; column < columns || !waited; column += (int)blockDim.x * 8) {
+        int from[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const int here = first + max(min(column + i, inside - 1), 0);
+            from[i] = order ? __ldg(order + here) : here;
+        }
+        if (!waited) {
+            wait_for_previous_kernel();
+            if (staged) {
+                copy_x(p, 1, 0, p->k, shared_address(shared) + (uint32_t)p->stage_at, (int)threadIdx.x / 32,
+                       (int)blockDim.x / 32, 0, 1, (int)threadIdx.x % 32);
+                cp_async_commit();
+                cp_async_wait(0);
+                __syncthreads();
+            }
+            waited = true;
+        }
+        if (column >= columns) continue;
+        const uint16_t *x = staged ? (const uint16_t *)(shared + p->stage_at) : (const uint16_t *)p->x;
+        uint8_t *to = shared + p->x_at + column * 2;
+#pragma unroll 1
+        for (int row = 0; row < p->m; row++) {
+            __align__(16) uint16_t values[8];
+#pragma unroll
+            for (int i = 0; i < 8; i++) values[i] = column + i < inside ? x[from[i]] : (uint16_t)0;
+            *(uint4 *)to = *(const uint4 *)values;
+            x += staged ? p->x_pitch / 2 : p->x_stride;
+            to += p->x_pitch;
         }
     }
 }
 
-/* ---- the table of pairs ---- */
-
-/* What a thread makes of it, at least: values of two pieces of 32 bytes, and one of the nested table. */
-typedef struct ql_table_part {
-    float low[2], high[2], nested;
-} ql_table_part;
-
-static __device__ __forceinline__ void load_piece(float *low, float *high, const float *table, int piece) {
-    *low = __ldg(table + piece / 4 % 16);
-    *high = __ldg(table + piece / 64 % 16);
-}
-
-static __device__ __forceinline__ ql_table_part load_table(const ql_packed_params *w) {
-    ql_table_part part = {{0}, {0}, 0};
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-        load_piece(&part.low[i], &part.high[i], w->table, (int)threadIdx.x + i * (int)blockDim.x);
-    if (w->nested_table) part.nested = __ldg(w->nested_table + threadIdx.x % 256);
-    return part;
-}
-
-/* Entry `byte` is the values of its two nibbles, 256 bytes apart, a copy a lane; four threads make one. */
-static __device__ __forceinline__ void store_piece(int piece, float low, float high, int type) {
-    uint32_t pair = round16_pair(low, high, type);
-    uint4 *to = (uint4 *)(shared + piece / 4 * 256 + piece % 4 * 32);
-    if (piece < 1024) to[0] = to[1] = make_uint4(pair, pair, pair, pair);
-}
-
-static __device__ __forceinline__ void store_table(const ql_decode_params *p, const ql_table_part *part, int type) {
-    const ql_packed_params *w = &p->product;
-    int piece = (int)threadIdx.x, threads = (int)blockDim.x;
-    float *nested = (float *)(shared + p->nested_at);
-    store_piece(piece, part->low[0], part->high[0], type);
-    store_piece(piece + threads, part->low[1], part->high[1], type);
+/* A row of zeros, where slots are left empty. */
+static __device__ __forceinline__ void clear_row(const ql_decode_params *p) {
 #pragma unroll 1
-    for (piece += 2 * threads; piece < 1024; piece += threads) {
-        float low, high;
-        load_piece(&low, &high, w->table, piece);
-        store_piece(piece, low, high, type);
+    for (int i = (int)threadIdx.x * 16; i < p->x_pitch; i += (int)blockDim.x * 16)
+        *(uint4 *)(shared + p->x_at + p->m * p->x_pitch + i) = make_uint4(0, 0, 0, 0);
+}
+
+/* Where a lane reads x, whose first column for the warp lies at `at`: a row of the matrices that ldmatrix loads. other: what
+ * to add to it where the second slot's group is multiplied. A slot's columns are zeros while the other's group is. */
+typedef struct ql_decode_x {
+    uint32_t row, other;
+} ql_decode_x;
+
+static __device__ __forceinline__ ql_decode_x place_x(const ql_decode_params *p, int tokens, int slots, uint32_t at,
+                                                      int lane) {
+    ql_decode_x x = {0, 0};
+    if (tokens == 16) {
+        /* Lanes 0-7 give the rows of a matrix, and so on: two of 8 columns each for tokens 0-7 and two for 8-15. */
+        x.row = at + (uint32_t)(min(lane % 8 + lane / 16 * 8, p->m - 1) * p->x_pitch + lane / 8 % 2 * 16);
+        return x;
     }
-    if (!w->nested_table) return;
-    if (threadIdx.x < 256) nested[threadIdx.x] = part->nested;
-#pragma unroll 1
-    for (int i = (int)threadIdx.x + threads; i < 256; i += threads) nested[i] = w->nested_table[i];
+    /* Four of 8 columns each. Rows beyond m are doubles of the last. */
+    const int here = lane % 8, token = min(slots == 2 ? here % 4 : here, p->m - 1);
+    const int live = token * p->x_pitch, zero = p->m * p->x_pitch;
+    const bool second = slots == 2 && here >= 4;
+    x.row = at + (uint32_t)((second ? zero : live) + lane / 8 * 16);
+    x.other = (uint32_t)(second ? live - zero : zero - live);
+    return x;
 }
 
 /* ---- the product ---- */
 
-/* What a group starts from: sum = -zero * sum of x. With 8 tokens a team's first strip does not know the sums of x yet. entry: of the
- * lane's two rows; sums: where the lane's tokens' sums of x lie. */
-static __device__ __forceinline__ void begin_group(float *sum, float *sum_x, int code, int tokens, int entry, int sums,
-                                                   bool first) {
-#pragma unroll
-    for (int i = 0; i < 8; i++) sum[i] = sum_x[i] = 0.0f;
-    if (code == QL_CODE_TABLE4 || first) return;
-    float zero = *(const float *)(shared + entry + 4), zero_8 = *(const float *)(shared + entry + 12);
-#pragma unroll
-    for (int i = 0; i < tokens / 2; i += 4) {
-        float2 x = *(const float2 *)(shared + sums + i * 8);
-        sum[i] = -zero * x.x;
-        sum[i + 1] = -zero * x.y;
-        sum[i + 2] = -zero_8 * x.x;
-        sum[i + 3] = -zero_8 * x.y;
-    }
+/* threadIdx.x, read anew: what is made of it at the end of a strip would else be held in registers all along, of which
+ * there are too few where 16 tokens or 8 groups want many. */
+static __device__ __forceinline__ int thread_anew(void) {
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
 }
 
-/* out += scale * sum. The first strip takes the sums of x in here and leaves them for the others. */
-static __device__ __forceinline__ void end_group(float *out, float *sum, const float *sum_x, int code, int tokens,
-                                                 int entry, int sums, int lane, bool first) {
-    float scale = *(const float *)(shared + entry),
-          scale_8 = *(const float *)(shared + entry + (code == QL_CODE_TABLE4 ? 4 : 8));
-    if (code != QL_CODE_TABLE4 && first) {
-        float zero = *(const float *)(shared + entry + 4), zero_8 = *(const float *)(shared + entry + 12);
-#pragma unroll
-        for (int i = 0; i < 4; i++) sum[i] = fmaf(-(i & 2 ? zero_8 : zero), sum_x[i & 1], sum[i]);
-        if (lane < 4) *(float2 *)(shared + sums) = make_float2(sum_x[0], sum_x[1]);
-    }
-#pragma unroll
-    for (int i = 0; i < tokens / 2; i++) out[i] = fmaf(i & 2 ? scale_8 : scale, sum[i], out[i]);
-}
+#define ONES(type) ((type) == QL_VALUE_F16 ? 0x3c003c00u : 0x3f803f80u)
 
-/* Sums of x over the parts of groups in a warp's batches, ahead of the first strip: for 16 tokens there are no registers to
- * take them in along with it. */
-static __device__ __forceinline__ void sum_x_16(int code, int type, int groups, int count, int lane, uint32_t x,
-                                                int sums) {
-    const int parts = groups ? groups : 1, blocks = QL_DECODE_BATCH_K(code) / QL_DECODE_BLOCK / parts;
-    const uint32_t ones[4] = {QL_RAW_ONES(type), QL_RAW_ONES(type), QL_RAW_ONES(type), QL_RAW_ONES(type)};
-    float sum[8] = {0};
-#pragma unroll 1
-    for (int i = count * parts * blocks; i > 0; i--, x += QL_DECODE_BLOCK * 2) {
-#pragma unroll
-        for (int step = 0; step < 4; step++) {
-            uint32_t b[2][2];
-            load_matrices(b[0], b[1], x + (uint32_t)(step * 32));
-            multiply_16816(sum, ones, b[0], type);
-            multiply_16816(sum + 4, ones, b[1], type);
-        }
-        if (groups ? (i - 1) % blocks : i > 1) continue;
-        if (lane < 4) {
-            *(float2 *)(shared + sums) = make_float2(sum[0], sum[1]);
-            *(float2 *)(shared + sums + 32) = make_float2(sum[4], sum[5]);
-        }
-#pragma unroll
-        for (int j = 0; j < 8; j++) sum[j] = 0.0f;
-        sums += 64;
-    }
-    __syncwarp();
-}
-
-/* The four steps of a block. x: the lane's row at the block. The first strip sums x as well, with ones for the weight. */
+/* The four steps of a block: sum += W x and, but for 16 tokens and tables, sum_x += 1 x. */
 static __device__ __forceinline__ void multiply_block(float *sum, float *sum_x, const ql_batch_codes *codes, int code,
-                                                      int type, int tokens, int block, uint32_t x, uint32_t low,
-                                                      bool first) {
-    const uint32_t ones[4] = {QL_RAW_ONES(type), QL_RAW_ONES(type), QL_RAW_ONES(type), QL_RAW_ONES(type)};
+                                                      int type, int tokens, int block, uint32_t x, uint32_t low) {
+    const uint32_t ones[4] = {ONES(type), ONES(type), ONES(type), ONES(type)};
 #pragma unroll
     for (int step = 0; step < 4; step += 2) {
         uint32_t a[4], b[2][2];
         load_matrices(b[0], b[1], x + (uint32_t)(step * 32));
         raw_fragment(a, codes, code, type, block, step, shared, low);
         multiply_16816(sum, a, b[0], type);
-        if (code != QL_CODE_TABLE4 && first) {
+        if (tokens != 16 && code != QL_CODE_TABLE4) {
             multiply_16816(sum_x, ones, b[0], type);
             multiply_16816(sum_x, ones, b[1], type);
         }
@@ -364,206 +202,277 @@ static __device__ __forceinline__ void multiply_block(float *sum, float *sum_x, 
     }
 }
 
-static __device__ __forceinline__ void write_output(const ql_packed_params *w, int type, int token, int64_t row,
-                                                    float sum) {
-    if (row >= w->n) return;
-    float bias = w->bias ? load_value(w->bias, w->bias_type, row * w->bias_stride) : 0.0f;
-    store_value(w->out, type, token * w->n + row, sum + bias);
+/* Sums of 16 tokens' x over the parts of groups in a warp's batches. */
+static __device__ __forceinline__ void sum_x_16(int code, int type, int groups, int count, int lane, uint32_t x,
+                                                int sums) {
+    const int parts = groups ? groups : 1, blocks = QL_DECODE_BATCH_K(code) / QL_DECODE_BLOCK / parts;
+    const uint32_t ones[4] = {ONES(type), ONES(type), ONES(type), ONES(type)};
+    float sum[8] = {0};
+#pragma unroll 1
+    for (int i = count * parts * blocks; i > 0; i--, x += QL_DECODE_BLOCK * 2) {
+#pragma unroll
+        for (int step = 0; step < 4; step++) {
+            uint32_t b[2][2];
+            load_matrices(b[0], b[1], x + (uint32_t)(step * 32));
+            multiply_16816(sum, ones, b[0], type);
+            multiply_16816(sum + 4, ones, b[1], type);
+        }
+        if (groups ? (i - 1) % blocks : i > 1) continue;
+        if (lane < 4) {
+            *(float2 *)(shared + sums + lane * 8) = make_float2(sum[0], sum[1]);
+            *(float2 *)(shared + sums + lane * 8 + 32) = make_float2(sum[4], sum[5]);
+        }
+#pragma unroll
+        for (int j = 0; j < 8; j++) sum[j] = 0.0f;
+        sums += 64;
+    }
+    __syncwarp();
+}
+
+/* sum -= zero * sum of x. sums: where the lane's tokens' sums of x lie, for 16 tokens. */
+static __device__ __forceinline__ void take_zeros(float *sum, const float *sum_x, const float *zero, int code,
+                                                  int tokens, int sums) {
+    if (code == QL_CODE_TABLE4) return;
+#pragma unroll
+    for (int i = 0; i < (tokens == 16 ? 8 : 4); i += 4) {
+        float2 x = make_float2(sum_x[0], sum_x[1]);
+        if (tokens == 16) x = *(const float2 *)(shared + sums + i * 8);
+#pragma unroll
+        for (int j = 0; j < 4; j++) sum[i + j] = fmaf(-zero[j / 2], j % 2 ? x.y : x.x, sum[i + j]);
+    }
+}
+
+/* Zeros of rows g and g + 8 of a strip where all of K is one group. */
+static __device__ __forceinline__ void load_row_zeros(float zero[2], const ql_decode_params *p, int code, int type,
+                                                      int row) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const int place = min(row + 8 * h, (int)p->product.n - 1);
+        uint32_t byte = (uint32_t)p->bare_zero;
+        if (p->bare_zero < 0)
+            byte = __ldg(p->zeros + (code == QL_CODE_INT8 ? place : place >> 1)) >>
+                   (code == QL_CODE_INT8 ? 0 : place % 2 * 4);
+        zero[h] = zero_of_byte(code == QL_CODE_INT8 ? byte : byte & 15, code, type) * QL_RAW_UNIT(code, type, h);
+    }
 }
 
 /* Where block `rank`'s sums of the strip of a round lie with the block that owns the strip. */
 static __device__ __forceinline__ int exchange_at(const ql_decode_params *p, int team, int round, int rank) {
-    return p->exchange_at + ((round / p->cluster * p->teams + team) * p->cluster + rank) * (int)p->product.m * 64;
+    return p->exchange_at + (((round >> p->cluster_shift) * p->teams + team << p->cluster_shift) + rank) * p->m * 64;
 }
 
-/* Gives the warp's sums of the team's round-th strip to the warps whose turn it is, which add them and write the outputs or
- * give them to the block that owns the strip. There are two buffers: while one strip is added up the next one comes in. */
-static __device__ __forceinline__ void finish_strip(const ql_decode_params *p, int type, int tokens,
-                                                    const ql_decode_warp *me, const float *out, int strip, int round,
-                                                    int turn) {
+static __device__ __forceinline__ float load_bias(const ql_packed_params *w, int row) {
+    return w->bias ? load_value(w->bias, w->bias_type, row * w->bias_stride) : 0.0f;
+}
+
+/* Adds the warps' sums of `rounds` rounds from `round` on, which lie at `partials` once all warps are here. They become
+ * outputs, or go to the block that owns the strip. */
+static __device__ __forceinline__ void finish_rounds(const ql_decode_params *p, int code, int type, int groups,
+                                                     int slots, int block, int rank, int round, int rounds,
+                                                     int partials) {
     const ql_packed_params *w = &p->product;
-    const int rows = tokens / 2; /* of a warp's partials: two tokens each */
-    int lane = me->lane, m = (int)w->m, team = (round % 2 * p->teams + me->team) * p->team_warps;
-    uint32_t full = shared_address(shared) + (uint32_t)(p->barriers_at + (me->team * 2 + round % 2) * 16),
-             parity = round / 2 % 2;
-    uint8_t *mine = shared + p->partials_at + (team + me->warp) * rows * p->partial_pitch;
-    if (round > 1) wait_barrier(full + 8, parity ^ 1);
-#pragma unroll
-    for (int i = 0; i < tokens / 2; i++) {
-        int pair = i / 4 * 4 + lane % 4, row = (lane / 4 + (i & 2) * 4) ^ (lane & 1) * 8;
-        if (2 * pair < m) *(float *)(mine + pair * p->partial_pitch + (i & 1) * 64 + row * 4) = out[i];
-    }
-    __syncwarp();
-    if (lane == 0) arrive(full);
-    int place = me->warp - turn;
-    if (place < 0) place += p->team_warps;
-    if (place >= p->adders) return;
-    wait_barrier(full, parity);
+    const int items = rounds * p->teams * p->m * 16, parts = p->team_warps * slots;
+    const float one = 1.0f / QL_RAW_ONE(code, type), one_8 = one / QL_RAW_UNIT(code, type, 1);
+    bool first = true;
 #pragma unroll 1
-    for (int token = place * 2 + lane / 16; token < m; token += p->adders * 2) {
-        const uint8_t *from = shared + p->partials_at + (team * rows + token / 2) * p->partial_pitch + token % 2 * 64 +
-                              (lane % 16 ^ (token / 2 & 1) * 8) * 4;
+    for (int item = (int)threadIdx.x; item < (items + 31 & ~31); item += (int)blockDim.x) {
+        const int row = item & 15, line = item >> 4;
+        const int place = line * p->token_part >> 16, token = line - place * p->m, pitch = p->m * 64;
+        const int strip = block + (place + round * p->teams) * p->blocks, out = strip * 16 + row;
+        const bool inside = item < items && out < (int)w->n;
+        /* What is far is asked for before the others are waited for. */
+        const float scale = groups || !inside ? 1.0f : load_value(p->scales, w->scales_type, out);
+        const float bias = p->cluster_shift || !inside ? 0.0f : load_bias(w, out);
+        if (first) __syncthreads();
+        first = false;
+        if (!inside) continue;
+        const uint8_t *from = shared + partials + place * parts * pitch + token * 64 + row * 4;
         float sum = 0.0f;
-#pragma unroll 4
-        for (int i = 0; i < p->team_warps; i++) sum += *(const float *)(from + i * rows * p->partial_pitch);
-        if (p->cluster == 1)
-            write_output(w, type, token, (int64_t)strip * 16 + lane % 16, sum);
-        else
+#pragma unroll 8
+        for (int i = 0; i < parts; i++, from += pitch) sum += *(const float *)from;
+        sum *= scale * (row < 8 ? one : one_8);
+        if (!p->cluster_shift) {
+            store_value(w->out, type, token * w->n + out, sum + bias);
+        } else {
+            const int turn = round + place / p->teams;
             store_remote(shared_address(shared) +
-                             (uint32_t)(exchange_at(p, me->team, round, cluster_rank()) + (token * 16 + lane % 16) * 4),
-                         round % p->cluster, sum);
+                             (uint32_t)(exchange_at(p, place % p->teams, turn, rank) + (token * 16 + row) * 4),
+                         turn & (1 << p->cluster_shift) - 1, sum);
+        }
     }
-    __syncwarp();
-    if (lane == 0) arrive(full + 8);
+    if (first) __syncthreads();
 }
 
 /* Adds the sums of a cluster's blocks, in order, for the strips that this block owns. */
-static __device__ __forceinline__ void finish_cluster(const ql_decode_params *p, int type) {
+static __device__ __forceinline__ void finish_cluster(const ql_decode_params *p, int type, int block, int rank) {
     const ql_packed_params *w = &p->product;
-    int team = (int)threadIdx.x / 32 * p->warp_team >> 16, threads = p->team_warps * 32, m = (int)w->m;
+    const int cluster = 1 << p->cluster_shift, turns = p->rounds - rank + cluster - 1 >> p->cluster_shift;
     arrive_cluster();
     wait_cluster();
-    int strip = cluster_number() + team * p->blocks + cluster_rank() * p->hop;
 #pragma unroll 1
-    for (int round = cluster_rank(); strip < p->strips; round += p->cluster, strip += p->cluster * p->hop)
+    for (int item = (int)threadIdx.x; item < turns * p->teams * p->m * 16; item += (int)blockDim.x) {
+        const int row = item & 15, line = item >> 4, place = line * p->token_part >> 16, token = line - place * p->m;
+        const int team = place % p->teams, round = (place / p->teams << p->cluster_shift) + rank;
+        const int out = (block + (team + round * p->teams) * p->blocks) * 16 + row;
+        if (out >= (int)w->n) continue;
+        const uint8_t *from = shared + exchange_at(p, team, round, 0) + (token * 16 + row) * 4;
+        float sum = 0.0f;
 #pragma unroll 1
-        for (int item = (int)threadIdx.x - team * threads; item < 16 * m; item += threads) {
-            const uint8_t *from = shared + exchange_at(p, team, round, 0) + item * 4;
-            float sum = 0.0f;
-#pragma unroll 1
-            for (int i = 0; i < p->cluster; i++) sum += *(const float *)(from + i * m * 64);
-            write_output(w, type, item / 16, (int64_t)strip * 16 + item % 16, sum);
-        }
-}
-
-/* Where a warp is in its stream of batches, and what it holds of the next one. */
-typedef struct ql_decode_stream {
-    ql_batch_codes codes;
-    ql_raw_entry raw;
-    const uint8_t *at;      /* the batch that is being loaded, for this lane */
-    int strip, round, turn; /* turn: the first of the warps that add this strip up */
-    uint32_t x;             /* shared memory: the lane's row of x at the warp's first column */
-    int sums, entries;
-    int tail; /* tiles of the warp's last batch */
-} ql_decode_stream;
-
-static __device__ __forceinline__ void multiply_strip(const ql_decode_params *p, int code, int type, int tokens,
-                                                      int groups, const ql_decode_warp *me, ql_decode_stream *s,
-                                                      bool first) {
-    const int tiles = QL_DECODE_BATCH_TILES(code), blocks = QL_DECODE_BATCH_K(code) / QL_DECODE_BLOCK;
-    const int part = groups ? blocks / groups : blocks; /* of a batch, in one group */
-    const int entry_bytes = code == QL_CODE_TABLE4 ? 4 : 8;
-    float out[8] = {0}, sum[8], sum_x[8];
-#pragma unroll 1
-    for (int to_go = me->count; to_go > 0; to_go--) {
-        bool last = to_go == 1;
-        int next_strip = last ? s->strip + p->hop : s->strip;
-        int have = next_strip >= p->strips ? 0 : to_go == 2 || (last && me->count == 1) ? s->tail : tiles;
-        s->at += last ? p->hop_bytes - (me->count - 1) * QL_DECODE_BATCH_BYTES(code) : QL_DECODE_BATCH_BYTES(code);
-        int entry = s->entries + me->lane / 4 * 4 * entry_bytes, next = me->first + me->count - to_go + 1;
-        if (groups == 1) entry += (next - 1 >> p->group_shift) % 2 * 2 * entry_bytes;
-        if (groups || to_go == me->count) {
-            store_entries(p, code, type, groups, &s->raw, s->entries, me->lane);
-            if (groups ? have : s->strip + p->hop < p->strips)
-                load_entries(p, code, groups, &s->raw, me->lane, groups ? next_strip : s->strip + p->hop,
-                             last ? me->first : next);
-            if (!groups) begin_group(sum, sum_x, code, tokens, entry, s->sums, first);
-        }
-#pragma unroll
-        for (int b = 0; b < blocks; b++) {
-            const int group = groups ? b / part : 0;
-            const int place = (group / 2 * 32 + group % 2 * 2) * entry_bytes;
-            if (groups && b % part == 0)
-                begin_group(sum, sum_x, code, tokens, entry + place, s->sums + group * tokens * 4, first);
-            multiply_block(sum, sum_x, &s->codes, code, type, tokens, b, s->x + (uint32_t)(b * 128),
-                           (uint32_t)me->lane * 4, first);
-#pragma unroll
-            for (int i = 0; i < tiles; i++)
-                if ((i + 1) * QL_TILE_K(code) > b * 64 && (i + 1) * QL_TILE_K(code) <= (b + 1) * 64 && i < have)
-                    load_tile(&s->codes, code, s->at, i, me->lane);
-            if (groups && b % part == part - 1)
-                end_group(out, sum, sum_x, code, tokens, entry + place, s->sums + group * tokens * 4, me->lane, first);
-        }
-        if (!groups && last) end_group(out, sum, sum_x, code, tokens, entry, s->sums, me->lane, first);
-        s->x += QL_DECODE_BATCH_K(code) * 2;
-        s->sums += groups * tokens * 4;
+        for (int i = 0; i < cluster; i++) sum += *(const float *)(from + i * p->m * 64);
+        store_value(w->out, type, token * w->n + out, sum + load_bias(w, out));
     }
-    s->x -= (uint32_t)(me->count * QL_DECODE_BATCH_K(code) * 2);
-    s->sums -= me->count * groups * tokens * 4;
-    finish_strip(p, type, tokens, me, out, s->strip, s->round, s->turn);
-    s->strip += p->hop;
-    s->round++;
-    s->turn += p->adders;
-    if (s->turn >= p->team_warps) s->turn -= p->team_warps;
 }
 
 static __device__ __forceinline__ void decode(const ql_decode_params *p, int code, int type, int tokens, int groups) {
-    const ql_packed_params *w = &p->product;
-    const int tiles = QL_DECODE_BATCH_TILES(code), entry_bytes = code == QL_CODE_TABLE4 ? 4 : 8;
-    const int warp = (int)(threadIdx.x >> 5);
-    ql_decode_warp me;
-    ql_decode_stream s = {.round = 0, .turn = 0};
-    int block = (int)blockIdx.x, first_batch = 0;
-    me.lane = (int)(threadIdx.x & 31);
-    me.team = (int)((uint32_t)(warp * p->warp_team) >> 16);
-    me.warp = warp - me.team * p->team_warps;
-    if (p->cluster > 1) {
-        first_batch = cluster_rank() * p->block_batches;
-        block = cluster_number();
-    }
-    me.first = first_batch + me.warp * p->share + min(me.warp, p->rest);
-    me.count = min(p->share + (me.warp < p->rest), max(p->batches - me.first, 0));
-    s.strip = block + me.team * p->blocks;
-    s.at = w->codes + (uint64_t)(uint32_t)s.strip * p->strip_bytes +
-           (uint32_t)(me.first * QL_DECODE_BATCH_BYTES(code) + me.lane * 16);
-    s.tail = me.first + me.count == p->batches ? p->last_tiles : tiles;
-    int have = s.strip < p->strips && me.count ? me.count == 1 ? s.tail : tiles : 0;
-    /* What is asked for after the codes comes after them, 64 KB a multiprocessor later, so what the first of them meet goes
-     * before. x may have to wait for the kernel before: where a weight is large enough to hide it, codes go first. */
-    const int early = groups == QL_DECODE_CHANNEL || code == QL_CODE_INT2 ? tiles : 0;
+    const int tiles = QL_DECODE_BATCH_TILES(code), batch_k = QL_DECODE_BATCH_K(code),
+              blocks = batch_k / QL_DECODE_BLOCK;
+    const int slots = QL_DECODE_SLOTS(tokens, groups), width = tokens == 16 ? 8 : 4;
+    const int part = groups ? blocks / groups : blocks; /* blocks of a batch in one group */
+    const int pairs = groups >= 2 ? groups / 2 : groups;
+    const bool both = slots == 1 && groups >= 2;
+    /* Few rows of x are there so soon that warps do better to start together, next to each other in memory; of many a warp
+     * waits for the columns that it wants. */
+    const bool shared_start = tokens == 4;
+    const int lane = (int)(threadIdx.x & 31), warp = (int)(threadIdx.x >> 5), g = lane >> 2;
+    const int team = warp * p->warp_team >> 16, member = warp - team * p->team_warps;
+    const int rank = (int)blockIdx.x & (1 << p->cluster_shift) - 1, block = (int)blockIdx.x >> p->cluster_shift;
+    const int first_batch = rank * p->block_batches, own = member * p->share + min(member, p->rest);
+    const int first = first_batch + own, count = min(p->share + (member < p->rest), p->batches - first);
+    int strip = block + team * p->blocks;
+    const uint8_t *at = p->codes + (uint64_t)(uint32_t)strip * p->strip_bytes +
+                        (uint32_t)(first * QL_DECODE_BATCH_BYTES(code) + lane * 16);
+    const int tail = first + count == p->batches ? p->last_tiles : tiles;
+    int have = strip >= p->strips || count <= 0 ? 0 : count == 1 ? tail : tiles;
+    /* The lane's entry of the batch's first pair. */
+    int entry = 0;
+    if (groups >= 2) entry = (strip * p->pairs + first * pairs) * 32 + g * 4 + (slots == 2 ? lane & 2 : 0);
+    if (groups == 1)
+        entry = (strip * p->pairs + (first >> p->group_shift >> 1)) * 32 + g * 4 + (first >> p->group_shift & 1) * 2;
+    ql_batch_codes codes;
+    ql_raw_entries raw;
 #pragma unroll
-    for (int i = 0; i < 4; i++) s.raw.scale[i] = 0, s.raw.zero[i] = (uint32_t)max(p->bare_zero, 0);
-    if (have) load_entries(p, code, groups, &s.raw, me.lane, s.strip, me.first);
-    ql_table_part table = {{0}, {0}, 0};
-    if (code == QL_CODE_TABLE4) table = load_table(w);
+    for (int i = 0; i < pairs; i++) {
+        raw.zero[i] = (uint32_t)p->bare_zero * 0x01010101u;
+#pragma unroll
+        for (int j = 0; j < 4; j++) raw.scale[i][j] = 0;
+        if (have && (i == 0 || first * pairs + i < p->pairs)) load_pair(p, code, both, &raw, i, entry + i * 32);
+    }
+    if (code == QL_CODE_TABLE4 && p->scale_size == 1 && have)
+        load_nested(p, &raw, strip * 16 + g, groups == 1 ? first >> p->group_shift : first * groups);
+    /* What is asked for after the codes comes after them, 64 KB a multiprocessor later, so what the first of them meet goes
+     * before. x may have to wait for the kernel before: where little else is waited for, half of the codes go first. */
+    const int early = groups == QL_DECODE_CHANNEL ? tiles / 2 : 0;
 #pragma unroll
     for (int i = 0; i < early; i++)
-        if (i < have) load_tile(&s.codes, code, s.at, i, me.lane);
+        if (i < have) load_tile(&codes, code, at, i, lane);
     start_next_kernel();
-    if (p->cluster > 1) arrive_cluster_started();
-    uint32_t x_at = shared_address(shared) + (uint32_t)(p->x_at + me.team * p->x_team_bytes +
-                                                        (me.first - first_batch) * QL_DECODE_BATCH_K(code) * 2);
-    wait_for_previous_kernel();
-    load_x(p, &me, me.first * QL_DECODE_BATCH_K(code), me.count * QL_DECODE_BATCH_K(code), x_at);
+    if (p->cluster_shift) arrive_cluster_started();
+    const uint32_t x_at = shared_address(shared) + (uint32_t)(p->x_at + own * batch_k * 2);
+    if (p->x_aligned) {
+        wait_for_previous_kernel();
+        if (shared_start)
+            copy_x(p, slots, first_batch * batch_k, p->block_batches * batch_k,
+                   shared_address(shared) + (uint32_t)p->x_at, warp, (int)(blockDim.x >> 5), 0, 1, lane);
+        else
+            copy_x(p, slots, first * batch_k, count * batch_k, x_at, 0, 1, team, p->teams, lane);
+    }
     cp_async_commit();
+    ql_table_part table = {{0}, {0}, 0};
+    if (code == QL_CODE_TABLE4) table = load_table(&p->product);
 #pragma unroll
     for (int i = early; i < tiles; i++)
-        if (i < have) load_tile(&s.codes, code, s.at, i, me.lane);
-    if (code == QL_CODE_TABLE4) store_table(p, &table, type);
-
-    /* Lanes 0-7 give the rows of a matrix, and so on: four of 8 columns each, or two for tokens 0-7 and two for 8-15. Rows
-     * beyond m are doubles of the last. */
-    int token = min(tokens == 8 ? me.lane % 8 : me.lane % 8 + me.lane / 16 * 8, (int)w->m - 1);
-    s.x = x_at + (uint32_t)(token * p->x_pitch + (tokens == 8 ? me.lane / 8 : me.lane / 8 % 2) * 16);
-    s.sums = p->sums_at + me.lane % 4 * 8 +
-             (groups ? (me.team * p->block_batches + me.first - first_batch) * groups : warp) * tokens * 4;
-    s.entries = p->entries_at + warp * ((groups + 2) / 2 * 32 * entry_bytes);
-    if (me.warp == 0 && me.lane < 4)
-        init_barrier(shared_address(shared) + (uint32_t)(p->barriers_at + (me.team * 4 + me.lane) * 8),
-                     me.lane % 2 ? p->adders : p->team_warps);
-    if (p->x_team_bytes) __syncthreads();
+        if (i < have) load_tile(&codes, code, at, i, lane);
+    if (code == QL_CODE_TABLE4) store_table(shared, (float *)(shared + p->nested_at), &p->product, &table, type);
+    ql_decode_x x = place_x(p, tokens, slots, x_at, lane);
+    if (!p->x_aligned) {
+        gather_x(p, first_batch * batch_k, p->block_batches * batch_k);
+        if (slots == 2) clear_row(p);
+    }
     cp_async_wait(0);
-    if (p->x_team_bytes)
-        __syncwarp();
-    else
+    if (shared_start || code == QL_CODE_TABLE4 || !p->x_aligned)
         __syncthreads();
-    if (p->cluster > 1) wait_cluster();
-    if (tokens == 16 && code != QL_CODE_TABLE4) sum_x_16(code, type, groups, me.count, me.lane, s.x, s.sums);
-    if (tokens == 8 && code != QL_CODE_TABLE4 && s.strip < p->strips)
-        multiply_strip(p, code, type, tokens, groups, &me, &s, true);
+    else
+        wait_for_teams(p->teams, member);
+    /* 16 tokens: a warp's sums of x; the lane's column of them. */
+    int sums = p->sums_at + (groups ? (team * p->block_batches + own) * groups : warp) * 64;
+    if (tokens == 16 && code != QL_CODE_TABLE4) sum_x_16(code, type, groups, count, lane, x.row, sums);
+    sums += lane % 4 * 8;
+    int partials = p->partials_at;
+    if (p->cluster_shift) wait_cluster();
+    int begin = 0; /* the first round whose sums are held */
 #pragma unroll 1
-    while (s.strip < p->strips) multiply_strip(p, code, type, tokens, groups, &me, &s, false);
-    if (p->cluster > 1) finish_cluster(p, type);
+    for (int round = 0; round < p->rounds; round++) {
+        if (strip < p->strips) {
+            float out[8] = {0}, sum[8] = {0}, sum_x[4] = {0}, row_zero[2] = {0};
+            if (!groups) load_row_zeros(row_zero, p, code, type, strip * 16 + g);
+#pragma unroll 1
+            for (int to_go = count; to_go > 0; to_go--) {
+                const bool last = to_go == 1;
+                const int next_strip = last ? strip + p->hop : strip, next = last ? first : first + count - to_go + 1;
+                have = next_strip >= p->strips ? 0 : to_go == 2 || (last && count == 1) ? tail : tiles;
+                at += last ? p->hop_bytes - (count - 1) * QL_DECODE_BATCH_BYTES(code) : QL_DECODE_BATCH_BYTES(code);
+                if (groups >= 2) entry += (last ? p->hop * p->pairs - (count - 1) * pairs : pairs) * 32;
+                if (groups == 1)
+                    entry = (next_strip * p->pairs + (next >> p->group_shift >> 1)) * 32 + g * 4 +
+                            (next >> p->group_shift & 1) * 2;
+#pragma unroll
+                for (int b = 0; b < blocks; b++) {
+                    const int set = groups ? b / (part * slots) : 0, slot = slots == 2 ? b / part % 2 : 0;
+                    if (groups && b % (part * slots) == 0)
+#pragma unroll
+                        for (int j = 0; j < 8; j++) sum[j] = sum_x[j % 4] = 0.0f;
+                    multiply_block(sum, sum_x, &codes, code, type, tokens, b,
+                                   (slot ? x.row + x.other : x.row) + (uint32_t)(b * 128), (uint32_t)lane * 4);
+#pragma unroll
+                    for (int j = 0; j < tiles; j++)
+                        if ((j + 1) * QL_TILE_K(code) > b * 64 && (j + 1) * QL_TILE_K(code) <= (b + 1) * 64 && j < have)
+                            load_tile(&codes, code, at, j, lane);
+                    if (groups && b % (part * slots) == part * slots - 1) {
+                        const ql_entry e =
+                            entry_of(p, code, type, both, &raw, set, (const float *)(shared + p->nested_at));
+                        take_zeros(sum, sum_x, e.zero, code, tokens, sums + set * 64);
+#pragma unroll
+                        for (int j = 0; j < width; j++) out[j] = fmaf(e.scale[j % 4 / 2], sum[j], out[j]);
+                        if (!both || set % 2) {
+                            const int pair = both ? set / 2 : set;
+                            if (have && (pair == 0 || next * pairs + pair < p->pairs))
+                                load_pair(p, code, both, &raw, pair, entry + pair * 32);
+                            else if (pair)
+                                raw.scale[pair][0] = raw.scale[pair][1] = raw.scale[pair][2] = raw.scale[pair][3] = 0;
+                        }
+                    }
+                }
+                if (code == QL_CODE_TABLE4 && p->scale_size == 1 && have)
+                    load_nested(p, &raw, next_strip * 16 + g, groups == 1 ? next >> p->group_shift : next * groups);
+                x.row += (uint32_t)(batch_k * 2);
+                sums += groups * 64;
+            }
+            x.row -= (uint32_t)(count * batch_k * 2);
+            sums -= count * groups * 64;
+            if (!groups && count > 0) take_zeros(sum, sum_x, row_zero, code, tokens, sums);
+            const float *from = groups ? out : sum;
+            const int thread = tokens == 16 || groups == 8 ? thread_anew() : (int)threadIdx.x;
+            const int column = thread % 4 * 2, token = slots == 2 ? column % 4 : column;
+            const int place =
+                (round - begin) * p->teams * p->team_warps + (thread >> 5); /* team * team_warps + member */
+            uint8_t *to = shared + partials + ((place * slots + (slots == 2 ? column / 4 : 0)) * p->m + token) * 64 +
+                          thread % 32 / 4 * 4;
+#pragma unroll
+            for (int j = 0; j < width; j++)
+                if (j / 4 * 8 + j % 2 + token < p->m)
+                    *(float *)(to + j / 4 * 512 + j % 2 * 64 + j % 4 / 2 * 32) = from[j];
+        }
+        strip += p->hop;
+        if (round + 1 < p->rounds && round + 1 < begin + p->flush_rounds) continue;
+        wait_for_previous_kernel();
+        finish_rounds(p, code, type, groups, slots, block, rank, begin, round + 1 - begin, partials);
+        begin = round + 1;
+        if (!p->partials_bytes)
+            __syncthreads();
+        else
+            partials = 2 * p->partials_at + p->partials_bytes - partials;
+    }
+    if (p->cluster_shift) finish_cluster(p, type, block, rank);
 }
 
 #define QL_DEFINE_DECODE(name, source, code, type, tokens, groups)                                                     \

@@ -4,12 +4,15 @@
 
 #include <limits.h>
 
-enum { MOST_ROWS = 16, MOST_CLUSTER = 8, MOST_GROUPS = 8, UNWANTED = -1 };
+enum { MOST_ROWS = 16, MOST_CLUSTER_SHIFT = 3, MOST_GROUPS = 8, UNWANTED = -1 };
+
+/* A row of the table below by the most tokens of a kernel: 4, 8 or 16. */
+#define TOKEN_TILE(tokens) ((tokens) / 8)
 
 /* One more than the kernel, by code, type of x, token tile and grouping; 0 where there is none. */
 #define ENTRY(name, source, code, type, tokens, groups)                                                                \
-    [code][(type) == QL_VALUE_BF16][(tokens) == 16][groups] = QL_KERNEL_##name + 1,
-static const int kernels[QL_CODE_COUNT][2][2][MOST_GROUPS + 1] = {QL_DECODE_VARIANTS(ENTRY)};
+    [code][(type) == QL_VALUE_BF16][TOKEN_TILE(tokens)][groups] = QL_KERNEL_##name + 1,
+static const int kernels[QL_CODE_COUNT][2][3][MOST_GROUPS + 1] = {QL_DECODE_VARIANTS(ENTRY)};
 #undef ENTRY
 
 /* log2 of a power of two, or -1. */
@@ -28,10 +31,14 @@ static int groups_of_batch(int code, int64_t k, int64_t group_size) {
     return batch % group_size == 0 && batch / group_size <= MOST_GROUPS ? (int)(batch / group_size) : -1;
 }
 
+/* Two groups side by side want four tokens at most, and two groups. */
+static int tokens_of(int64_t m, int groups) { return m > 8 ? 16 : m <= 4 && groups >= 2 ? 4 : 8; }
+
 static int kernel_of(const ql_cuda_problem *problem) {
     const int groups = groups_of_batch(problem->code, problem->k, problem->group_size);
     if (groups < 0 || problem->m < 1 || problem->m > MOST_ROWS) return UNWANTED;
-    return kernels[problem->code][problem->x_type == QL_VALUE_BF16][problem->m > 8][groups] - 1;
+    const int tile = TOKEN_TILE(tokens_of(problem->m, groups));
+    return kernels[problem->code][problem->x_type == QL_VALUE_BF16][tile][groups] - 1;
 }
 
 /* Whether pieces of 16 bytes of x can be copied. */
@@ -46,15 +53,26 @@ static int take(int *at, int64_t bytes) {
     return start;
 }
 
-/* Cuts a product for `warps` warps a team and clusters of `cluster`; the bytes of shared memory that a block takes. */
-static int cut(ql_decode_params *p, const ql_packed_params *product, int multiprocessors, int warps, int cluster) {
+/* Cuts a product for `warps` warps a team and clusters of 2^cluster_shift blocks; the bytes of shared memory that a block
+ * takes, more than it has where it cannot be. */
+static int cut(ql_decode_params *p, const ql_packed_params *product, const ql_cuda_properties *gpu, int warps,
+               int cluster_shift) {
     const int code = product->code, batch_k = QL_DECODE_BATCH_K(code), batch_tiles = QL_DECODE_BATCH_TILES(code);
     const bool table = code == QL_CODE_TABLE4, nested = product->nested_table != NULL;
-    const int64_t k = product->k, n = product->n, m = product->m, tiles = ql_ceil_div(k, QL_TILE_K(code));
+    const int64_t k = product->k, m = product->m, tiles = ql_ceil_div(k, QL_TILE_K(code));
     const int groups = groups_of_batch(code, k, product->groups == 1 ? k : product->group_size);
-    const int tokens = m > 8 ? 16 : 8, entry_bytes = table ? 4 : 8;
-    *p = (ql_decode_params){.product = *product, .cluster = cluster, .team_warps = warps};
-    p->strips = (int32_t)ql_ceil_div(n, QL_STRIP);
+    const int tokens = tokens_of(m, groups), slots = QL_DECODE_SLOTS(tokens, groups), cluster = 1 << cluster_shift;
+    *p = (ql_decode_params){.codes = product->codes,
+                            .scales = product->scales,
+                            .zeros = product->zeros,
+                            .x = product->x,
+                            .team_warps = warps,
+                            .cluster_shift = cluster_shift,
+                            .m = (int32_t)m,
+                            .k = (int32_t)k,
+                            .x_stride = product->x_stride,
+                            .product = *product};
+    p->strips = (int32_t)ql_ceil_div(product->n, QL_STRIP);
     p->strip_bytes = (uint32_t)(tiles * QL_TILE_BYTES(code));
     p->batches = (int32_t)ql_ceil_div(k, batch_k);
     p->block_batches = (int32_t)ql_ceil_div(p->batches, cluster);
@@ -73,30 +91,38 @@ static int cut(ql_decode_params *p, const ql_packed_params *product, int multipr
 
     p->teams = QL_DECODE_THREADS / 32 / warps;
     p->warp_team = (65536 + warps - 1) / warps;
-    const int64_t room = multiprocessors / cluster, wanted = ql_ceil_div(p->strips, p->teams);
+    /* Clusters lie in one part of the GPU each: a part's last few multiprocessors take none of the larger ones. */
+    const int64_t usable = cluster > 2 ? gpu->multiprocessors * 10 / 11 : gpu->multiprocessors;
+    const int64_t room = usable / cluster > 0 ? usable / cluster : 1, wanted = ql_ceil_div(p->strips, p->teams);
     p->blocks = (int32_t)(room < wanted ? room : wanted);
     p->hop = p->blocks * p->teams;
     p->hop_bytes = (int64_t)p->strip_bytes * p->hop;
+    p->rounds = (int32_t)ql_ceil_div(p->strips, p->hop);
+    p->token_part = (int32_t)((65536 + m - 1) / m);
 
     int at = 0;
-    if (table) take(&at, 65536);
+    if (table) take(&at, QL_DECODE_PAIRS_BYTES);
     p->nested_at = take(&at, nested ? 1024 : 0);
-    p->x_pitch = p->block_batches * batch_k * 2 + 16;
-    /* Rows of x are few enough for each team to wait for its own alone. */
-    const bool own = m <= 2 && p->teams > 1;
-    p->x_team_bytes = own ? (int32_t)(m * p->x_pitch) : 0;
-    p->x_at = take(&at, m * p->x_pitch * (own ? p->teams : 1));
     p->x_aligned = !product->order && is_aligned(product);
-    /* Beside each 128 bytes of the table's pairs, 128 are free. */
-    const int64_t partials = (int64_t)p->teams * warps * (tokens / 2) * 2 * 128;
-    p->partial_pitch = table ? 256 : 128;
-    p->partials_at = table ? 128 : take(&at, partials);
-    p->sums_at = take(&at, table ? 0 : (int64_t)p->teams * (groups ? groups * p->block_batches : warps) * tokens * 4);
-    p->entries_at = take(&at, (int64_t)p->teams * warps * ((groups + 2) / 2) * 32 * entry_bytes);
-    p->adders = (int32_t)(ql_ceil_div(m, 4) < warps ? ql_ceil_div(m, 4) : warps);
-    p->barriers_at = take(&at, (int64_t)p->teams * 32);
-    const int64_t rounds = ql_ceil_div(p->strips, p->hop);
-    p->exchange_at = take(&at, cluster > 1 ? ql_ceil_div(rounds, cluster) * p->teams * cluster * m * 64 : 0);
+    p->x_pitch = p->block_batches * batch_k * 2 + 16;
+    p->x_at = take(&at, (m + (slots == 2)) * p->x_pitch);
+    p->sums_at =
+        take(&at, table || tokens < 16 ? 0 : (int64_t)p->teams * (groups ? groups * p->block_batches : warps) * 64);
+    p->exchange_at = take(&at, cluster > 1 ? ql_ceil_div(p->rounds, cluster) * p->teams * cluster * m * 64 : 0);
+    /* As many rounds as there is room for; if not all, half of that in each of two buffers: one is filled while the other is
+     * added up. */
+    const int64_t round_bytes = (int64_t)p->teams * warps * slots * m * 64;
+    const int64_t fit = at < gpu->shared_bytes ? (gpu->shared_bytes - at) / round_bytes : 0;
+    const bool two = fit >= 2 && fit < p->rounds;
+    const int64_t rounds = fit >= p->rounds ? p->rounds : two ? fit / 2 : 1;
+    p->flush_rounds = (int32_t)rounds;
+    p->partials_bytes = two ? (int32_t)(rounds * round_bytes) : 0;
+    p->partials_at = take(&at, rounds * round_bytes * (two ? 2 : 1));
+    const bool staged = product->order && is_aligned(product) && !cluster_shift;
+    p->stage_at = staged ? p->partials_at : -1;
+    int end = p->partials_at;
+    if (staged) take(&end, m * p->x_pitch);
+    if (end > at) at = end;
     return at;
 }
 
@@ -111,12 +137,12 @@ static bool sizes_fit(const ql_packed_params *p) {
  * least, then the one with most of them. */
 typedef struct way {
     int64_t cost;
-    int cluster, idle, warps;
+    int cluster_shift, idle, warps;
 } way;
 
 static bool is_better(const way *a, const way *b) {
     if (a->cost != b->cost) return a->cost < b->cost;
-    if (a->cluster != b->cluster) return a->cluster < b->cluster;
+    if (a->cluster_shift != b->cluster_shift) return a->cluster_shift < b->cluster_shift;
     return a->idle != b->idle ? a->idle < b->idle : a->warps > b->warps;
 }
 
@@ -124,24 +150,21 @@ enum { WIDTHS = 6, CLUSTERS = 2 };
 
 /* Inserts into ways, which are sorted, those of a cluster size that fit; how many there are then. */
 static int add_ways(way ways[WIDTHS * CLUSTERS], int count, const ql_cuda_device *device,
-                    const ql_packed_params *product, int cluster) {
-    const int all = QL_DECODE_THREADS / 32, weight = count ? 9 : 8;
+                    const ql_packed_params *product, int cluster_shift) {
+    const int all = QL_DECODE_THREADS / 32, weight = count ? 9 : 8, cluster = 1 << cluster_shift;
     const int64_t whole = ql_ceil_div(product->k, QL_DECODE_BATCH_K(product->code)),
                   batches = ql_ceil_div(whole, cluster);
     /* Each block has a part of K. */
     if (batches * (cluster - 1) >= whole) return count;
     const int widths[WIDTHS] = {16, 14, 8, 7, 4, batches < 4 ? (int)batches : 0};
-    ql_decode_params cut_params;
+    ql_decode_params p;
     for (int i = 0; i < WIDTHS; i++) {
         const int warps = widths[i];
         if (warps < 1 || warps > all || warps > batches ||
-            cut(&cut_params, product, device->properties.multiprocessors, warps, cluster) >
-                device->properties.shared_bytes)
+            cut(&p, product, &device->properties, warps, cluster_shift) > device->properties.shared_bytes)
             continue;
-        const int64_t turns = ql_ceil_div(batches, warps), teams = all / warps;
-        const int64_t strips = ql_ceil_div(product->n, QL_STRIP);
-        const int64_t rounds = ql_ceil_div(strips, teams * (device->properties.multiprocessors / cluster));
-        const way new = {rounds * turns * weight, cluster, (int)(turns * warps - batches), warps};
+        const int64_t turns = ql_ceil_div(batches, warps);
+        const way new = {p.rounds * turns * weight, cluster_shift, (int)(turns * warps - batches), warps};
         int place = count++;
         for (; place > 0 && is_better(&new, &ways[place - 1]); place--) ways[place] = ways[place - 1];
         ways[place] = new;
@@ -156,22 +179,33 @@ static int candidates(ql_cuda_choice *out, int room, const ql_cuda_device *devic
     product.group_size = problem->group_size;
     product.groups = ql_ceil_div(problem->k, problem->group_size);
     if (!sizes_fit(&product)) return 0;
-    const int most = device->properties.major >= 9 ? MOST_CLUSTER : 1;
+    const int most = device->properties.major >= 9 ? MOST_CLUSTER_SHIFT : 0;
     way ways[WIDTHS * CLUSTERS];
-    int count = 0, smallest = 0;
-    for (int cluster = 1; cluster <= most && (!smallest || cluster <= 2 * smallest); cluster *= 2) {
-        count = add_ways(ways, count, device, &product, cluster);
-        if (count && !smallest) smallest = cluster;
+    int count = 0, smallest = most;
+    for (int shift = 0; shift <= most && shift <= smallest + 1; shift++) {
+        const int before = count;
+        count = add_ways(ways, count, device, &product, shift);
+        if (!before && count) smallest = shift;
     }
     if (count > room) count = room;
     for (int i = 0; i < count; i++)
-        out[i] = (ql_cuda_choice){.kernel = (ql_cuda_kernel)kernel, .parameter = ways[i].warps + 32 * ways[i].cluster};
+        out[i] =
+            (ql_cuda_choice){.kernel = (ql_cuda_kernel)kernel, .parameter = ways[i].warps + 32 * ways[i].cluster_shift};
     return count;
 }
 
+/* Whether the kernels know scales like these. */
+static bool scales_fit(const ql_packed_params *p, int groups) {
+    if (p->code != QL_CODE_TABLE4) return !groups || p->scales_type != QL_VALUE_F32;
+    /* The groups of a batch share absmax of the second level. */
+    return !p->nested_table || (log2_of(p->nested_blocksize) >= 0 && p->nested_blocksize >= groups &&
+                                p->groups % (groups ? groups : 1) == 0);
+}
+
 static bool takes(const ql_cuda_device *device, const ql_packed_params *p, ql_cuda_choice choice) {
-    const int warps = choice.parameter % 32, cluster = choice.parameter / 32;
-    if (warps < 1 || warps > QL_DECODE_THREADS / 32 || cluster < 1 || cluster > MOST_CLUSTER || !sizes_fit(p))
+    const int warps = choice.parameter % 32, cluster_shift = choice.parameter / 32;
+    if (warps < 1 || warps > QL_DECODE_THREADS / 32 || cluster_shift < 0 || cluster_shift > MOST_CLUSTER_SHIFT ||
+        !sizes_fit(p))
         return false;
     const ql_cuda_problem problem = {.n = p->n,
                                      .k = p->k,
@@ -180,11 +214,11 @@ static bool takes(const ql_cuda_device *device, const ql_packed_params *p, ql_cu
                                      .code = p->code,
                                      .x_type = p->x_type};
     if (kernel_of(&problem) != (int)choice.kernel) return false;
-    if (p->nested_table && log2_of(p->nested_blocksize) < 0) return false;
-    /* Columns in another order, or rows that pieces of 16 bytes do not meet, are gathered one by one: for one row. */
-    if ((p->order || !is_aligned(p)) && p->m > 1) return false;
-    ql_decode_params cut_params;
-    return cut(&cut_params, p, device->properties.multiprocessors, warps, cluster) <= device->properties.shared_bytes;
+    if (!scales_fit(p, groups_of_batch(p->code, p->k, problem.group_size))) return false;
+    ql_decode_params params;
+    if (cut(&params, p, &device->properties, warps, cluster_shift) > device->properties.shared_bytes) return false;
+    /* Columns out of global memory, one by one, are for one row. */
+    return p->m == 1 || params.x_aligned || params.stage_at >= 0;
 }
 
 static int64_t scratch(const ql_cuda_device *device, const ql_packed_params *p, ql_cuda_choice choice) {
@@ -198,13 +232,13 @@ static int launch(const ql_cuda_guard *guard, void *stream, const ql_packed_para
                   void *nothing, char message[QL_CUDA_MESSAGE]) {
     (void)nothing;
     ql_decode_params params;
-    const int warps = choice.parameter % 32, cluster = choice.parameter / 32;
-    const int bytes = cut(&params, p, guard->properties->multiprocessors, warps, cluster);
-    const ql_cuda_grid grid = {.x = (int64_t)params.blocks * cluster,
+    const int warps = choice.parameter % 32, cluster_shift = choice.parameter / 32;
+    const int bytes = cut(&params, p, guard->properties, warps, cluster_shift);
+    const ql_cuda_grid grid = {.x = (int64_t)params.blocks << cluster_shift,
                                .y = 1,
                                .threads = params.teams * warps * 32,
                                .shared_bytes = bytes,
-                               .cluster = cluster,
+                               .cluster = 1 << cluster_shift,
                                .overlaps = true};
     return ql_cuda_launch(guard, choice.kernel, stream, &grid, &params, message);
 }

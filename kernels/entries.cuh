@@ -1,0 +1,103 @@
+/* Scales and zeros for the decode kernels, as a lane of an mma fragment needs them: of rows g and g + 8 (packed.h). They are
+ * loaded a batch ahead, a load for each pair of groups, and become fp32 where a group's sums are made up:
+ * W x = scale * (sum raw x - zero * sum x), in the units of code_raw.cuh. */
+#ifndef QL_KERNELS_ENTRIES_CUH
+#define QL_KERNELS_ENTRIES_CUH
+
+#include "code_raw.cuh"
+
+/* What a lane holds of a batch: entries of rows g and g + 8 of one group of each pair or, `both`, of both groups. nested:
+ * absmax of the second level of rows g and g + 8. */
+typedef struct ql_raw_entries {
+    uint32_t scale[4][4], zero[4], nested[2];
+} ql_raw_entries;
+
+typedef struct ql_entry {
+    float scale[2], zero[2]; /* rows g and g + 8 */
+} ql_entry;
+
+/* The pair whose entries for this lane start at place `at`. Scales have two bytes; a table's four, or one where nested. */
+static __device__ __forceinline__ void load_pair(const ql_decode_params *p, int code, bool both, ql_raw_entries *raw,
+                                                 int pair, int at) {
+    const uint8_t *scales = (const uint8_t *)p->scales;
+    uint32_t *scale = raw->scale[pair];
+    if (code == QL_CODE_TABLE4) {
+        if (p->scale_size == 1) {
+            scale[0] = both ? __ldg((const uint32_t *)(scales + at)) : __ldg((const uint16_t *)(scales + at));
+        } else if (both) {
+            uint4 v = __ldg((const uint4 *)(scales + (int64_t)at * 4));
+            scale[0] = v.x, scale[1] = v.y, scale[2] = v.z, scale[3] = v.w;
+        } else {
+            uint2 v = __ldg((const uint2 *)(scales + (int64_t)at * 4));
+            scale[0] = v.x, scale[1] = v.y;
+        }
+        return;
+    }
+    if (both) {
+        uint2 v = __ldg((const uint2 *)(scales + (int64_t)at * 2));
+        scale[0] = v.x, scale[1] = v.y;
+    } else {
+        scale[0] = __ldg((const uint32_t *)(scales + (int64_t)at * 2));
+    }
+    if (p->bare_zero >= 0) return;
+    if (code == QL_CODE_INT8)
+        raw->zero[pair] = both ? __ldg((const uint32_t *)(p->zeros + at)) : __ldg((const uint16_t *)(p->zeros + at));
+    else
+        raw->zero[pair] = both ? __ldg((const uint16_t *)(p->zeros + (at >> 1))) : __ldg(p->zeros + (at >> 1));
+}
+
+/* Absmax of the second level of a batch that begins with `group`, for rows `row` and row + 8: groups of a batch share it. */
+static __device__ __forceinline__ void load_nested(const ql_decode_params *p, ql_raw_entries *raw, int row, int group) {
+    const int n = (int)p->product.n, groups = (int)p->product.groups;
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+        raw->nested[h] = __float_as_uint(
+            __ldg(p->product.nested_absmax + ((min(row + 8 * h, n - 1) * groups + group) >> p->nested_shift)));
+}
+
+static __device__ __forceinline__ float half_value(uint32_t bits) {
+    return __half2float(__ushort_as_half((uint16_t)bits));
+}
+
+/* A zero, given as a byte, in the unit of row g. */
+static __device__ __forceinline__ float zero_of_byte(uint32_t byte, int code, int type) {
+    return type == QL_VALUE_F16 ? half_value(byte)
+                                : __uint_as_float(byte | 0x4b000000u) - (0x1p23f - QL_RAW_OFFSET(code, type));
+}
+
+/* Entries of the `index`-th group of those that the lane has (of `both`, two a pair). nested_table: shared memory. */
+static __device__ __forceinline__ ql_entry entry_of(const ql_decode_params *p, int code, int type, bool both,
+                                                    const ql_raw_entries *raw, int index, const float *nested_table) {
+    const int pair = both ? index / 2 : index, which = both ? index % 2 : 0;
+    const uint32_t *scale = raw->scale[pair];
+    ql_entry e = {{0}, {0}};
+    if (code == QL_CODE_TABLE4) {
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+            e.scale[h] = p->scale_size == 4 ? __uint_as_float(scale[which * 2 + h])
+                                            : __fadd_rn(__fmul_rn(nested_table[scale[0] >> (which * 16 + h * 8) & 255],
+                                                                  __uint_as_float(raw->nested[h])),
+                                                        p->product.nested_offset);
+        return e;
+    }
+    const bool half = p->product.scales_type == QL_VALUE_F16;
+    e.scale[0] = half ? half_value(scale[which]) : __uint_as_float(scale[which] << 16);
+    e.scale[1] = half ? half_value(scale[which] >> 16) : __uint_as_float(scale[which] & 0xffff0000u);
+    uint32_t zero = raw->zero[pair];
+    if (code == QL_CODE_INT8) {
+        e.zero[0] = zero_of_byte(zero >> (16 * which) & 255, code, type);
+        e.zero[1] = zero_of_byte(zero >> (16 * which + 8) & 255, code, type);
+    } else if (type == QL_VALUE_F16) {
+        /* As denormals they have the units of the codes. */
+        zero >>= 8 * which;
+        e.zero[0] = half_value(zero & 15);
+        e.zero[1] = half_value(code == QL_CODE_INT4 ? zero & 0xf0 : zero >> 2 & 0x3c);
+    } else {
+        zero >>= 8 * which;
+        e.zero[0] = __uint_as_float((zero & 15) << 16 | 0x43000000u);
+        e.zero[1] = __uint_as_float((zero & 0xf0) << 12 | 0x43000000u);
+    }
+    return e;
+}
+
+#endif

@@ -61,7 +61,9 @@
     QL_WGMMA_TYPES(X, code, name, 32, 128, 32, 128, 1)                                                                 \
     QL_WGMMA_TYPES(X, code, name, 32_halves, 128, 32, 128, 2)                                                          \
     QL_WGMMA_TYPES(X, code, name, 64, 128, 64, 128, 1)                                                                 \
-    QL_WGMMA_TYPES(X, code, name, 64_halves, 128, 64, 128, 2)
+    QL_WGMMA_TYPES(X, code, name, 64_halves, 128, 64, 128, 2)                                                          \
+    QL_WGMMA_TYPES(X, code, name, 128, 128, 128, 128, 1)                                                               \
+    QL_WGMMA_TYPES(X, code, name, 128_halves, 128, 128, 128, 2)
 #define QL_WGMMA_VARIANTS(X)                                                                                           \
     QL_WGMMA_INTEGERS(X, QL_CODE_INT2, int2, 128)                                                                      \
     QL_WGMMA_INTEGERS(X, QL_CODE_INT3, int3, 128)                                                                      \

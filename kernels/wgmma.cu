@@ -157,20 +157,21 @@ static __device__ __forceinline__ void add_scaled(float *sums, float *part, cons
     for (int i = 0; i < count; i++) sums[i] += part[i] * __uint_as_float(e->scale[i / 2 % 2]);
 }
 
-/* The same with scales applied to the sums of each half of a stage, while the products of the other half run. None runs
- * from one turn of the loop to the next: the compiler would have all of them wait. */
+/* The same with scales applied to the sums of each half of a stage, which are taken for themselves: up to 64 tokens
+ * while the products of the other half run; with more there are registers for one half's alone. No product runs from
+ * one turn of the loop to the next: the compiler would have all of them wait. */
 static __device__ __forceinline__ void sum_halves(float *sums, reader *reads, place *c, const ql_streamk_params *q,
                                                   int blocks, shape k) {
-    const int count = k.tokens / 2;
+    const int count = k.tokens / 2, second = k.tokens <= 64;
     uint32_t a[2][4 * STEPS];
-    float part[2][MOST_SUMS / 4];
+    float part[2][MOST_SUMS / 2];
     stage_words d;
     entry e[2];
     await_stage(c);
     read_stage(&d, reads, c->at, k);
     decode(a[0], &d, e, false, 0, 0, STEPS, k);
 #pragma unroll
-    for (int i = 0; i < count; i++) part[0][i] = part[1][i] = 0.0f;
+    for (int i = 0; i < count; i++) part[0][i] = part[second][i] = 0.0f;
 #pragma unroll 1
     for (; blocks > 0; blocks--) {
         const uint64_t x = descriptor_of(c, k);
@@ -179,18 +180,24 @@ static __device__ __forceinline__ void sum_halves(float *sums, reader *reads, pl
         e[0] = make_entry(reads, &d.entries[0][0], k);
         e[1] = k.groups == 2 ? make_entry(reads, &d.entries[0][1], k) : e[0];
         decode(a[1], &d, e, false, 0, STEPS, STEPS, k);
-        multiply_steps(part[1], a[1], x, STEPS, 0, k);
+        if (!second) {
+            WARPGROUP_WAIT(0);
+            add_scaled(sums, part[0], &e[0], count);
+        }
+        multiply_steps(part[second], a[1], x, STEPS, 0, k);
         step_on(c, reads, q, k);
         if (blocks > 1) {
             await_stage(c);
             read_stage(&d, reads, c->at, k);
         }
-        WARPGROUP_WAIT(1);
-        add_scaled(sums, part[0], &e[0], count);
+        if (second) {
+            WARPGROUP_WAIT(1);
+            add_scaled(sums, part[0], &e[0], count);
+        }
         if (blocks > 1) decode(a[0], &d, e, false, 0, 0, STEPS, k);
         WARPGROUP_WAIT(0);
         if (threadIdx.x % WARP == 0) barrier_arrive(empty);
-        add_scaled(sums, part[1], &e[1], count);
+        add_scaled(sums, part[second], &e[1], count);
     }
 }
 

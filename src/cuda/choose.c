@@ -13,8 +13,8 @@
 static const ql_cuda_product_engine *const engines[] = {&ql_cuda_decode, &ql_cuda_wgmma, &ql_cuda_mma, NULL};
 
 /* The most rows for which the decode kernels beat wgmma, by code, for K up to 8192, up to 16384 and beyond, where x is
- * spread over ever larger clusters. An H200's us, decode at 8 and at 16 rows / wgmma at 32: 4 bit 4096x6144 10.1, 14.3 /
- * 10.6, 4096x28672 23.9, 36.2 / 25.5. */
+ * spread over ever larger clusters. An H200's us, decode at 8 and at 16 rows / wgmma at 32: 4 bit 4096x6144 9.2, 13.3 /
+ * 10.0, 4096x28672 20.7, 28.7 / 27.0. */
 static const int8_t decode_rows[QL_CODE_COUNT][3] = {
     [QL_CODE_INT2] = {8, 8, 4}, [QL_CODE_INT3] = {8, 8, 4},   [QL_CODE_INT4] = {8, 8, 4},
     [QL_CODE_INT8] = {8, 8, 4}, [QL_CODE_TABLE4] = {8, 8, 4}, [QL_CODE_E4M3] = {0, 0, 0},

@@ -25,9 +25,6 @@ typedef struct ql_batch_codes {
 #define QL_RAW_ONE(code, type) ((type) == QL_VALUE_F16 && (code) != QL_CODE_TABLE4 ? 0x1p-24f : 1.0f)
 #define QL_RAW_OFFSET(code, type) ((type) == QL_VALUE_F16 ? 0.0f : (code) == QL_CODE_INT8 ? -128.0f : 128.0f)
 
-/* A fragment of ones in the unit of row g, for sums of x. */
-#define QL_RAW_ONES(type) ((type) == QL_VALUE_F16 ? 0x00010001u : 0x3f803f80u)
-
 /* Two bytes of the pair table: `low` is the byte offset of the lane's copy. */
 static __device__ __forceinline__ uint32_t table_pair(const uint8_t *pairs, uint32_t word, int byte, uint32_t low) {
     uint32_t at = __byte_perm(word, low, 0x7704u + (uint32_t)byte * 0x10u);

@@ -330,6 +330,12 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     const int part = groups ? blocks / groups : blocks; /* blocks of a batch in one group */
     const int pairs = groups >= 2 ? groups / 2 : groups;
     const bool both = slots == 1 && groups >= 2;
+    /* Entries are asked for a batch ahead, where the compiler has registers for that. */
+#if __CUDA_ARCH__ == 900
+    const bool ahead = true;
+#else
+    const bool ahead = groups < 8 || tokens < 8;
+#endif
     /* Few rows of x are there so soon that warps do better to start together, next to each other in memory; of many a warp
      * waits for the columns that it wants. */
     const bool shared_start = tokens == 4;
@@ -411,6 +417,7 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                 const int next_strip = last ? strip + p->hop : strip, next = last ? first : first + count - to_go + 1;
                 have = next_strip >= p->strips ? 0 : to_go == 2 || (last && count == 1) ? tail : tiles;
                 at += last ? p->hop_bytes - (count - 1) * QL_DECODE_BATCH_BYTES(code) : QL_DECODE_BATCH_BYTES(code);
+                const int here = entry;
                 if (groups >= 2) entry += (last ? p->hop * p->pairs - (count - 1) * pairs : pairs) * 32;
                 if (groups == 1)
                     entry = (next_strip * p->pairs + (next >> p->group_shift >> 1)) * 32 + g * 4 +
@@ -428,13 +435,18 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                         if ((j + 1) * QL_TILE_K(code) > b * 64 && (j + 1) * QL_TILE_K(code) <= (b + 1) * 64 && j < have)
                             load_tile(&codes, code, at, j, lane);
                     if (groups && b % (part * slots) == part * slots - 1) {
+                        const int pair = both ? set / 2 : set;
+                        if (!ahead && (!both || set % 2 == 0)) {
+                            raw.scale[pair][0] = raw.scale[pair][1] = raw.scale[pair][2] = raw.scale[pair][3] = 0;
+                            if (pair == 0 || (first + count - to_go) * pairs + pair < p->pairs)
+                                load_pair(p, code, both, &raw, pair, here + pair * 32);
+                        }
                         const ql_entry e =
                             entry_of(p, code, type, both, &raw, set, (const float *)(shared + p->nested_at));
                         take_zeros(sum, sum_x, e.zero, code, tokens, sums + set * 64);
 #pragma unroll
                         for (int j = 0; j < width; j++) out[j] = fmaf(e.scale[j % 4 / 2], sum[j], out[j]);
-                        if (!both || set % 2) {
-                            const int pair = both ? set / 2 : set;
+                        if (ahead && (!both || set % 2)) {
                             if (have && (pair == 0 || next * pairs + pair < p->pairs))
                                 load_pair(p, code, both, &raw, pair, entry + pair * 32);
                             else if (pair)

@@ -9,9 +9,9 @@
 
 #include <limits.h>
 
-/* Rows that the decode kernels take, of LLM.int8() where wgmma does not do 64 of them sooner (us at 8192x10240: 41, decode
- * for 16 rows 67), and rows that their blocks quantize themselves. */
-enum { MOST_ROWS = 16, INT8_ROWS = 8, MOST_OWN_ROWS = 4 };
+/* Rows that the decode kernels take, those that they take where wgmma is (which does 32 rows sooner than they do 16: us of
+ * FP8 by tokens at 28672x8192 61 and 111, at 8192x10240 26 and 31), and rows that their blocks quantize themselves. */
+enum { MOST_ROWS = 16, MOST_BESIDE_WGMMA = 8, MOST_OWN_ROWS = 4 };
 
 enum {
     MOST_CLUSTER = 8,
@@ -356,17 +356,17 @@ static int64_t quantizer_scratch(ql_cuda_w8a8_plan *plan, const ql_cuda_device *
 
 ql_cuda_w8a8_plan ql_cuda_w8a8_choose(const ql_cuda_device *device, const ql_cuda_w8a8 *product, bool base) {
     ql_cuda_w8a8_plan plan = {0};
-    const bool fast = !base && suits_tensor_cores(product), int8 = product->params.code == QL_W8A8_INT8;
+    const bool fast = !base && suits_tensor_cores(product);
     const int64_t m = product->params.m;
     /* Scratch is aligned to more than any engine asks for, so any such address stands for it. */
     const ql_w8a8_params stand_in = filled_params(&plan, product, (void *)(uintptr_t)ALIGNMENT);
-    const bool wgmma = fast && m > INT8_ROWS && ql_cuda_w8a8_wgmma_takes(device, &stand_in);
-    if (fast && m <= (wgmma && int8 ? INT8_ROWS : MOST_ROWS) && device->kernels[decode_kernel(product)]) {
+    const bool wgmma = fast && ql_cuda_w8a8_wgmma_takes(device, &stand_in);
+    if (fast && m <= (wgmma ? MOST_BESIDE_WGMMA : MOST_ROWS) && device->kernels[decode_kernel(product)]) {
         if (may_hold(product) && plan_decode(&plan, device, product, true)) return plan;
         plan_decode(&plan, device, product, false);
     }
     if (fast && plan.engine == QL_CUDA_W8A8_BASE) {
-        if (wgmma || (m <= INT8_ROWS && ql_cuda_w8a8_wgmma_takes(device, &stand_in)))
+        if (wgmma)
             plan.engine = QL_CUDA_W8A8_WGMMA;
         else if (device->kernels[mma_kernel(product)])
             plan.engine = QL_CUDA_W8A8_MMA;

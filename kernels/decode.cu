@@ -330,12 +330,14 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     const int part = groups ? blocks / groups : blocks; /* blocks of a batch in one group */
     const int pairs = groups >= 2 ? groups / 2 : groups;
     const bool both = slots == 1 && groups >= 2;
-    /* Entries are asked for a batch ahead, where the compiler has registers for that. */
+    /* Elsewhere than on sm_90 the compiler wants for registers: there entries of many groups are not asked for a batch
+     * ahead, and what can be found again is not kept. */
 #if __CUDA_ARCH__ == 900
-    const bool ahead = true;
+    const bool roomy = true;
 #else
-    const bool ahead = groups < 8 || tokens < 8;
+    const bool roomy = false;
 #endif
+    const bool ahead = roomy || groups < 8 || tokens < 8;
     /* Few rows of x are there so soon that warps do better to start together, next to each other in memory; of many a warp
      * waits for the columns that it wants. */
     const bool shared_start = tokens == 4;
@@ -417,8 +419,7 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                 const int next_strip = last ? strip + p->hop : strip, next = last ? first : first + count - to_go + 1;
                 have = next_strip >= p->strips ? 0 : to_go == 2 || (last && count == 1) ? tail : tiles;
                 at += last ? p->hop_bytes - (count - 1) * QL_DECODE_BATCH_BYTES(code) : QL_DECODE_BATCH_BYTES(code);
-                const int here = entry;
-                if (groups >= 2) entry += (last ? p->hop * p->pairs - (count - 1) * pairs : pairs) * 32;
+                if (groups >= 2 && ahead) entry += (last ? p->hop * p->pairs - (count - 1) * pairs : pairs) * 32;
                 if (groups == 1)
                     entry = (next_strip * p->pairs + (next >> p->group_shift >> 1)) * 32 + g * 4 +
                             (next >> p->group_shift & 1) * 2;
@@ -437,9 +438,10 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                     if (groups && b % (part * slots) == part * slots - 1) {
                         const int pair = both ? set / 2 : set;
                         if (!ahead && (!both || set % 2 == 0)) {
+                            raw.zero[pair] = (uint32_t)p->bare_zero * 0x01010101u;
                             raw.scale[pair][0] = raw.scale[pair][1] = raw.scale[pair][2] = raw.scale[pair][3] = 0;
                             if (pair == 0 || (first + count - to_go) * pairs + pair < p->pairs)
-                                load_pair(p, code, both, &raw, pair, here + pair * 32);
+                                load_pair(p, code, both, &raw, pair, entry + pair * 32);
                         }
                         const ql_entry e =
                             entry_of(p, code, type, both, &raw, set, (const float *)(shared + p->nested_at));
@@ -456,6 +458,7 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                 }
                 if (code == QL_CODE_TABLE4 && p->scale_size == 1 && have)
                     load_nested(p, &raw, next_strip * 16 + g, groups == 1 ? next >> p->group_shift : next * groups);
+                if (!ahead) entry += (to_go == 1 ? p->hop * p->pairs - (count - 1) * pairs : pairs) * 32;
                 x.row += (uint32_t)(batch_k * 2);
                 sums += groups * 64;
             }
@@ -463,7 +466,7 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
             sums -= count * groups * 64;
             if (!groups && count > 0) take_zeros(sum, sum_x, row_zero, code, tokens, sums);
             const float *from = groups ? out : sum;
-            const int thread = tokens == 16 || groups == 8 ? thread_anew() : (int)threadIdx.x;
+            const int thread = tokens == 16 || groups == 8 || (!roomy && !groups) ? thread_anew() : (int)threadIdx.x;
             const int column = thread % 4 * 2, token = slots == 2 ? column % 4 : column;
             const int place =
                 (round - begin) * p->teams * p->team_warps + (thread >> 5); /* team * team_warps + member */

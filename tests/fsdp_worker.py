@@ -48,30 +48,25 @@ def train(made, x, y, mean=lambda loss: loss):
 
 
 def run(rank, directory, storage, nested):
-    """Writes what rank 0 saw to `directory`/seen."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=PROCESSES)
-    try:
-        mesh = init_device_mesh("cpu", (PROCESSES,))
-        made = model(storage, nested)
-        for block in made:
-            fully_shard(block, mesh=mesh)
-        fully_shard(made, mesh=mesh)
-        x, y = (part.chunk(PROCESSES)[rank] for part in batch())
+    """In each of the processes. Writes what rank 0 saw to `directory`/seen."""
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    made = model(storage, nested)
+    for block in made:
+        fully_shard(block, mesh=mesh)
+    fully_shard(made, mesh=mesh)
+    x, y = (part.chunk(PROCESSES)[rank] for part in batch())
 
-        def mean(loss):
-            dist.all_reduce(loss)
-            return loss / PROCESSES
+    def mean(loss):
+        dist.all_reduce(loss)
+        return loss / PROCESSES
 
-        losses = train(made, x, y, mean)
-        seen = {
-            "losses": losses,
-            "held": [block.base._parameters["weight"].to_local().numel() for block in made],
-            "weights": [block.base._parameters["weight"].full_tensor() for block in made],
-            "up": [block.up.weight.full_tensor().detach() for block in made],
-            "keys": list(made.state_dict()),
-        }
-        if rank == 0:
-            torch.save(seen, f"{directory}/seen")
-    finally:
-        dist.destroy_process_group()
+    losses = train(made, x, y, mean)
+    seen = {
+        "losses": losses,
+        "held": [block.base._parameters["weight"].to_local().numel() for block in made],
+        "weights": [block.base._parameters["weight"].full_tensor() for block in made],
+        "up": [block.up.weight.full_tensor().detach() for block in made],
+        "keys": list(made.state_dict()),
+    }
+    if rank == 0:
+        torch.save(seen, f"{directory}/seen")

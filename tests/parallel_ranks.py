@@ -1,6 +1,5 @@
 """What each process of test_parallel.py does: every check in every process, with the outcomes in a file of its own."""
 
-import datetime
 import itertools
 import json
 import os
@@ -11,7 +10,6 @@ import checkpoint_formats as formats
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from checkpoint_files import write_directory
 from layer_cases import see_fp8, see_int8, see_plain
 from parallel_cases import SPLITS
@@ -352,11 +350,6 @@ def write_files(directory):
 
 def run(rank, directory):
     """In each of the processes. One that fails leaves the others waiting or out of step: it stops, and so do they."""
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    timeout = datetime.timedelta(seconds=60)
-    rendezvous = f"file://{directory}/rendezvous"
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=WORLD, timeout=timeout)
     meshes = {size: DeviceMesh("cpu", list(range(size))) for size in (2, 4)}
     outcomes = {}
     for size, mesh in meshes.items():
@@ -369,18 +362,13 @@ def run(rank, directory):
             Path(directory, f"{rank}.json").write_text(json.dumps(outcomes))
             if outcomes[f"{name}-{size}"]:
                 os._exit(0)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
-def run_on_gpus(rank, directory):
+def run_on_gpus(rank, is_two):
     """A pair of layers of each weight-only format against the same in one process: on two GPUs in a CUDA graph, on one
     GPU for both processes by way of gloo."""
-    is_two = torch.cuda.device_count() > 1
     device = torch.device("cuda", rank if is_two else 0)
     torch.cuda.set_device(device)
-    rendezvous = f"file://{directory}/rendezvous-of-gpus"
-    dist.init_process_group("nccl" if is_two else "gloo", init_method=rendezvous, rank=rank, world_size=2)
     mesh = DeviceMesh("cuda", [0, 1])
     torch.cuda.set_device(device)
     for split in SPLITS:
@@ -402,8 +390,6 @@ def run_on_gpus(rank, directory):
         # Both round the hidden values and, in wgmma's kernels, the weights to fp16.
         allowed = 2 * bound(W, values(hidden), 2.0**-10, 3) + 2.0**-9 * np.abs(alone)
         assert (np.abs(values(eager) - alone) <= allowed).all(), split.name
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def captured(model, x):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from processes import spawn
 from torch.nn import functional as F
 
 pytest.importorskip("rich")
@@ -92,11 +93,8 @@ def process_of_two(rank, directory):
     """One of two processes with half of every layer: writes what comes out of all blocks."""
     sys.path.insert(0, str(Path(__file__).parent.parent))
     benchmarks = lambda name: importlib.import_module(f"benchmarks.{name}")  # noqa: E731
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2)
     out = stack(benchmarks, rank, 2, lambda x: dist.all_reduce(x))
     torch.save(out, f"{directory}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 def stack(benchmarks, rank, parts, reduce):
@@ -135,7 +133,7 @@ def stack(benchmarks, rank, parts, reduce):
 
 
 def test_two_parts_are_the_whole(benchmarks, tmp_path):
-    torch.multiprocessing.spawn(process_of_two, (str(tmp_path),), nprocs=2)
+    spawn(process_of_two, tmp_path, world=2)
     whole = stack(benchmarks, 0, 1, lambda x: None)
     for rank in range(2):
         torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), whole, rtol=1e-4, atol=1e-5)

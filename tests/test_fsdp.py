@@ -3,9 +3,9 @@
 import fsdp_worker
 import pytest
 import torch
-import torch.multiprocessing
 from fsdp_worker import PROCESSES, SHARDS_INTEGERS
 from layer_cases import exact
+from processes import spawn
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
@@ -21,7 +21,7 @@ from layer_cases import exact
     ids=str,
 )
 def test_nf4_layers_train_on_two_processes(tmp_path, storage, nested):
-    torch.multiprocessing.spawn(fsdp_worker.run, (str(tmp_path), storage, nested), nprocs=PROCESSES)
+    spawn(fsdp_worker.run, tmp_path, storage, nested, world=PROCESSES)
     seen = torch.load(tmp_path / "seen")
     alone = fsdp_worker.model(storage, nested)
     packed = [block.base.weight.detach().clone() for block in alone]

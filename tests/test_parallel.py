@@ -5,6 +5,7 @@ import json
 import parallel_ranks
 import pytest
 import torch
+from processes import spawn
 from torch import nn
 
 import qlinear
@@ -18,7 +19,7 @@ pytest.importorskip("transformers")
 def outcomes(tmp_path_factory):
     directory = tmp_path_factory.mktemp("parallel")
     parallel_ranks.write_files(directory)
-    torch.multiprocessing.spawn(parallel_ranks.run, (str(directory),), nprocs=parallel_ranks.WORLD)
+    spawn(parallel_ranks.run, directory, world=parallel_ranks.WORLD)
     return [json.loads((directory / f"{rank}.json").read_text()) for rank in range(parallel_ranks.WORLD)]
 
 
@@ -32,8 +33,9 @@ def test_in_processes(outcomes, name, size):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that torch can use")
-def test_on_gpus(tmp_path):
-    torch.multiprocessing.spawn(parallel_ranks.run_on_gpus, (str(tmp_path),), nprocs=2)
+def test_on_gpus():
+    is_two = torch.cuda.device_count() > 1
+    spawn(parallel_ranks.run_on_gpus, is_two, world=2, backend="nccl" if is_two else "gloo")
 
 
 # Where the parts begin

@@ -42,6 +42,14 @@ def bert():
 
 
 MODELS = {"llama": llama, "qwen2": qwen2, "gpt2": gpt2, "bert": bert}
+
+
+def dense(architecture):
+    """The same weights whenever it is called."""
+    torch.manual_seed(0)
+    return MODELS[architecture]().eval()
+
+
 # What makers of quantized files leave as it is.
 SKIPPED = ("lm_head", "cls.predictions")
 

@@ -39,17 +39,10 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 import qlinear
 from qlinear.layers._module import QuantizedLinear
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Small products only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def activation_of(name):

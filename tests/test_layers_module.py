@@ -24,20 +24,12 @@ from layer_cases import (
     exact,
     inputs,
     make,
-    pack_on_the_cpu,
 )
 
 import qlinear
-from qlinear import ops
 
+pytestmark = pytest.mark.usefixtures("packed_if_the_case_is")
 every_case = pytest.mark.parametrize("case", CASES + PACKED_CASES, ids=repr)
-
-
-@pytest.fixture(autouse=True)
-def _form(request, monkeypatch):
-    """A packed layer owes all that another does."""
-    if hasattr(request.node, "callspec") and getattr(request.node.callspec.params.get("case"), "packed", False):
-        pack_on_the_cpu(monkeypatch)
 
 
 def state_of(layer):
@@ -400,40 +392,12 @@ def test_autocast(case, dtype):
 
 
 @every_case
-def test_operators_pass_opcheck(case):
-    layer = make(case)
-    product, gradient = ops._OPERATORS[layer.operator]
-    # The schema test of torch cannot add up float8 tensors.
-    tests = ("test_faketensor",) if case.name.startswith("fp8") else ("test_schema", "test_faketensor")
-    for x in (inputs(3, K), inputs(K, 3).t(), inputs(2, 4, 2 * K)[..., ::2]):
-        torch.library.opcheck(product, (x, *layer._arguments()), test_utils=tests)
-    torch.library.opcheck(gradient, (inputs(3, N), *layer._arguments()), test_utils=tests)
-
-
-@every_case
-def test_fake_tensors(case):
-    layer = make(case)
-    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        out = layer(mode.from_tensor(inputs(2, 5, K)))
-    assert out.shape == (2, 5, N)
-    assert isinstance(out, torch._subclasses.FakeTensor)
-
-
-@every_case
 def test_vmap(case):
     layer = make(case)
     if case.name.startswith("int8") and layer.threshold:
         pytest.skip("outlier columns depend on the whole batch")
     x = inputs(4, 3, K)
     assert torch.allclose(torch.vmap(layer)(x), layer(x), rtol=1e-5, atol=1e-5)
-
-
-@every_case
-def test_export(case):
-    layer = make(case)
-    x = inputs(3, K)
-    exported = torch.export.export(torch.nn.Sequential(layer), (x,))
-    assert torch.equal(exported.module()(x), layer(x))
 
 
 @every_case

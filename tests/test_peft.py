@@ -5,38 +5,26 @@ import warnings
 
 import pytest
 import torch
-from layer_cases import CASES, PACKED_CASES, K, N, assert_same_state, inputs, make, pack_on_the_cpu
+from layer_cases import CASES, PACKED_CASES, K, N, assert_same_state, inputs, make
 
 import qlinear
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
+import hf_models  # noqa: E402
+
 from qlinear import peft as adapters  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread", "packed_if_the_case_is", "registered")
 every_case = pytest.mark.parametrize("case", CASES + PACKED_CASES, ids=repr)
 
 
-@pytest.fixture(autouse=True)
-def _form(request, monkeypatch):
-    if hasattr(request.node, "callspec") and getattr(request.node.callspec.params.get("case"), "packed", False):
-        pack_on_the_cpu(monkeypatch)
-
-
-@pytest.fixture(autouse=True)
-def _registered():
+@pytest.fixture
+def registered():
     adapters.register()
     yield
     adapters.unregister()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """The models are too small for two, which would wait for each other more than they work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def config(**options):
@@ -232,13 +220,6 @@ def test_other_layers_keep_peft_own():
 # ---- QLoRA ----
 
 
-def llama(dtype=torch.float32):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-    made = transformers.LlamaConfig(vocab_size=96, num_key_value_heads=2, max_position_embeddings=64, **sizes)
-    return transformers.LlamaForCausalLM(made).to(dtype)
-
-
 def token_losses(model, count):
     """The losses of `count` steps on sequences that can be learned: each token follows from the one before."""
     torch.manual_seed(5)
@@ -247,7 +228,7 @@ def token_losses(model, count):
         peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear"),
     )
     starts = torch.arange(16)
-    tokens = (starts[:, None] * 5 + torch.arange(24)[None] * 7) % 96
+    tokens = (starts[:, None] * 5 + torch.arange(24)[None] * 7) % hf_models.VOCABULARY
     optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=3e-3)
     losses = []
     for _ in range(count):
@@ -271,7 +252,7 @@ QLORA = {
 @pytest.mark.parametrize("form", QLORA)
 def test_qlora_has_the_losses_of_the_dequantized_model(form):
     quantize, options = QLORA[form]
-    model = llama()
+    model = hf_models.dense("llama")
     report = qlinear.replace_linear(model, quantize, **options)
     assert len(report.replaced) == 14
     dense = copy.deepcopy(model)
@@ -285,7 +266,7 @@ def test_qlora_has_the_losses_of_the_dequantized_model(form):
 
 
 def test_qlora_with_gradient_checkpointing_in_bfloat16():
-    model = llama(torch.bfloat16)
+    model = hf_models.dense("llama").to(torch.bfloat16)
     qlinear.replace_linear(model, "bitsandbytes-nf4")
     plain = token_losses(copy.deepcopy(model), 4)[1]
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -296,7 +277,7 @@ def test_qlora_with_gradient_checkpointing_in_bfloat16():
 @pytest.mark.parametrize("to", ["gptq-4", "nf4", "fp8"])
 def test_a_checkpoint_by_way_of_transformers(tmp_path, to):
     """As QLoRA is run: transformers' from_pretrained, peft's preparation, training, merging and back."""
-    llama(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    hf_models.dense("llama").to(torch.bfloat16).save_pretrained(tmp_path / "dense")
     qlinear.quantize_checkpoint(tmp_path / "dense", tmp_path / "quantized", to, group_size=32)
     qlinear.hf.register()
     try:
@@ -315,7 +296,7 @@ def test_a_checkpoint_by_way_of_transformers(tmp_path, to):
 
 
 def test_a_tuned_model_merges_and_generates_the_same():
-    model = llama()
+    model = hf_models.dense("llama")
     qlinear.replace_linear(model, "bitsandbytes-nf4")
     tuned, _ = token_losses(model, 8)
     tuned.eval()

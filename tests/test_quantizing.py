@@ -16,7 +16,11 @@ from qlinear.inspection import collect
 from qlinear.quantizing import FORMATS, quantize_checkpoint
 from qlinear.shards import Shards
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
+
+import hf_models
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # The layers that replace_linear makes of the same weights; it makes no other FP8 ones.
 REPLACED = {
@@ -27,39 +31,10 @@ REPLACED = {
 BITS = {"gptq-2": 3, "gptq-3": 4, "gptq-4": 5.2, "awq": 5.2, "nf4": 6, "fp4": 6}
 
 
-def llama():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.LlamaConfig(vocab_size=96, num_key_value_heads=2, max_position_embeddings=64, **sizes)
-    return transformers.LlamaForCausalLM(config).eval()
-
-
-def gpt2():
-    torch.manual_seed(0)
-    return transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(vocab_size=96, n_positions=32, n_embd=64, n_layer=2, n_head=4)
-    ).eval()
-
-
-def bert():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return transformers.BertModel(transformers.BertConfig(vocab_size=96, max_position_embeddings=32, **sizes)).eval()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """The models are too small for two, which would wait for each other more than they work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     directory = tmp_path_factory.mktemp("source")
-    llama().save_pretrained(directory)
+    hf_models.dense("llama").save_pretrained(directory)
     (directory / "tokenizer.json").write_text("{}")
     (directory / "1_Pooling").mkdir()
     (directory / "1_Pooling" / "config.json").write_text('{"pooling": 1}')
@@ -78,10 +53,10 @@ def test_every_format(source, tmp_path, to):
     model = qlinear.from_pretrained(tmp_path / "made", dtype=torch.float32)
 
     # Bit for bit what replace_linear makes of the loaded model.
-    dense = llama()
+    dense = hf_models.dense("llama")
     if to in REPLACED:
         name, options = REPLACED[to]
-        twin = llama()
+        twin = hf_models.dense("llama")
         qlinear.replace_linear(twin, name, group_size=64, **options)
         expected, state = twin.state_dict(), model.state_dict()
         assert state.keys() == expected.keys()
@@ -142,16 +117,16 @@ def test_rows_of_zeros_and_denormals_stay_finite(tmp_path):
         assert (made[0].abs() <= (0.01 if to == "nf4" else 0)).all()
 
 
-@pytest.mark.parametrize(("make", "count"), [(gpt2, 8), (bert, 13)])
+@pytest.mark.parametrize(("architecture", "count"), [("gpt2", 8), ("bert", 13)])
 @pytest.mark.parametrize("to", ["gptq-8", "nf4"])
-def test_other_architectures(tmp_path, make, count, to):
-    make().save_pretrained(tmp_path / "src")
+def test_other_architectures(tmp_path, architecture, count, to):
+    hf_models.dense(architecture).save_pretrained(tmp_path / "src")
     report = quantize_checkpoint(tmp_path / "src", tmp_path / "made", to, group_size=32)
     assert len(report.layers) == count
-    model, twin = qlinear.from_pretrained(tmp_path / "made", dtype=torch.float32), make()
+    model, twin = qlinear.from_pretrained(tmp_path / "made", dtype=torch.float32), hf_models.dense(architecture)
     qlinear.replace_linear(twin, REPLACED[to][0], group_size=32, **REPLACED[to][1])
     assert torch.equal(model(TOKENS)[0], twin(TOKENS)[0])
-    dense = make()(TOKENS)[0]
+    dense = hf_models.dense(architecture)(TOKENS)[0]
     assert (model(TOKENS)[0] - dense).abs().max() < (0.05 if to == "gptq-8" else 0.5) * dense.abs().max()
 
 
@@ -188,7 +163,7 @@ def test_without_a_model_names_tell(tmp_path):
 
 
 def test_matrices_of_no_linear_layer_are_told(tmp_path):
-    model = llama()
+    model = hf_models.dense("llama")
     model.save_pretrained(tmp_path / "src")
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     tensors["model.layers.0.mlp.experts.0.weight"] = torch.randn(64, 64)

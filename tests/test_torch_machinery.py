@@ -4,32 +4,18 @@ import copy
 
 import pytest
 import torch
-from layer_cases import CASES, PACKED_CASES, K, N, assert_close, exact, inputs, make, pack_on_the_cpu
+from layer_cases import CASES, PACKED_CASES, K, N, assert_close, exact, inputs, make
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import qlinear
 from qlinear import ops
 
+pytestmark = pytest.mark.usefixtures("one_thread", "packed_if_the_case_is")
 every_case = pytest.mark.parametrize("case", CASES + PACKED_CASES, ids=repr)
 ROWS = (3, 5, 2, 16)
 # The last case of each class.
 ONE_EACH = tuple({case.decode: case for case in CASES}.values())
-
-
-@pytest.fixture(autouse=True)
-def _form(request, monkeypatch):
-    if hasattr(request.node, "callspec") and getattr(request.node.callspec.params.get("case"), "packed", False):
-        pack_on_the_cpu(monkeypatch)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """The layers are too small for two, which would wait for each other more than they work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -255,6 +241,8 @@ def test_fake_and_meta_have_the_shape_and_dtype_of_the_product(case):
         meta = copy.deepcopy(layer).to("meta")(x.to("meta"))
         for out in (fake, meta):
             assert (out.shape, out.dtype, out.stride()) == (real.shape, real.dtype, real.stride())
+        assert isinstance(fake, torch._subclasses.FakeTensor)
+        assert meta.is_meta
 
 
 # ---- checkpointing and hooks ----
@@ -384,8 +372,7 @@ def test_gradients_of_a_learning_weight(dtype, shape):
     out = layer(x)
     grad = inputs(*shape[:-1], N, dtype=dtype, seed=5)
     out.backward(grad)
-    W = layer.dequantize(torch.float32) if not layer.has_fp16_weights else None
-    assert W is None
+    assert layer.has_fp16_weights
     rows, seen = grad.reshape(-1, N).double(), x.detach().reshape(-1, K).double()
     assert layer.weight.grad.dtype == dtype
     assert_close(layer.weight.grad, (rows.t() @ seen).numpy(), (rows.abs().t() @ seen.abs()).numpy(), max(len(rows), 1))

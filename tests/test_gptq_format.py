@@ -586,6 +586,15 @@ def test_results_come_in_the_callers_framework():
     assert [tensor.dtype for tensor in packed] == [torch.int32, torch.int32, torch.float16]
 
 
+def test_a_part_may_have_the_columns_of_one_group_alone():
+    """A g_idx of zeros stands for one left out only where the groups are those of the columns."""
+    tensors, codes, zeros = make_layer(4, 128, 24, 32)
+    part = {**tensors, "qweight": tensors["qweight"][:8]}
+    layer = _qlinear.QuantLinear(**part, g_idx=np.zeros(64, np.int32), bits=4, group_size=32, zero_format="gptq")
+    wanted = reference_weight(codes[:64], zeros, tensors["scales"], np.zeros(64, int))
+    np.testing.assert_array_equal(layer.dequantize(), wanted.astype(np.float32))
+
+
 def test_a_part_of_an_act_order_layer_keeps_all_groups():
     """Split along K for several devices, each part's g_idx counts in the groups of the whole."""
     torch.manual_seed(5)

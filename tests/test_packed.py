@@ -190,6 +190,16 @@ def test_obstacles():
             ),
             "act-order",
         ),
+        (
+            # Groups of no more columns than they may have, but the short one is not the last.
+            _qlinear.QuantLinear(
+                *make_gptq(random, 8, 80, 4, 32, torch.half, False, "gptq")[1],
+                torch.tensor([0] * 32 + [1] * 16 + [2] * 32, dtype=torch.int32),
+                bits=4,
+                group_size=32,
+            ),
+            "act-order",
+        ),
         (_qlinear.Linear8bitLt(*_qlinear.int8_quantize(weight)[:2]), "only quantizes the weight"),
         (_qlinear.Fp8Linear(*_qlinear.fp8_quantize(weight, mode="tensor")), "only quantizes the weight"),
     ):

@@ -180,7 +180,8 @@ def test_loading_checks_what_construction_checks():
     layer = qlinear.QuantLinear(*packed(64, 32, 4, 16), None, None, 4, 16)
     bad = layer.state_dict() | {"g_idx": torch.full((64,), 99, dtype=torch.int32)}
     fresh = qlinear.QuantLinear.new(4, 16, 64, 32, False)
-    fresh.load_state_dict(bad)
+    with pytest.raises(RuntimeError, match="g_idx must be in"):
+        fresh.load_state_dict(bad)
     with pytest.raises(ValueError, match="g_idx"):
         fresh(inputs(1, 64))
 

@@ -14,12 +14,6 @@ from . import _qlinear, ops, search
 NESTED_BLOCKSIZE = 256
 
 
-def _dtype_name(dtype: torch.dtype, argument: str = "dtype") -> str:
-    if dtype not in ops.DTYPE_NAMES:
-        raise TypeError(f"{argument} must be float32, float16 or bfloat16, got {dtype}")
-    return ops.DTYPE_NAMES[dtype]
-
-
 def _store(out: Tensor | None, result: Tensor, name: str = "out") -> Tensor:
     if out is None:
         return result
@@ -128,7 +122,7 @@ class QuantState:
             "absmax": self.absmax,
             "blocksize": self.blocksize,
             "quant_map": self.code,
-            "dtype": _dtype_name(self.dtype),
+            "dtype": ops.dtype_name(self.dtype),
             "shape": tuple(self.shape),
         }
         if self.state2 is not None:
@@ -136,7 +130,7 @@ class QuantState:
                 "nested_absmax": self.state2.absmax,
                 "nested_blocksize": self.state2.blocksize,
                 "nested_quant_map": self.state2.code,
-                "nested_dtype": _dtype_name(self.state2.dtype),
+                "nested_dtype": ops.dtype_name(self.state2.dtype),
                 "nested_offset": float(self.offset),
             }
         if not packed:
@@ -156,13 +150,18 @@ class QuantState:
             )
         if packed:
             parts |= unpack_json(parts.pop(packed[0]))
-        unknown = parts.keys() - {"absmax", "quant_map", "nested_absmax", "nested_quant_map", *_STATE_FIELDS}
-        missing = {"absmax", "quant_map", "quant_type", "blocksize", "dtype", "shape"} - parts.keys()
+        nested = {"nested_absmax", "nested_quant_map", *_NESTED_FIELDS}
+        plain = {"absmax", "quant_map", *_PLAIN_FIELDS}
+        unknown = parts.keys() - plain - nested
+        missing = (plain | nested if parts.keys() & nested else plain) - parts.keys()
         if unknown or missing:
             raise ValueError(f"not a bitsandbytes quant state: unknown {sorted(unknown)}, missing {sorted(missing)}")
+        shape = parts["shape"]
+        if not isinstance(shape, (list, tuple)) or any(type(size) is not int for size in shape):
+            raise ValueError(f"shape must be a list of integers, got {shape!r:.60}")
         state2 = offset = None
         if "nested_absmax" in parts:
-            offset = torch.tensor(float(parts["nested_offset"]), device=device)
+            offset = torch.tensor(_number(parts, "nested_offset"), device=device)
             state2 = cls(
                 absmax=parts["nested_absmax"].to(device),
                 code=parts["nested_quant_map"].to(device),
@@ -171,7 +170,7 @@ class QuantState:
             )
         return cls(
             absmax=parts["absmax"].to(device),
-            shape=torch.Size(parts["shape"]),
+            shape=torch.Size(shape),
             code=parts["quant_map"].to(device),
             blocksize=parts["blocksize"],
             quant_type=parts["quant_type"],
@@ -181,9 +180,16 @@ class QuantState:
         )
 
 
-_STATE_FIELDS = (
-    "quant_type", "blocksize", "dtype", "shape", "nested_blocksize", "nested_dtype", "nested_offset",
-)  # fmt: skip
+_PLAIN_FIELDS = ("quant_type", "blocksize", "dtype", "shape")
+_NESTED_FIELDS = ("nested_blocksize", "nested_dtype", "nested_offset")
+_STATE_FIELDS = (*_PLAIN_FIELDS, *_NESTED_FIELDS)
+
+
+def _number(parts: dict[str, Any], name: str) -> float:
+    try:
+        return float(parts[name])
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{name} must be a number, got {parts[name]!r:.60}") from None
 
 
 def _pack_json(parts: dict[str, Any]) -> Tensor:
@@ -243,7 +249,7 @@ def dequantize_blockwise(
         code = create_dynamic_map().to(A.device) if code is None else code
         quant_state = QuantState(absmax=absmax, code=code, blocksize=blocksize, dtype=torch.float32)
     stats = _flat_absmax(quant_state)
-    name = _dtype_name(quant_state.dtype, "quant_state.dtype")
+    name = ops.dtype_name(quant_state.dtype, "quant_state.dtype")
     result = _qlinear.dequantize_blockwise(A, stats, quant_state.code, blocksize=quant_state.blocksize, dtype=name)
     return _store(out, result.reshape(A.shape))
 
@@ -325,7 +331,7 @@ def dequantize_4bit(
         quant_state.code,
         count=quant_state.shape.numel(),
         blocksize=quant_state.blocksize,
-        dtype=_dtype_name(quant_state.dtype, "quant_state.dtype"),
+        dtype=ops.dtype_name(quant_state.dtype, "quant_state.dtype"),
     )
     return _store(out, flat.reshape(quant_state.shape))
 
@@ -394,7 +400,7 @@ def scaled_mm(
     bias: Tensor | None = None,
 ) -> Tensor:
     """a e4m3 [M, K] @ b e4m3 [K, N], any strides, scale_a of 1 or M, scale_b of 1 or N -> [M, N] in out_dtype."""
-    name = _dtype_name(out_dtype, "out_dtype")
+    name = ops.dtype_name(out_dtype, "out_dtype")
     if a.device.type == "cpu":
         return _qlinear.fp8_matmul(ops.exportable(a), ops.exportable(b), scale_a, scale_b, bias, dtype=name)
     # In fp32 as on the CPU: a by rows of activations, b as the weight of a layer.

@@ -35,12 +35,32 @@ _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 _functorch_level = getattr(getattr(torch._C, "_functorch", None), "maybe_current_level", lambda: None)
 
 
+def check_tensors(**arguments: Any) -> None:
+    """TypeError where one of the arguments is no tensor."""
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def dtype_name(dtype: torch.dtype, argument: str = "dtype") -> str:
+    """What the C types call a dtype in which there are products."""
+    if dtype not in DTYPE_NAMES:
+        raise TypeError(f"{argument} must be float32, float16 or bfloat16, got {dtype}")
+    return DTYPE_NAMES[dtype]
+
+
 class Format(NamedTuple):
     """schema: of the arguments after x; make: the C layer of those; features: (K, N) of those."""
 
     schema: str
     make: Callable[..., Any]
     features: Callable[..., tuple[int, int]]
+
+    def check_data(self, arguments: tuple) -> None:
+        """ValueError where one of the tensors is on the meta device: a product of it would be whatever memory held."""
+        for said, argument in zip(self.schema.split(", "), arguments, strict=False):
+            if isinstance(argument, Tensor) and argument.device.type == "meta":
+                raise ValueError(f"{said.split()[-1]} is on the meta device, it has no data: load it first")
 
 
 def _make_gptq(qweight, qzeros, scales, g_idx, bias, bits, group_size, zero_format, in_features, out_features):
@@ -186,6 +206,7 @@ def engine(name: str, arguments: tuple) -> Any:
     key = (name, *map(_identity, arguments))
     found = _live.get(key)
     if found is None:
+        FORMATS[name].check_data(arguments)
         found = _live[key] = FORMATS[name].make(*arguments)
     return found
 
@@ -194,7 +215,11 @@ def _define(name: str, made: Format) -> tuple[Any, Any]:
     def forward(x: Tensor, *arguments: Any) -> Tensor:
         return engine(name, arguments)(x.detach())
 
+    # torch calls the fakes where any of the tensors is on the meta device, x or not.
+
     def forward_fake(x: Tensor, *arguments: Any) -> Tensor:
+        if x.device.type != "meta":
+            made.check_data(arguments)
         in_features, out_features = made.features(*arguments)
         torch._check(x.shape[-1] == in_features, lambda: f"x has {x.shape[-1]} features, the weight has {in_features}")
         return x.new_empty((*x.shape[:-1], out_features))
@@ -203,6 +228,8 @@ def _define(name: str, made: Format) -> tuple[Any, Any]:
         return engine(name, arguments).grad_input(grad_output.detach())
 
     def backward_fake(grad_output: Tensor, *arguments: Any) -> Tensor:
+        if grad_output.device.type != "meta":
+            made.check_data(arguments)
         return grad_output.new_empty((*grad_output.shape[:-1], made.features(*arguments)[0]))
 
     tags = (torch.Tag.pt2_compliant_tag,)
@@ -299,8 +326,7 @@ def autocast(x: Tensor) -> Tensor:
 
 def linear(name: str, x: Tensor, arguments: tuple) -> Tensor:
     """x [..., K] times the weight that `arguments` hold, through the registered operator."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+    check_tensors(x=x)
     x = autocast(x)
     if (torch.is_grad_enabled() and x.requires_grad) or forward_ad._current_level >= 0:
         return _Linear.apply(x, name, *arguments)

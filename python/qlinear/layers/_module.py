@@ -32,8 +32,7 @@ def check_bias(bias: Any, out_features: int) -> None:
 
 def check_weight(weight: Any) -> None:
     """A float weight [N, K], as the constructors that quantize take it."""
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a torch.Tensor, got {type(weight).__name__}")
+    ops.check_tensors(weight=weight)
     if weight.dtype not in ops.DTYPE_NAMES:
         raise TypeError(f"weight must be float32, float16 or bfloat16, got {weight.dtype}")
     if weight.dim() != 2:
@@ -114,10 +113,7 @@ class QuantizedLinear(PackingModule):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """W [N, K]. dtype: float32, float16 or bfloat16; None is the dtype that the weight had before."""
-        dtype = dtype or self.natural_dtype()
-        if dtype not in ops.DTYPE_NAMES:
-            raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
-        return self.engine().dequantize(ops.DTYPE_NAMES[dtype])
+        return self.engine().dequantize(ops.dtype_name(dtype or self.natural_dtype()))
 
     def natural_dtype(self) -> torch.dtype:
         """The dtype of a float weight in this layer's place."""
@@ -221,8 +217,10 @@ class QuantizedLinear(PackingModule):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self._forget()
-        self._try_to_settle()
-        self._keep_engine()
+        try:
+            self._check()
+        except (TypeError, ValueError, NotImplementedError) as error:
+            error_msgs.append(f"{prefix.removesuffix('.') or type(self).__name__}: {error}")
 
 
 plain_forwards.append(QuantizedLinear.forward)

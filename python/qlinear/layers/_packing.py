@@ -214,6 +214,9 @@ class PackingModule(torch.nn.Module):
         is_ours = name not in self._unpacked_attributes and not name.startswith("_")
         if is_ours and self.__dict__.get("_packing") is not None:
             self._unpack()
+        if isinstance(value, Parameter) and name in self.__dict__.get("_buffers", ()):
+            # As in the constructors: what is frozen stays a buffer, where nn.Module would make it a parameter.
+            value = value.detach()
         super().__setattr__(name, value)
         if name in self.packs:
             self.__dict__["_unsettled"] = self._identities()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .. import _qlinear, search
+from .. import _qlinear, ops, search
 from ._module import QuantizedLinear, check_bias, check_weight, frozen
 
 
@@ -17,6 +17,9 @@ def to_gemm(qweight: Tensor, qzeros: Tensor | None, scales: Tensor, group_size: 
     GEMVFast has int16 words; Marlin has no zeros; GEMV has one row of each tensor an output channel. GEMVFast's zeros
     stay the products that they are, of scales' dtype. ValueError where it is none of them.
     """
+    ops.check_tensors(qweight=qweight, scales=scales)
+    if qzeros is not None:
+        ops.check_tensors(qzeros=qzeros)
     if qweight.dim() != 2 or scales.dim() != 2 or (qzeros is not None and qzeros.dim() != 2):
         raise ValueError("qweight, qzeros and scales must be 2-D")
     if qweight.dtype == torch.int16:
@@ -74,9 +77,6 @@ class AWQLinear(QuantizedLinear):
             raise NotImplementedError("Only 4-bit are supported for now.")
         if not isinstance(group_size, int) or group_size == 0 or group_size < -1:
             raise ValueError(f"group_size must be positive or -1, got {group_size!r}")
-        for name, tensor in (("qweight", qweight), ("scales", scales)):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
         super().__init__()
         qweight, qzeros, scales = to_gemm(qweight, qzeros, scales, group_size)
         check_bias(bias, scales.shape[1])
@@ -146,11 +146,11 @@ class AWQLinear(QuantizedLinear):
     def _adopt(self, state_dict: dict, prefix: str, assign: bool) -> None:
         names = {name: f"{prefix}{name}" for name in self.fixed}
         qweight, scales = state_dict.get(names["qweight"]), state_dict.get(names["scales"])
-        if qweight is not None and scales is not None and qweight.shape != self.qweight.shape:
+        if qweight is not None and getattr(qweight, "shape", None) != self.qweight.shape:
             try:
                 converted = to_gemm(qweight, state_dict.get(names["qzeros"]), scales, self.group_size)
             except (TypeError, ValueError):
-                # nn.Module reports the shapes that do not fit, with all the others of the model.
+                # nn.Module reports what does not fit, with all the others of the model.
                 converted = ()
             state_dict.update(zip(names.values(), converted, strict=False))
         super()._adopt(state_dict, prefix, assign)

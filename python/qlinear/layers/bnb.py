@@ -186,12 +186,13 @@ class Linear8bitLt(QuantizedLinear):
     def forward(self, x: Tensor) -> Tensor:
         if not self.has_fp16_weights:
             return super().forward(x)
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+        ops.check_tensors(x=x)
         return _Int8Training.apply(ops.autocast(x), self.weight, self.bias, self.threshold)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         if self.has_fp16_weights:
+            if dtype is not None:
+                ops.dtype_name(dtype)
             return self.weight.detach().to(dtype or self.weight.dtype)
         return super().dequantize(dtype)
 
@@ -206,16 +207,19 @@ class Linear8bitLt(QuantizedLinear):
     ):
         marker = f"{prefix}weight_format"
         weight = state_dict.get(f"{prefix}weight")
-        if weight is not None and (weight.dtype == torch.int8) == self.has_fp16_weights:
+        if isinstance(weight, Tensor) and (weight.dtype == torch.int8) == self.has_fp16_weights:
             held, kind = ("a float", "int8") if self.has_fp16_weights else ("an int8", str(weight.dtype))
             error_msgs.append(f"{prefix}weight: a layer with {held} weight cannot load {kind}")
             return
         _check_format(state_dict.get(marker), marker)
-        if weight is not None and not self.has_fp16_weights and not isinstance(state_dict.get(marker), Tensor):
+        if isinstance(weight, Tensor) and not self.has_fp16_weights and not isinstance(state_dict.get(marker), Tensor):
             state_dict[marker] = torch.zeros((), dtype=torch.uint8, device=weight.device)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        rest = (state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        # A float weight is loaded like any other Parameter: into its own dtype, and it goes on learning.
+        if self.has_fp16_weights:
+            torch.nn.Module._load_from_state_dict(self, *rest)
+        else:
+            super()._load_from_state_dict(*rest)
 
     @property
     def state(self) -> Int8State:
@@ -289,8 +293,8 @@ class Linear4bit(QuantizedLinear):
         self._fill(tensors | {"weight": data}, bias, compute_dtype)
 
     def _fill(self, tensors: Mapping[str, Tensor], bias: Tensor | None, compute_dtype: torch.dtype | None) -> None:
-        if compute_dtype is not None and compute_dtype not in ops.DTYPE_NAMES:
-            raise TypeError(f"compute_dtype must be float32, float16, bfloat16 or None, got {compute_dtype}")
+        if compute_dtype is not None:
+            ops.dtype_name(compute_dtype, "compute_dtype")
         QuantizedLinear.__init__(self)
         self.compute_dtype = compute_dtype
         self.weight = Parameter(frozen(tensors["weight"]), requires_grad=False)
@@ -302,7 +306,9 @@ class Linear4bit(QuantizedLinear):
         if len(keys) != 1:
             raise ValueError(f"there should be exactly one {_PREFIX}* entry, got {keys or 'none'}")
         self.packed_state = frozen(tensors[keys[0]])
-        self._take_numbers(functional.unpack_json(self.packed_state))
+        numbers = functional.unpack_json(self.packed_state)
+        _check_nested(numbers, tensors)
+        self._take_numbers(numbers)
         check_bias(bias, self.out_features)
         self._check()
 
@@ -315,7 +321,7 @@ class Linear4bit(QuantizedLinear):
         )
         if state.quant_type not in ("nf4", "fp4"):
             raise ValueError(f"quant_type must be nf4 or fp4, got {state.quant_type!r:.60}")
-        if state.shape is None or len(state.shape) != 2:
+        if len(state.shape) != 2:
             raise ValueError(f"shape must be [out_features, in_features], got {numbers['shape']!r:.60}")
         sizes = (state.blocksize, state.state2.blocksize if state.state2 else 256)
         if not all(type(size) is int and size > 0 for size in sizes):
@@ -453,16 +459,20 @@ class Linear4bit(QuantizedLinear):
 
     def _load_state(self, found: dict[str, Tensor], marker: Tensor, weight: Tensor | None, local_metadata: dict) -> str:
         """Takes the tensors beside the weight and makes room for it; the error, or an empty string."""
-        shape = (self.out_features, self.in_features)
+        shape = [self.out_features, self.in_features]
+        count = -(-shape[0] * shape[1] // 2)
         assign = bool(local_metadata.get("assign_to_params_buffers", False))
+        is_other = isinstance(weight, Tensor) and (weight.shape, weight.dtype) != (self.weight.shape, self.weight.dtype)
+        if is_other and weight.nbytes != count:
+            return f"size mismatch: {shape} has {count} bytes, the checkpoint's {weight.dtype} {weight.nbytes}"
         try:
+            ops.check_tensors(**found)
             numbers = functional.unpack_json(marker)
-            if tuple(numbers.get("shape", ())) != shape:
-                return f"size mismatch: the checkpoint's is {numbers.get('shape')}, the layer's {list(shape)}"
-            if _is_nested(numbers) != ("weight.nested_absmax" in found and "weight.nested_quant_map" in found):
-                return "nested_absmax, nested_quant_map and nested_offset go together"
+            if numbers.get("shape") != shape:
+                return f"size mismatch: the checkpoint's is {numbers.get('shape')}, the layer's {shape}"
+            _check_nested(numbers, found)
             self._take_numbers(numbers)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError) as error:
             return str(error)
         device = self.weight.device
         for key, name in (*_STATE_KEYS.items(), (None, "packed_state")):
@@ -470,11 +480,9 @@ class Linear4bit(QuantizedLinear):
             # A copy, as load_state_dict makes it, in a tensor of the file's own dtype and shape.
             taken = tensor if tensor is None or assign else tensor.detach().to(device, copy=True)
             self._buffers[name] = taken
-        if weight is not None and (weight.shape != self.weight.shape or weight.dtype != self.weight.dtype):
-            count = -(-shape[0] * shape[1] // 2)
-            if weight.numel() * weight.element_size() == count:
-                place = torch.empty(weight.shape, dtype=weight.dtype, device="meta" if assign else device)
-                self._parameters["weight"] = Parameter(place, requires_grad=False)
+        if is_other:
+            place = torch.empty(weight.shape, dtype=weight.dtype, device="meta" if assign else device)
+            self._parameters["weight"] = Parameter(place, requires_grad=False)
         return ""
 
     def _adopt(self, state_dict: dict, prefix: str, assign: bool) -> None:
@@ -493,6 +501,12 @@ class Linear4bit(QuantizedLinear):
 
 def _is_nested(numbers: dict[str, Any]) -> bool:
     return "nested_offset" in numbers
+
+
+def _check_nested(numbers: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """ValueError where the numbers and the tensors do not say the same of double quantization."""
+    if any(_is_nested(numbers) != (f"weight.{key}" in tensors) for key in ("nested_absmax", "nested_quant_map")):
+        raise ValueError("nested_absmax, nested_quant_map and nested_offset go together")
 
 
 # Both leave the short way where it is not theirs: weights that learn make no C layer, compute_dtype is asked for.

@@ -71,9 +71,7 @@ class Fp8Linear(QuantizedLinear):
         block_size: tuple[int, int] = (128, 128),
         promoted: bool = False,
     ) -> None:
-        for name, tensor in (("weight", weight), ("weight_scale", weight_scale)):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        ops.check_tensors(weight=weight, weight_scale=weight_scale)
         if weight.dtype not in (torch.float8_e4m3fn, torch.uint8):
             raise TypeError(f"weight must be float8_e4m3fn or its bytes, uint8, got {weight.dtype}")
         if weight.dim() != 2:

@@ -68,9 +68,9 @@ class QuantLinear(QuantizedLinear):
         in_features: int | None = None,
     ) -> None:
         _check_bits(bits)
-        for name, tensor in (("qweight", qweight), ("qzeros", qzeros), ("scales", scales), ("g_idx", g_idx)):
-            if not isinstance(tensor, Tensor) and not (name == "g_idx" and tensor is None):
-                raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        ops.check_tensors(qweight=qweight, qzeros=qzeros, scales=scales)
+        if g_idx is not None:
+            ops.check_tensors(g_idx=g_idx)
         if qweight.dim() != 2:
             raise ValueError(f"qweight must be 2-D, got {tuple(qweight.shape)}")
         check_bias(bias, qweight.shape[1])

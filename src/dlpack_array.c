@@ -226,7 +226,7 @@ int ql_dlpack_array_add_type(PyObject *module) {
     static PyType_Spec spec = {
         .name = "_qlinear.DLPackArray",
         .basicsize = sizeof(ql_dlpack_array),
-        .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+        .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION | Py_TPFLAGS_IMMUTABLETYPE,
         .slots = slots,
     };
     PyObject *type = PyType_FromSpec(&spec);

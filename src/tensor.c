@@ -204,11 +204,15 @@ static int ql_read_exchange(ql_tensor *tensor, const DLPackExchangeAPI *api, PyO
     return result;
 }
 
-int ql_tensor_read(ql_tensor *tensor, PyObject *object, const char *name) {
-    /* The arrays of sizes are filled as far as ndim, so only the fields before them need clearing: a call's hot path. */
+/* Only the fields before the arrays of sizes, which are filled as far as ndim: a call's hot path. */
+static void ql_tensor_clear(ql_tensor *tensor) {
     tensor->data = tensor->managed = NULL;
     tensor->readonly = tensor->versioned = tensor->borrowed = false;
     tensor->ndim = 0;
+}
+
+int ql_tensor_read(ql_tensor *tensor, PyObject *object, const char *name) {
+    ql_tensor_clear(tensor);
     const DLPackExchangeAPI *api = ql_exchange_of(object);
     if (api) return ql_read_exchange(tensor, api, object, name);
     int is_array = ql_numpy_check(object);
@@ -226,18 +230,27 @@ int ql_tensor_read(ql_tensor *tensor, PyObject *object, const char *name) {
     return ql_read_capsule(tensor, object, name);
 }
 
+int ql_tensor_read_again(ql_tensor *tensor, PyObject *object, const char *name) {
+    return tensor->borrowed ? ql_tensor_read(tensor, object, name) : 0;
+}
+
 void ql_tensor_release(ql_tensor *tensor) {
     void *managed = tensor->managed;
     tensor->managed = NULL;
     if (managed) ql_managed_delete(managed, tensor->versioned);
 }
 
-int ql_tensor_read_cpu(ql_tensor *tensor, PyObject *object, const char *name) {
-    if (ql_tensor_read(tensor, object, name) < 0) return -1;
-    if (tensor->device_type == QL_DEVICE_CPU) return 0;
-    PyErr_Format(PyExc_NotImplementedError, "%s is on cuda:%d; this is done on the CPU only", name, tensor->device_id);
-    ql_tensor_release(tensor);
-    return -1;
+int ql_tensor_read_all(ql_tensor *tensors, PyObject *const *objects, const char *const *names, int count) {
+    int read = 0, result = 0;
+    while (read < count && ql_tensor_read(&tensors[read], objects[read], names[read]) == 0) read++;
+    if (read < count) result = -1;
+    for (int i = 0; i < count - 1 && result == 0; i++) result = ql_tensor_read_again(&tensors[i], objects[i], names[i]);
+    if (result < 0) ql_tensors_release(tensors, read);
+    return result;
+}
+
+void ql_tensors_release(ql_tensor *tensors, int count) {
+    for (int i = 0; i < count; i++) ql_tensor_release(&tensors[i]);
 }
 
 int64_t ql_tensor_numel(const ql_tensor *tensor) {
@@ -321,6 +334,12 @@ static const char *ql_device_name(const ql_tensor *tensor, char buffer[32]) {
     if (tensor->device_type == QL_DEVICE_CPU) return "the CPU";
     snprintf(buffer, 32, "cuda:%d", tensor->device_id);
     return buffer;
+}
+
+int ql_check_on_cpu(const ql_tensor *tensor, const char *name) {
+    if (tensor->device_type == QL_DEVICE_CPU) return 0;
+    PyErr_Format(PyExc_NotImplementedError, "%s is on cuda:%d; this is done on the CPU only", name, tensor->device_id);
+    return -1;
 }
 
 int ql_check_same_device(const ql_tensor *tensor, const char *name, const ql_tensor *other, const char *other_name) {

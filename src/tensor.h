@@ -32,8 +32,12 @@ typedef struct ql_tensor {
  * raised. On success the caller owes ql_tensor_release; the object must outlive it. */
 int ql_tensor_read(ql_tensor *tensor, PyObject *object, const char *name);
 void ql_tensor_release(ql_tensor *tensor);
-/* The same for what only the CPU does: a tensor elsewhere is NotImplementedError. */
-int ql_tensor_read_cpu(ql_tensor *tensor, PyObject *object, const char *name);
+/* `count` tensors, all to be released, or none and -1. Reading runs Python code where a producer has only __dlpack__, which
+ * may replace the storage of a tensor read before it: what is borrowed counts as it is after the last one was read. */
+int ql_tensor_read_all(ql_tensor *tensors, PyObject *const *objects, const char *const *names, int count);
+void ql_tensors_release(ql_tensor *tensors, int count);
+/* Reads once more what was borrowed, from the object that it was read from; runs no Python code. 0, or -1. */
+int ql_tensor_read_again(ql_tensor *tensor, PyObject *object, const char *name);
 
 /* Number of elements. A tensor that was read has passed the check that this and its bytes fit int64. */
 int64_t ql_tensor_numel(const ql_tensor *tensor);
@@ -48,6 +52,8 @@ int ql_check_float(const ql_tensor *tensor, const char *name, bool allow_f64);
 /* ndim is `ndim` and each size is the one given; -1 takes any. */
 int ql_check_shape(const ql_tensor *tensor, const char *name, int ndim, const int64_t *shape);
 int ql_check_contiguous(const ql_tensor *tensor, const char *name);
+/* For what only the CPU does: a tensor elsewhere is NotImplementedError. */
+int ql_check_on_cpu(const ql_tensor *tensor, const char *name);
 /* ValueError that names both devices where they differ. */
 int ql_check_same_device(const ql_tensor *tensor, const char *name, const ql_tensor *other, const char *other_name);
 /* data is aligned to its element size (a product by vector loads needs no more). */

@@ -227,24 +227,22 @@ static PyObject *quantize_blockwise(PyObject *module, PyObject *const *args, Py_
     static const ql_signature signature = {"quantize_blockwise", 3, 2, 3, names};
     PyObject *values[3], *result = NULL;
     blocks_task task = {0};
-    ql_tensor x, code;
+    ql_tensor tensors[2];
     (void)module;
     if (ql_args_fast(values, &signature, args, nargs, kwnames) < 0 ||
         ql_arg_int(&task.blocksize, values[2], "blocksize") < 0 || check_blocksize(task.blocksize, "blocksize") < 0 ||
-        ql_tensor_read(&x, values[0], "x") < 0)
+        ql_tensor_read_all(tensors, values, names, 2) < 0)
         return NULL;
-    if (ql_tensor_read(&code, values[1], "code") == 0) {
-        void *copy = NULL;
-        if (check_values(&x) == 0 && check_flat(&code, "code", taken_f32, QL_MAP_SIZE) == 0)
-            task.map = ql_host_contents(&copy, values[1], &code, "code");
-        if (task.map && check_map(task.map) == 0) {
-            task.count = ql_tensor_numel(&x);
-            result = quantize(values[0], &x, &task, x.ndim, x.shape, &quantize_8bit_kernel);
-        }
-        free(copy);
-        ql_tensor_release(&code);
+    const ql_tensor *x = &tensors[0], *code = &tensors[1];
+    void *copy = NULL;
+    if (check_values(x) == 0 && check_flat(code, "code", taken_f32, QL_MAP_SIZE) == 0)
+        task.map = ql_host_contents(&copy, values[1], code, "code");
+    if (task.map && check_map(task.map) == 0) {
+        task.count = ql_tensor_numel(x);
+        result = quantize(values[0], x, &task, x->ndim, x->shape, &quantize_8bit_kernel);
     }
-    ql_tensor_release(&x);
+    free(copy);
+    ql_tensors_release(tensors, 2);
     return result;
 }
 
@@ -253,15 +251,12 @@ static PyObject *quantize_blockwise(PyObject *module, PyObject *const *args, Py_
 
 /* The three tensors of a dequantization, of one device, to be released; or -1 and none. */
 static int read_three(ql_tensor *tensors, PyObject *const *objects, const char *const *names) {
-    for (int i = 0; i < 3; i++) {
-        if (ql_tensor_read(&tensors[i], objects[i], names[i]) == 0) {
-            if (ql_check_same_device(&tensors[i], names[i], &tensors[0], names[0]) == 0) continue;
-            ql_tensor_release(&tensors[i]);
-        }
-        while (i-- > 0) ql_tensor_release(&tensors[i]);
-        return -1;
-    }
-    return 0;
+    if (ql_tensor_read_all(tensors, objects, names, 3) < 0) return -1;
+    if (ql_check_same_device(&tensors[1], names[1], &tensors[0], names[0]) == 0 &&
+        ql_check_same_device(&tensors[2], names[2], &tensors[0], names[0]) == 0)
+        return 0;
+    ql_tensors_release(tensors, 3);
+    return -1;
 }
 
 static int run_dequantize(blocks_task *task, PyObject *object, const ql_tensor *codes, const blocks_kernel *kernel) {
@@ -308,7 +303,7 @@ static PyObject *dequantize_4bit(PyObject *module, PyObject *const *args, Py_ssi
     if (check_flat(&tensors[0], "packed", taken_u8, task.count / 2 + task.count % 2) == 0 &&
         check_flat(&tensors[2], "code", taken_f32, 16) == 0)
         result = dequantize(values[0], tensors, &task, 1, &task.count, &dequantize_4bit_kernel);
-    for (int i = 0; i < 3; i++) ql_tensor_release(&tensors[i]);
+    ql_tensors_release(tensors, 3);
     return result;
 }
 
@@ -327,7 +322,7 @@ static PyObject *dequantize_blockwise(PyObject *module, PyObject *const *args, P
     if (check_flat(&tensors[0], "x", taken_u8, task.count) == 0 &&
         check_flat(&tensors[2], "code", taken_f32, QL_MAP_SIZE) == 0)
         result = dequantize(values[0], tensors, &task, tensors[0].ndim, tensors[0].shape, &dequantize_8bit_kernel);
-    for (int i = 0; i < 3; i++) ql_tensor_release(&tensors[i]);
+    ql_tensors_release(tensors, 3);
     return result;
 }
 

@@ -246,9 +246,12 @@ PyObject *ql_call_linear(ql_layer *layer, PyObject *x) {
 
 PyObject *ql_call_grad(ql_layer *layer, PyObject *grad_output) {
     ql_tensor tensor;
-    if (ql_layer_refresh(layer) < 0 || ql_tensor_read(&tensor, grad_output, "grad_output") < 0) return NULL;
-    PyObject *result = ql_call_rows(layer, grad_output, &tensor, "grad_output", layer->weight.n, layer->weight.k,
-                                    ql_run_cpu_grad, ql_run_cuda_grad);
+    PyObject *result = NULL;
+    /* The layer comes second: reading an argument may run Python code, which may replace the layer's storage. */
+    if (ql_tensor_read(&tensor, grad_output, "grad_output") < 0) return NULL;
+    if (ql_layer_refresh(layer) == 0)
+        result = ql_call_rows(layer, grad_output, &tensor, "grad_output", layer->weight.n, layer->weight.k,
+                              ql_run_cpu_grad, ql_run_cuda_grad);
     ql_tensor_release(&tensor);
     return result;
 }

@@ -352,15 +352,11 @@ static PyObject *quantize_matrix(PyObject *object, quantize_task *task, const ql
     return NULL;
 }
 
-/* A scale of one element: read by the kernel where it is on x's GPU and the kernel knows its dtype, else by the host.
- * *tensor is to be released. */
-static int read_one_scale(ql_cuda_number *number, ql_tensor *tensor, PyObject *object, const char *name,
-                          const ql_tensor *x) {
-    if (ql_tensor_read(tensor, object, name) < 0) return -1;
-    if (check_one_scale(tensor, name) < 0) {
-        ql_tensor_release(tensor);
-        return -1;
-    }
+/* A scale of one element, of the object: read by the kernel where it is on x's GPU and the kernel knows its dtype, else by
+ * the host. */
+static int one_scale(ql_cuda_number *number, const ql_tensor *tensor, PyObject *object, const char *name,
+                     const ql_tensor *x) {
+    if (check_one_scale(tensor, name) < 0) return -1;
     ql_dtype dtype = scale_dtype(tensor);
     bool is_there = ql_is_on_gpu(x) && ql_is_on_gpu(tensor) && x->device_id == tensor->device_id;
     if (is_there && dtype != QL_E8M0) {
@@ -371,9 +367,7 @@ static int read_one_scale(ql_cuda_number *number, ql_tensor *tensor, PyObject *o
     const void *contents = ql_host_contents(&copy, object, tensor, name);
     if (contents) number->value = ql_f32_load(contents, dtype, 0);
     free(copy);
-    if (contents) return 0;
-    ql_tensor_release(tensor);
-    return -1;
+    return contents ? 0 : -1;
 }
 
 static int check_mode(quantize_mode mode, PyObject *scale, PyObject *bound) {
@@ -392,19 +386,23 @@ static int check_mode(quantize_mode mode, PyObject *scale, PyObject *bound) {
     return 0;
 }
 
-/* The scale or the bound that the mode takes, and the quantization itself. */
-static PyObject *quantize_checked(PyObject *const *values, quantize_task *task, const ql_tensor *x) {
-    ql_tensor tensor = {0};
-    PyObject *scale = values[1], *bound = values[3];
-    if (task->mode == MODE_STATIC) {
-        if (read_one_scale(&task->scale, &tensor, scale, "scale", x) < 0) return NULL;
-    } else if (!ql_arg_is_none(bound)) {
-        int result = is_number(bound) ? number_bound(&task->bound.value, bound, "scale_ub")
-                                      : read_one_scale(&task->bound, &tensor, bound, "scale_ub", x);
-        if (result < 0) return NULL;
-    }
-    PyObject *result = quantize_matrix(values[0], task, x);
-    ql_tensor_release(&tensor);
+static int check_quantized(const ql_tensor *x) {
+    static const int64_t any[2] = {-1, -1};
+    return ql_check_float(x, "x", true) < 0 || ql_check_aligned(x, "x") < 0 ? -1 : ql_check_shape(x, "x", 2, any);
+}
+
+/* Quantizes x, with *number as the tensor `scale` has it, or, where that is None, as it is. */
+static PyObject *quantize_objects(quantize_task *task, PyObject *x, ql_cuda_number *number, PyObject *scale,
+                                  const char *scale_name) {
+    ql_tensor tensors[2];
+    PyObject *const objects[] = {x, scale}, *result = NULL;
+    const char *const names[] = {"x", scale_name};
+    int count = ql_arg_is_none(scale) ? 1 : 2;
+    if (ql_tensor_read_all(tensors, objects, names, count) < 0) return NULL;
+    if (check_quantized(&tensors[0]) == 0 &&
+        (count == 1 || one_scale(number, &tensors[1], scale, scale_name, &tensors[0]) == 0))
+        result = quantize_matrix(x, task, &tensors[0]);
+    ql_tensors_release(tensors, count);
     return result;
 }
 
@@ -412,23 +410,23 @@ static PyObject *fp8_quantize(PyObject *module, PyObject *const *args, Py_ssize_
     enum { X, SCALE, MODE, SCALE_UB, COUNT };
     static const char *const names[] = {"x", "scale", "mode", "scale_ub"};
     static const ql_signature signature = {"fp8_quantize", COUNT, 2, 1, names};
-    static const int64_t any[2] = {-1, -1};
-    PyObject *values[COUNT], *result = NULL;
+    PyObject *values[COUNT];
     quantize_task task = {.bound.value = INFINITY};
     int mode = MODE_TOKEN;
-    ql_tensor x;
     (void)module;
     if (ql_args_fast(values, &signature, args, nargs, kwnames) < 0) return NULL;
     if (!values[MODE]) return PyErr_Format(PyExc_TypeError, "fp8_quantize: mode is missing");
     if (ql_arg_choice(&mode, values[MODE], "mode", mode_choices) < 0 ||
-        check_mode((quantize_mode)mode, values[SCALE], values[SCALE_UB]) < 0 || ql_tensor_read(&x, values[X], "x") < 0)
+        check_mode((quantize_mode)mode, values[SCALE], values[SCALE_UB]) < 0)
         return NULL;
-    if (ql_check_float(&x, "x", true) == 0 && ql_check_aligned(&x, "x") == 0 && ql_check_shape(&x, "x", 2, any) == 0) {
-        task.mode = (quantize_mode)mode;
-        result = quantize_checked(values, &task, &x);
+    task.mode = (quantize_mode)mode;
+    if (task.mode == MODE_STATIC) return quantize_objects(&task, values[X], &task.scale, values[SCALE], "scale");
+    PyObject *bound = values[SCALE_UB];
+    if (!ql_arg_is_none(bound) && is_number(bound)) {
+        if (number_bound(&task.bound.value, bound, "scale_ub") < 0) return NULL;
+        bound = NULL;
     }
-    ql_tensor_release(&x);
-    return result;
+    return quantize_objects(&task, values[X], &task.bound, bound, "scale_ub");
 }
 
 /* ------------------------------------------------------------------------------------------------------------------
@@ -568,9 +566,10 @@ static PyObject *fp8_matmul(PyObject *module, PyObject *const *args, Py_ssize_t 
     if (!values[DTYPE]) return PyErr_Format(PyExc_TypeError, "fp8_matmul: dtype is missing");
     if (ql_arg_dtype(&dtype, values[DTYPE], "dtype") < 0) return NULL;
     bool has_bias = !ql_arg_is_none(values[BIAS]);
-    int count = has_bias ? BIAS + 1 : BIAS, read = 0;
-    while (read < count && ql_tensor_read_cpu(&tensors[read], values[read], names[read]) == 0) read++;
-    if (read == count && check_matmul(&task, &scale_b, &bias_vector, tensors, has_bias) == 0) {
+    int count = has_bias ? BIAS + 1 : BIAS, on_cpu = 0;
+    if (ql_tensor_read_all(tensors, values, names, count) < 0) return NULL;
+    while (on_cpu < count && ql_check_on_cpu(&tensors[on_cpu], names[on_cpu]) == 0) on_cpu++;
+    if (on_cpu == count && check_matmul(&task, &scale_b, &bias_vector, tensors, has_bias) == 0) {
         const float *bias = NULL;
         float *scale_copy = NULL, *bias_copy = NULL;
         if (contiguous_floats(&task.weight.fp8.scale, &scale_copy, &scale_b) == 0 &&
@@ -579,7 +578,7 @@ static PyObject *fp8_matmul(PyObject *module, PyObject *const *args, Py_ssize_t 
         free(scale_copy);
         free(bias_copy);
     }
-    ql_tensors_release(tensors, read);
+    ql_tensors_release(tensors, count);
     return result;
 }
 

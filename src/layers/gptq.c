@@ -420,22 +420,19 @@ static int ql_gptq_read_g_idx(ql_g_idx_copy **copy, PyObject *object, const ql_t
     return result;
 }
 
-/* gptq_pack after its tensors are read, with g_idx (None or not) read and resolved. */
-static PyObject *ql_gptq_pack_indexed(ql_gptq_job *job, const ql_tensor *tensors, PyObject *like, PyObject *object) {
-    static const char *const names[] = {"g_idx"};
-    if (ql_arg_is_none(object)) return ql_gptq_pack_tensors(job, tensors, like);
-    ql_tensor g_idx;
+/* gptq_pack after its tensors are read, with g_idx, which is of the object, or NULL. */
+static PyObject *ql_gptq_pack_indexed(ql_gptq_job *job, const ql_tensor *tensors, PyObject *like,
+                                      const ql_tensor *g_idx, PyObject *object) {
+    if (!g_idx) return ql_gptq_pack_tensors(job, tensors, like);
     ql_g_idx_copy *copy = NULL;
     PyObject *result = NULL;
-    if (ql_tensors_read(&g_idx, &object, names, 1, 1) < 0) return NULL;
-    if (ql_check_same_device(&g_idx, "g_idx", &tensors[0], "weight") == 0 &&
-        ql_gptq_read_g_idx(&copy, object, &g_idx, job->group_size, tensors[0].shape[1]) == 0) {
+    if (ql_check_aligned(g_idx, "g_idx") == 0 && ql_check_same_device(g_idx, "g_idx", &tensors[0], "weight") == 0 &&
+        ql_gptq_read_g_idx(&copy, object, g_idx, job->group_size, tensors[0].shape[1]) == 0) {
         job->g_idx = copy ? copy->group : NULL;
-        job->device_g_idx = copy ? &g_idx : NULL;
+        job->device_g_idx = copy ? g_idx : NULL;
         result = ql_gptq_pack_tensors(job, tensors, like);
     }
     free(copy);
-    ql_tensor_release(&g_idx);
     return result;
 }
 
@@ -453,11 +450,15 @@ static PyObject *ql_gptq_pack_py(PyObject *module, PyObject *const *args, Py_ssi
         ql_arg_choice(&stored, values[6], "zero_format", ql_zero_formats + QL_ZEROS_V1) < 0)
         return NULL;
     job.zero_offset = stored + QL_ZEROS_V1 == QL_ZEROS_V1;
-    ql_tensor tensors[3];
-    if (ql_tensors_read(tensors, values, names, 3, 2) < 0) return NULL;
-    job.group_size = ql_group_columns(job.group_size, tensors[0].shape[1]);
-    PyObject *result = ql_gptq_pack_indexed(&job, tensors, values[0], values[3]);
-    ql_tensors_release(tensors, 3);
+    ql_tensor tensors[4];
+    int count = ql_arg_is_none(values[3]) ? 3 : 4;
+    PyObject *result = NULL;
+    if (ql_tensor_read_all(tensors, values, names, count) < 0) return NULL;
+    if (ql_tensors_check(tensors, names, 3, 2) == 0) {
+        job.group_size = ql_group_columns(job.group_size, tensors[0].shape[1]);
+        result = ql_gptq_pack_indexed(&job, tensors, values[0], count == 4 ? &tensors[3] : NULL, values[3]);
+    }
+    ql_tensors_release(tensors, count);
     return result;
 }
 

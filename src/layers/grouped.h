@@ -51,26 +51,23 @@ static inline int ql_layer_hold_required(ql_layer *layer, PyObject *object, cons
     return -1;
 }
 
-static inline void ql_tensors_release(ql_tensor *tensors, int count) {
-    for (int i = 0; i < count; i++) ql_tensor_release(&tensors[i]);
+/* Tensors are aligned, of one device and of `ndim` dimensions. */
+static inline int ql_tensors_check(const ql_tensor *tensors, const char *const *names, int count, int ndim) {
+    static const int64_t any[QL_MAX_DIMS] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
+    for (int i = 0; i < count; i++)
+        if (ql_check_aligned(&tensors[i], names[i]) < 0 || ql_check_shape(&tensors[i], names[i], ndim, any) < 0 ||
+            ql_check_same_device(&tensors[i], names[i], &tensors[0], names[0]) < 0)
+            return -1;
+    return 0;
 }
 
-/* Reads `count` aligned tensors of one device and of `ndim` dimensions, all to be released, or none and -1. */
+/* Reads and checks them: all to be released, or none and -1. */
 static inline int ql_tensors_read(ql_tensor *tensors, PyObject *const *objects, const char *const *names, int count,
                                   int ndim) {
-    static const int64_t any[QL_MAX_DIMS] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
-    for (int i = 0; i < count; i++) {
-        if (ql_tensor_read(&tensors[i], objects[i], names[i]) < 0) {
-            ql_tensors_release(tensors, i);
-            return -1;
-        }
-        if (ql_check_aligned(&tensors[i], names[i]) < 0 || ql_check_shape(&tensors[i], names[i], ndim, any) < 0 ||
-            ql_check_same_device(&tensors[i], names[i], &tensors[0], names[0]) < 0) {
-            ql_tensors_release(tensors, i + 1);
-            return -1;
-        }
-    }
-    return 0;
+    if (ql_tensor_read_all(tensors, objects, names, count) < 0) return -1;
+    if (ql_tensors_check(tensors, names, count, ndim) == 0) return 0;
+    ql_tensors_release(tensors, count);
+    return -1;
 }
 
 /* A 2-D tensor as the formats see it. */

@@ -16,6 +16,8 @@ static PyTypeObject *ql_layer_base;
 ql_layer *ql_layer_alloc(PyTypeObject *type, int (*bind)(ql_layer *), size_t extra_size) {
     ql_layer *layer = (ql_layer *)QL_FROM_SLOT(allocfunc, PyType_GetSlot(type, Py_tp_alloc))(type, 0);
     if (!layer) return NULL;
+    /* Until it is ready: gc.get_objects would hand it out without its tensors. */
+    PyObject_GC_UnTrack(layer);
     layer->bind = bind;
     layer->bias = -1;
     if (extra_size && !(layer->extra = calloc(1, extra_size))) {
@@ -52,14 +54,27 @@ static int ql_layer_check_devices(const ql_layer *layer) {
 static int ql_layer_check_bias(const ql_layer *layer) {
     const ql_tensor *bias = layer->bias < 0 ? NULL : ql_layer_tensor(layer, layer->bias);
     if (!bias) return 0;
-    if (ql_check_float(bias, "bias", bias->device_type == QL_DEVICE_CPU) < 0) return -1;
+    if (ql_check_float(bias, "bias", bias->device_type == QL_DEVICE_CPU) < 0 || ql_check_aligned(bias, "bias") < 0)
+        return -1;
     return ql_check_shape(bias, "bias", 1, &layer->weight.n);
+}
+
+/* A producer that was read later ran Python code, which may have replaced the storage of what was borrowed before. */
+static int ql_layer_read_again(ql_layer *layer) {
+    for (int i = 0; i < layer->held_count; i++) {
+        ql_held *held = &layer->held[i];
+        if (held->object && ql_tensor_read_again(&held->tensor, held->object, held->name) < 0) return -1;
+    }
+    return 0;
 }
 
 int ql_layer_ready(ql_layer *layer, PyObject *bias) {
     layer->bias = ql_layer_hold(layer, bias, "bias");
-    if (layer->bias < 0 || ql_layer_check_devices(layer) < 0 || layer->bind(layer) < 0) return -1;
-    return ql_layer_check_bias(layer);
+    if (layer->bias < 0 || ql_layer_read_again(layer) < 0 || ql_layer_check_devices(layer) < 0 ||
+        layer->bind(layer) < 0 || ql_layer_check_bias(layer) < 0)
+        return -1;
+    PyObject_GC_Track(layer);
+    return 0;
 }
 
 static bool ql_tensor_same(const ql_tensor *a, const ql_tensor *b) {
@@ -224,7 +239,8 @@ int ql_layer_add_type(PyObject *module) {
     static PyType_Spec spec = {
         .name = "_qlinear.Layer",
         .basicsize = sizeof(ql_layer),
-        .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+        .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION |
+                 Py_TPFLAGS_IMMUTABLETYPE,
         .slots = slots,
     };
     PyObject *type = PyType_FromSpec(&spec);
@@ -253,7 +269,8 @@ int ql_layer_make_type(PyObject *module, const char *name, newfunc new, const ch
     PyType_Spec spec = {
         .name = name,
         .basicsize = sizeof(ql_layer),
-        .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
+        /* Else a layer's __class__ could be set to another format's type, whose methods would misread its weight. */
+        .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE,
         .slots = slots,
     };
     PyObject *type = PyType_FromSpecWithBases(&spec, (PyObject *)ql_layer_base);

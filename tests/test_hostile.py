@@ -1,0 +1,152 @@
+"""Python code that runs in the middle of a construction or a call, and objects that are not what they look like."""
+
+import gc
+
+import numpy as np
+import pytest
+import torch
+from dlpack_producers import Producer
+
+from qlinear import _qlinear
+
+
+class Acting(Producer):
+    """Does something of its own when it is read."""
+
+    def __init__(self, inner, act):
+        super().__init__(inner)
+        self.act = act
+
+    def __dlpack__(self, **arguments):
+        self.act()
+        return super().__dlpack__(**arguments)
+
+
+def replaced(tensor, data):
+    """A function that gives the tensor other storage, and lets go of what it had."""
+
+    def act():
+        tensor.data = data
+
+    return act
+
+
+def eetq(value):
+    return _qlinear.eetq_pack(torch.full((64, 2), value, dtype=torch.int8))
+
+
+def test_a_layer_shows_itself_when_it_is_ready():
+    gc.collect()
+
+    def look():
+        assert not any(issubclass(type(thing), _qlinear.EETQLinear) for thing in gc.get_objects())
+
+    layer = _qlinear.EETQLinear(np.zeros((64, 2), np.int8), Acting(np.ones(2, np.float16), look))
+    assert any(thing is layer for thing in gc.get_objects())
+
+
+def test_a_layer_keeps_its_type():
+    layer = _qlinear.EETQLinear(eetq(1), torch.ones(2))
+    for other in (_qlinear.PackedLinear, _qlinear.QuantLinear, _qlinear.Linear8bitLt):
+        with pytest.raises(TypeError):
+            layer.__class__ = other
+    for type_ in (_qlinear.Layer, _qlinear.EETQLinear, _qlinear.DLPackArray):
+        with pytest.raises(TypeError):
+            type_.dequantize = None
+    assert type(layer) is _qlinear.EETQLinear
+
+
+def test_storage_replaced_while_a_layer_is_made():
+    """g_idx is read when the layer is made: after the last argument, whose reading freed what g_idx was."""
+    k = 1 << 20
+    g_idx = torch.zeros(k, dtype=torch.int32)
+    bias = Acting(np.zeros(8, np.float32), replaced(g_idx, torch.zeros(1, dtype=torch.int32)))
+    words = torch.zeros(k // 8, 8, dtype=torch.int32), torch.zeros(k // 32, 1, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"qweight must have 1 rows for in_features=1|g_idx must have shape"):
+        _qlinear.QuantLinear(*words, torch.ones(k // 32, 8), g_idx, bias, bits=4, group_size=32)
+
+
+def test_storage_replaced_while_a_gradient_is_read():
+    weight = eetq(1)
+    layer = _qlinear.EETQLinear(weight, torch.ones(2))
+    gradient = Acting(np.ones((1, 2), np.float32), replaced(weight, eetq(3)))
+    assert (np.from_dlpack(layer.grad_input(gradient)) == 6).all()
+    assert (np.from_dlpack(layer(Acting(np.ones((1, 64), np.float32), replaced(weight, eetq(2))))) == 128).all()
+
+
+def vector(values):
+    return np.asarray(values, np.float32)
+
+
+def functions_of_several_tensors():
+    """Name: the call with its first tensor and, last, what is put around its last one."""
+    code = vector(_qlinear.dynamic_map())
+    byte = np.zeros((64, 64), np.uint8)
+    one = vector([1])
+    yield (
+        "quantize_blockwise",
+        torch.ones(4096),
+        lambda x, around: _qlinear.quantize_blockwise(x, around(code), blocksize=4096),
+    )
+    yield (
+        "dequantize_blockwise",
+        torch.zeros(4096, dtype=torch.uint8),
+        lambda x, around: _qlinear.dequantize_blockwise(x, one, around(code), blocksize=4096, dtype="float32"),
+    )
+    yield (
+        "dequantize_4bit",
+        torch.zeros(2048, dtype=torch.uint8),
+        lambda x, around: _qlinear.dequantize_4bit(
+            x, one, around(code[:16]), count=4096, blocksize=4096, dtype="float32"
+        ),
+    )
+    yield (
+        "fp8_quantize static",
+        torch.ones(64, 64),
+        lambda x, around: _qlinear.fp8_quantize(x, around(one), mode="static"),
+    )
+    yield (
+        "fp8_quantize token",
+        torch.ones(64, 64),
+        lambda x, around: _qlinear.fp8_quantize(x, mode="token", scale_ub=around(one)),
+    )
+    yield (
+        "fp8_matmul",
+        torch.zeros(64, 64, dtype=torch.uint8),
+        lambda x, around: _qlinear.fp8_matmul(x, byte, one, around(one), dtype="float32"),
+    )
+    yield (
+        "gptq_pack",
+        torch.ones(64, 64),
+        lambda x, around: _qlinear.gptq_pack(
+            x, np.ones((64, 1), np.float32), around(np.ones((64, 1), np.float32)), bits=4, group_size=64
+        ),
+    )
+    yield (
+        "gptq_pack g_idx",
+        torch.ones(64, 64),
+        lambda x, around: _qlinear.gptq_pack(
+            x,
+            np.ones((64, 2), np.float32),
+            np.ones((64, 2), np.float32),
+            around(np.arange(64, dtype=np.int32) % 2),
+            bits=4,
+            group_size=32,
+        ),
+    )
+    yield (
+        "awq_from_marlin",
+        torch.zeros(4, 128, dtype=torch.int32),
+        lambda x, around: _qlinear.awq_from_marlin(x, around(np.ones((1, 64), np.float16)), group_size=64),
+    )
+
+
+@pytest.mark.parametrize(
+    ("first", "call"), [pytest.param(first, call, id=name) for name, first, call in functions_of_several_tensors()]
+)
+def test_storage_replaced_while_a_later_tensor_is_read(first, call):
+    """The call sees the first tensor as it is when the last one was read: here of a dtype that it refuses."""
+    call(first.clone(), Producer)
+    x = first.clone()
+    with pytest.raises(TypeError, match=r"must be .*, got bool"):
+        call(x, lambda inner: Acting(inner, replaced(x, torch.zeros(first.shape, dtype=torch.bool))))

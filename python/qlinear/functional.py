@@ -14,12 +14,19 @@ from . import _qlinear, ops, search
 NESTED_BLOCKSIZE = 256
 
 
-def _store(out: Tensor | None, result: Tensor, name: str = "out") -> Tensor:
+def _check_out(out: Tensor | None, result: Tensor, name: str) -> None:
     if out is None:
-        return result
+        return
+    ops.check_tensors(**{name: out})
     if out.dtype != result.dtype or out.shape != result.shape:
         raise ValueError(f"{name} must be {result.dtype} {tuple(result.shape)}, got {out.dtype} {tuple(out.shape)}")
-    return out.copy_(result)
+
+
+def _store(*places: tuple[Tensor | None, Tensor, str]) -> list[Tensor]:
+    """For each (out, result, the argument's name) the result, in out where one is given: in all of them or in none."""
+    for place in places:
+        _check_out(*place)
+    return [result if out is None else out.copy_(result) for out, result, _ in places]
 
 
 # EETQ
@@ -61,6 +68,7 @@ def matmul248(
     input: Tensor, qweight: Tensor, scales: Tensor, qzeros: Tensor, g_idx: Tensor | None, bits: int, maxq: int
 ) -> Tensor:
     """input [..., K] times a packed GPTQ weight -> [..., N] in input's dtype. maxq must be 2^bits - 1."""
+    ops.check_tensors(input=input, qweight=qweight, scales=scales, qzeros=qzeros)
     if maxq != 2**bits - 1:
         raise ValueError(f"maxq must be 2**bits - 1 = {2**bits - 1}, got {maxq}")
     return ops.linear("gptq", input, gptq_arguments(qweight, scales, qzeros, g_idx, bits, input.shape[-1]))
@@ -223,14 +231,15 @@ def quantize_blockwise(
     nested: bool = False,
 ) -> tuple[Tensor, QuantState]:
     """A float of any shape -> (uint8 of A's shape, its state); code: 256 ascending values, None the dynamic map."""
+    ops.check_tensors(A=A)
     # The kernel takes the map from the host: one that is there already is not waited for.
     code = create_dynamic_map() if code is None else code
     codes, stats = _qlinear.quantize_blockwise(A.detach(), code, blocksize=blocksize)
-    code = code.to(A.device)
-    state = QuantState(absmax=_store(absmax, stats, "absmax"), code=code, blocksize=blocksize, dtype=A.dtype)
+    codes, kept = _store((out, codes, "out"), (absmax, stats, "absmax"))
+    state = QuantState(absmax=kept, code=code.to(A.device), blocksize=blocksize, dtype=A.dtype)
     if nested:
         state.absmax, state.offset, state.state2 = _nest(stats)
-    return _store(out, codes), state
+    return codes, state
 
 
 def dequantize_blockwise(
@@ -243,6 +252,7 @@ def dequantize_blockwise(
     nested: bool = False,
 ) -> Tensor:
     """The inverse: by a quant_state, or by absmax and code (then float32). A nested state says so itself."""
+    ops.check_tensors(A=A)
     if (quant_state is None) == (absmax is None):
         raise ValueError("exactly one of quant_state and absmax must be given")
     if quant_state is None:
@@ -251,7 +261,7 @@ def dequantize_blockwise(
     stats = _flat_absmax(quant_state)
     name = ops.dtype_name(quant_state.dtype, "quant_state.dtype")
     result = _qlinear.dequantize_blockwise(A, stats, quant_state.code, blocksize=quant_state.blocksize, dtype=name)
-    return _store(out, result.reshape(A.shape))
+    return _store((out, result.reshape(A.shape), "out"))[0]
 
 
 def _nest(absmax: Tensor) -> tuple[Tensor, Tensor, QuantState]:
@@ -282,6 +292,9 @@ def quantize_4bit(
     search_scales: absmax is not a block's largest magnitude but what leaves the least squared error."""
     if quant_type not in ("nf4", "fp4"):
         raise NotImplementedError(f"4-bit quantization data type {quant_type} is not implemented.")
+    ops.check_tensors(A=A)
+    if not isinstance(quant_storage, torch.dtype):
+        raise TypeError(f"quant_storage must be a torch.dtype, got {type(quant_storage).__name__}")
     blocksize = 64 if blocksize is None else blocksize
     code = get_4bit_type(quant_type, A.device)
     if search_scales:
@@ -292,8 +305,9 @@ def quantize_4bit(
         if packed.numel() % quant_storage.itemsize:
             raise ValueError(f"{packed.numel()} packed bytes are no whole number of {quant_storage}")
         packed = packed.reshape(-1, quant_storage.itemsize).view(quant_storage)
+    packed, kept = _store((out, packed, "out"), (absmax, stats, "absmax"))
     state = QuantState(
-        absmax=_store(absmax, stats, "absmax"),
+        absmax=kept,
         shape=A.shape,
         code=code,
         blocksize=blocksize,
@@ -302,7 +316,7 @@ def quantize_4bit(
     )
     if compress_statistics:
         state.absmax, state.offset, state.state2 = _nest(stats)
-    return _store(out, packed), state
+    return packed, state
 
 
 def dequantize_4bit(
@@ -314,6 +328,7 @@ def dequantize_4bit(
     quant_type: str = "fp4",
 ) -> Tensor:
     """The inverse: by a quant_state, or by absmax and out, which tells shape and dtype."""
+    ops.check_tensors(A=A)
     if quant_state is None:
         if absmax is None or out is None:
             raise ValueError("dequantize_4bit needs a quant_state, or absmax and out")
@@ -333,7 +348,7 @@ def dequantize_4bit(
         blocksize=quant_state.blocksize,
         dtype=ops.dtype_name(quant_state.dtype, "quant_state.dtype"),
     )
-    return _store(out, flat.reshape(quant_state.shape))
+    return _store((out, flat.reshape(quant_state.shape), "out"))[0]
 
 
 def quantize_nf4(A, absmax=None, out=None, blocksize=None, compress_statistics=False, quant_storage=torch.uint8):
@@ -354,13 +369,20 @@ def dequantize_fp4(A, quant_state=None, absmax=None, out=None, blocksize=None):
 
 def int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
     """A float [..., C] -> (codes int8 of A's shape, absmax fp32 [rows], outlier columns int64, None at threshold 0)."""
+    ops.check_tensors(A=A)
+    if A.dim() == 0:
+        raise ValueError("A must have the shape [..., C], got a number")
     codes, stats, outliers = _qlinear.int8_quantize(A.detach().reshape(-1, A.shape[-1]), threshold=threshold)
     return codes.reshape(A.shape), stats, outliers
 
 
 def int8_vectorwise_dequant(A: Tensor, stats: Tensor) -> Tensor:
-    """The inverse, fp32: A * stats / 127 row by row."""
-    return A.float() * stats.reshape(-1, 1).float() * (1.0 / 127.0)
+    """The inverse, fp32: A int8 [..., C] * stats [rows] / 127 row by row."""
+    ops.check_tensors(A=A, stats=stats)
+    rows = A.shape[:-1]
+    if A.dim() == 0 or stats.numel() != rows.numel():
+        raise ValueError(f"stats must have one element for each row of A {tuple(A.shape)}, got {tuple(stats.shape)}")
+    return A.float() * stats.reshape(*rows, 1).float() * (1.0 / 127.0)
 
 
 # FP8
@@ -376,6 +398,7 @@ def scaled_fp8_quant(
 ) -> tuple[Tensor, Tensor]:
     """input float [M, K] -> (float8_e4m3fn [max(M, num_token_padding), K], scale). With a scale: static; else one
     scale for the tensor [1], or one a token [M, 1], whose absmax scale_ub bounds. Rows of padding are zero."""
+    ops.check_tensors(input=input)
     if input.dim() != 2:
         raise ValueError(f"input must be 2-D [tokens, features], got {tuple(input.shape)}")
     mode = "static" if scale is not None else "token" if use_per_token_if_dynamic else "tensor"
@@ -388,7 +411,7 @@ def scaled_fp8_quant(
         padded = torch.zeros(num_token_padding, codes.shape[1], dtype=torch.uint8, device=codes.device)
         padded[: codes.shape[0]] = codes.view(torch.uint8)
         codes = padded.view(codes.dtype)
-    return _store(output, codes, "output"), scale
+    return _store((output, codes, "output"))[0], scale
 
 
 def scaled_mm(

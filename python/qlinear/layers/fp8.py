@@ -34,6 +34,7 @@ def apply_fp8_linear(
 
     With an input_scale activations are quantized by it, else by a scale for each token, whose absmax input_scale_ub
     bounds. promoted: as of Fp8Linear."""
+    ops.check_tensors(qweight=qweight, weight_scale=weight_scale)
     activation = "token" if input_scale is None else "static"
     ub = None if input_scale is not None else _scalar(input_scale_ub)
     arguments = (qweight.t(), weight_scale, qbias, _scalar(input_scale), ub, activation, 128, 128, promoted)

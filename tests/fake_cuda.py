@@ -228,7 +228,7 @@ class Server:
 
     def close(self):
         self.process.stdin.close()
-        self.process.wait(10)
+        self.process.wait(60)
 
 
 def send(pipe, value):
@@ -258,7 +258,7 @@ def serve(library):
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
-            signal.alarm(60)
+            signal.alarm(300)
             with os.fdopen(writer, "wb") as pipe:
                 send(pipe, answer(library, *request))
             os._exit(0)

@@ -26,7 +26,7 @@ def load():
 
 def run(code):
     """What a fresh interpreter prints."""
-    done = subprocess.run([sys.executable, "-c", LOAD + code], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", LOAD + code], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

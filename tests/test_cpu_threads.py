@@ -49,8 +49,8 @@ x = torch.randn(64, 256)
 expected = layer(x)
 child = os.fork()
 if child == 0:
-    signal.alarm(20)
+    signal.alarm(120)
     os._exit(0 if bytes(layer(x).numpy()) == bytes(expected.numpy()) else 3)
 raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=300).returncode == 0

@@ -201,6 +201,15 @@ def failing_at_each_call(driver, name, function):
     return count
 
 
+def empty_product(driver):
+    return make_eetq(DlpackArray)(x_of(DlpackArray, rows=0)).shape
+
+
+def test_an_empty_output_has_memory_too(server):
+    """The driver gives none of 0 bytes."""
+    assert server.run(empty_product) == (0, N)
+
+
 @pytest.mark.parametrize("name", ["product_with_scratch", "product_of_arrays_that_lend", "result_for_a_consumer"])
 @pytest.mark.parametrize("function", ["cuLaunchKernelEx", "cuMemAlloc"])
 def test_whichever_call_fails_leaves_nothing(server, name, function):
@@ -487,7 +496,7 @@ def forked(check):
             status = 0 if check() else 1
         finally:
             os._exit(status)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 100
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -525,7 +534,8 @@ def fork_while_a_thread_initializes(driver):
     driver.slow_init(500)
     thread = threading.Thread(target=_qlinear.cuda_info)
     thread.start()
-    time.sleep(0.1)
+    while not _qlinear.cuda_initialized():
+        time.sleep(0.001)
     told = forked(says_forked_before_it_allocates)
     thread.join()
     product()

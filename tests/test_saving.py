@@ -240,6 +240,26 @@ def test_a_model_that_is_not_quantized_and_one_that_learns(tmp_path):
     assert torch.equal(again.layers[0].v_proj.weight, layer.weight)
 
 
+class Tied(torch.nn.Module):
+    """A head that comes before the table whose weight it has, as transformers' models say of theirs."""
+
+    _tied_weights_keys = ("head.weight",)
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.table = torch.nn.Linear(8, 5, bias=False), torch.nn.Embedding(5, 8)
+        self.head.weight = self.table.weight
+
+
+def test_tied_tensors_are_written_once_under_the_name_that_is_no_copys(tmp_path):
+    model, again = Tied(), Tied()
+    qlinear.save_pretrained(model, tmp_path)
+    assert list(Shards(tmp_path)) == ["table.weight"]
+    load_checkpoint(again, tmp_path)
+    assert again.head.weight is again.table.weight
+    assert torch.equal(again.head.weight, model.head.weight)
+
+
 def test_a_changed_layer_is_saved_as_it_is_now(tmp_path):
     """Symmetric once, not so any more: the config and the storage that it had would not do."""
     model = loaded(tmp_path, "awq-marlin")

@@ -113,6 +113,18 @@ def test_a_tensor_is_mapped_alone_and_never_written_back(tmp_path):
     assert tensor.sum() == 42.0
 
 
+def test_a_file_that_becomes_shorter_is_refused(tmp_path):
+    """A page of a mapping beyond the end of its file would end the process."""
+    shards = Shards(write_directory(tmp_path, TENSORS))
+    whole = shards.paths[0].read_bytes()
+    shards.paths[0].write_bytes(whole[:-1])
+    for name in TENSORS:
+        with pytest.raises(ValueError, match=r"model\.safetensors: became shorter while it was read"):
+            shards.tensor(name)
+    shards.paths[0].write_bytes(whole)
+    assert torch.equal(shards.tensor("a"), TENSORS["a"])
+
+
 def test_a_scalar(tmp_path):
     scalar = Shards(write_directory(tmp_path, {"s": torch.tensor(2.5)})).tensor("s")
     assert scalar.shape == ()
@@ -155,6 +167,8 @@ def test_broken_indices(tmp_path):
     refused(tmp_path, f"{second}: lacks tensor 'a', which the index has in it")
     written(good | {"a": "../" + first})
     refused(tmp_path, "index.json: tensor 'a': '../model-00001-of-00002.safetensors' is not the name of a file in the")
+    written(good | {"a": ".."})
+    refused(tmp_path, "index.json: tensor 'a': '..' is not the name of a file in the directory")
     written(good | {"a": "third.safetensors"})
     refused(tmp_path, "third.safetensors: is absent, model.safetensors.index.json names it for 'a'")
     written(good | {"a": 3})

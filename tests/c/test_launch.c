@@ -23,14 +23,15 @@ void fake_static_shared(int bytes);
 void fake_fail(const char *function, int result, int first, int last);
 void fake_work(void);
 
-/* An image for every GPU and one for sm_90a alone. */
+/* An image for every GPU, one for sm_90a alone, and a binary that runs on its own major from its minor on. */
 static const ql_cuda_image images[] = {
     {"linear", "sm_80 sm_90 compute_80", "image of linear", 16},
     {"activation", "sm_90a", "image of activation", 20},
+    {"arrange", "sm_86", "image of arrange", 17},
 };
-int ql_cuda_image_count(void) { return 2; }
+int ql_cuda_image_count(void) { return 3; }
 ql_cuda_image ql_cuda_image_at(int index) { return images[index]; }
-const char *ql_cuda_image_architectures(void) { return "sm_80 sm_90 sm_90a compute_80"; }
+const char *ql_cuda_image_architectures(void) { return "sm_80 sm_86 sm_90 sm_90a compute_80"; }
 int ql_cuda_image_driver(void) { return 12040; }
 
 static int failures;
@@ -131,14 +132,16 @@ static void test_properties(void) {
     ql_cuda_leave(&guard);
 }
 
-/* A GPU that one image fits and the other does not; overlap is not for it either. */
+/* A GPU that sm_90a's image does not fit; overlap is not for one before sm_90. */
 static void test_other_gpu(int major, int minor) {
+    const bool runs_sm_86 = major == 8 && minor >= 6;
     ql_cuda_guard guard;
     fake_devices(1, major, minor);
     CHECK(ql_cuda_enter(&guard, 0, message) == 0);
     CHECK(ql_cuda_has(&guard, QL_KERNEL_ql_dequantize) && !ql_cuda_has(&guard, QL_KERNEL_ql_copy));
+    CHECK(ql_cuda_has(&guard, QL_KERNEL_ql_arrange) == runs_sm_86);
     ql_cuda_leave(&guard);
-    CHECK(count_of("cuLibraryLoadData") == 1);
+    CHECK(count_of("cuLibraryLoadData") == 1 + runs_sm_86);
     ql_cuda_grid grid = plain;
     grid.overlaps = true;
     CHECK(launch(0, QL_KERNEL_ql_dequantize, grid) == 0 && launched()->overlaps == (major >= 9));

@@ -166,6 +166,32 @@ def check_gradients(mesh):
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3 * float(gradients[1].abs().max()))
 
 
+class Named(nn.Module):
+    """Calls its layers by the name of their argument, as nn.Module lets one do."""
+
+    def __init__(self, up, down):
+        super().__init__()
+        self.up, self.down = up, down
+
+    def forward(self, x):
+        return self.down(x=self.up(x=x))
+
+
+def check_inputs_by_name(mesh):
+    """The gradient of what all processes share is the sum of all of theirs, and inputs are split, however x came."""
+    split = next(split for split in SPLITS if split.name == "gptq-4")
+    for plan in ({"up": "colwise", "down": "rowwise"}, {"down": PLAN["into"]}):
+        make = lambda: Named(split.layer(96, 64, 32, seed=1)[0], split.layer(64, 96, 32)[0])  # noqa: E731
+        model, whole = make(), make()
+        qlinear.parallelize(model, mesh, plan)
+        gradients = []
+        for one in (model, whole):
+            x = activations(0, 64, torch.float32).requires_grad_()
+            one(x).square().sum().backward()
+            gradients.append(x.grad)
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3 * float(gradients[1].abs().max()))
+
+
 class Headed(nn.Module):
     """A norm over each head between two layers that are split: a process has its own heads' part of the gradient."""
 
@@ -326,6 +352,7 @@ def checks(mesh, directory):
                 lambda split=split, dtype=dtype: check_products(split, mesh, dtype),
             )
     yield "gradients", lambda: check_gradients(mesh)
+    yield "inputs-by-name", lambda: check_inputs_by_name(mesh)
     yield "norms-gradient", lambda: check_norms_gradient(mesh)
     yield "compile", lambda: check_compile(mesh)
     yield "uneven", lambda: check_uneven(mesh)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pwd
 import types
 
 import pytest
@@ -182,6 +183,20 @@ def test_without_an_absolute_cache_folder_it_is_the_homes(start, monkeypatch, tm
     monkeypatch.setenv("XDG_CACHE_HOME", base)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert choices.file(0).parent == tmp_path / "home" / ".cache" / "qlinear"
+
+
+def test_without_a_home_nothing_is_kept_and_nothing_is_read(start, monkeypatch):
+    start()
+    store = choices.store_table(0, [CHOICES[0]], [(WIDE, 1)])
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", lambda user: {}[user])
+    engine = start()
+    choices.load(0)
+    assert store.is_file()
+    assert engine.applied == [applied(CHOICES[0])]
+    with pytest.raises(OSError, match="HOME or XDG_CACHE_HOME"):
+        choices.store(0, CHOICES)
 
 
 def test_the_packages_choices_come_first_and_autotunes_go_over_them(start, tmp_path):

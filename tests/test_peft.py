@@ -132,6 +132,10 @@ def test_several_adapters_merge_in_any_order():
     layer.unmerge()
     assert layer.base_layer is quantized
     assert layer.merged_adapters == []
+    layer.merge()
+    model.eval()
+    layer.unmerge()
+    assert not quantized.training
     with pytest.warns(UserWarning, match="unmerged"):
         layer.unmerge()
 

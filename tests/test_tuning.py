@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,6 +89,27 @@ def test_an_error_leaves_no_candidate_in_force(engine, monkeypatch):
 def test_batch_sizes_that_are_none_are_refused(sizes):
     with pytest.raises(ValueError, match="batch_sizes"):
         qlinear.autotune(nn.Linear(4, 4), sizes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, "float16"], ids=repr)
+def test_a_dtype_with_nothing_to_choose_is_refused(dtype):
+    with pytest.raises(TypeError, match="dtype must be float16, bfloat16 or None, got"):
+        qlinear.autotune(nn.Linear(4, 4), [1], dtype=dtype)
+
+
+def test_choices_that_cannot_be_kept_are_a_warning(monkeypatch):
+    """What was measured is in force and in the report, whatever the disk says."""
+
+    def store(device, found):
+        if device == 0:
+            raise PermissionError(13, "Permission denied", "/home/.cache/qlinear")
+        return Path("kept")
+
+    monkeypatch.setattr(tuning.choices, "store", store)
+    report = tuning.Report()
+    with pytest.warns(RuntimeWarning, match=r"in this process alone: .*Permission denied.*\.cache"):
+        tuning._keep({0: [], 1: []}, report)
+    assert report.files == [Path("kept")]
 
 
 def test_batch_sizes_are_rounded_up_to_those_that_share_a_choice():

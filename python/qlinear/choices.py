@@ -53,9 +53,15 @@ _loaded: set[int] = set()
 
 
 def directory() -> Path:
+    """Where autotune's files are. OSError where a process has no home, as one of a user unknown to its container."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     # The specification has relative paths ignored.
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "qlinear"
+    if os.path.isabs(base):
+        return Path(base) / "qlinear"
+    try:
+        return Path.home() / ".cache" / "qlinear"
+    except RuntimeError:
+        raise FileNotFoundError("there is no home directory: set HOME or XDG_CACHE_HOME") from None
 
 
 def _machine(device: int) -> dict[str, Any]:
@@ -84,7 +90,7 @@ def _gpu(machine: dict[str, Any]) -> dict[str, Any]:
 
 
 def file(device: int) -> Path:
-    """Where the choices for this GPU are kept, whether there are some or not."""
+    """Where the choices for this GPU are kept, whether there are some or not. OSError as of directory."""
     return _file(_machine(device))
 
 
@@ -138,13 +144,15 @@ def load(device: int) -> None:
             # A build may lack the kernel, or all of them be forbidden.
             with contextlib.suppress(ValueError):
                 apply(device, choice)
-        for choice in _read(_file(machine), machine):
+        try:
+            path = _file(machine)
+        except FileNotFoundError:
+            return
+        for choice in _read(path, machine):
             try:
                 apply(device, choice)
             except (ValueError, OverflowError) as error:
-                warnings.warn(
-                    f"qlinear: a choice in {_file(machine)} is ignored: {error}", RuntimeWarning, stacklevel=2
-                )
+                warnings.warn(f"qlinear: a choice in {path} is ignored: {error}", RuntimeWarning, stacklevel=2)
 
 
 def _write(path: Path, machine: dict[str, Any], choices: Iterable[Choice]) -> None:
@@ -166,7 +174,7 @@ def _write(path: Path, machine: dict[str, Any], choices: Iterable[Choice]) -> No
 
 
 def store(device: int, choices: Iterable[Choice]) -> Path:
-    """Adds choices to autotune's file, in place of those for the same products."""
+    """Adds choices to autotune's file, in place of those for the same products. OSError where it cannot be written."""
     machine = _machine(device)
     path = _file(machine)
     kept = {(choice.problem, choice.m): choice for choice in (*_read(path, machine), *choices)}

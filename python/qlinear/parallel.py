@@ -313,11 +313,13 @@ class _Hook:
         return self
 
 
+# A linear layer has one argument, by whatever name it may be called.
+
+
 class _BeforeColumns(_Hook):
-    def __call__(self, module: nn.Module, args: tuple) -> tuple | None:
-        if not (torch.is_grad_enabled() and args and args[0].requires_grad):
-            return None
-        return (_Copy.apply(args[0], self.group), *args[1:])
+    def __call__(self, module: nn.Module, args: tuple, named: dict[str, Tensor]) -> tuple[tuple, dict] | None:
+        (x,) = (*args, *named.values())
+        return ((_Copy.apply(x, self.group),), {}) if torch.is_grad_enabled() and x.requires_grad else None
 
 
 class _AfterColumns(_Hook):
@@ -326,8 +328,9 @@ class _AfterColumns(_Hook):
 
 
 class _BeforeRows(_Hook):
-    def __call__(self, module: nn.Module, args: tuple) -> tuple:
-        return (_Split.apply(args[0], self.bounds, self.rank, self.group), *args[1:])
+    def __call__(self, module: nn.Module, args: tuple, named: dict[str, Tensor]) -> tuple[tuple, dict]:
+        (x,) = (*args, *named.values())
+        return (_Split.apply(x, self.bounds, self.rank, self.group),), {}
 
 
 class _AfterRows(_Hook):
@@ -343,13 +346,13 @@ def _part(task: _Task, rank: int, group: dist.ProcessGroup, device: torch.device
     begin, end = task.bounds[rank : rank + 2]
     if task.style.axis == "column":
         made = sharding.column_part(task.module, begin, end).to(device)
-        made.register_forward_pre_hook(_BeforeColumns(task, rank, group))
+        made.register_forward_pre_hook(_BeforeColumns(task, rank, group), with_kwargs=True)
         if not task.style.is_inner:
             made.register_forward_hook(_AfterColumns(task, rank, group))
         return made
     made = sharding.row_part(task.module, begin, end, bias=rank == 0).to(device)
     if not task.style.is_inner:
-        made.register_forward_pre_hook(_BeforeRows(task, rank, group))
+        made.register_forward_pre_hook(_BeforeRows(task, rank, group), with_kwargs=True)
     made.register_forward_hook(_AfterRows(task, rank, group))
     return made
 

@@ -94,8 +94,8 @@ class LoraQuantizedLinear(Linear):
         quantized = self.__dict__["_quantized"]
         if quantized is None:
             return super().unmerge()  # it warns that there is nothing to do
-        # The model may have been moved meanwhile.
-        self.base_layer = quantized.to(self.base_layer.weight.device)
+        # The model may have been moved meanwhile, or set to eval.
+        self.base_layer = quantized.to(self.base_layer.weight.device).train(self.base_layer.training)
         self.__dict__["_quantized"] = None
         self.merged_adapters.clear()
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ from .model import _Bar
 ROUNDS = 7
 # A candidate has to beat the table's choice by this much: less may be chance.
 GAIN = 0.01
+# Of x in the products that have several kernels.
+_DTYPES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,9 @@ class Report:
         return "\n".join(lines + [f"  {name}: {reason}" for name, reason in self.skipped])
 
 
-def _dtype_of(layer: QuantizedLinear, dtype: torch.dtype | None) -> torch.dtype:
-    natural = dtype or layer.natural_dtype()
-    return natural if natural in (torch.float16, torch.bfloat16) else torch.float16
+def _dtype_of(layer: QuantizedLinear) -> torch.dtype:
+    natural = layer.natural_dtype()
+    return natural if natural in _DTYPES else torch.float16
 
 
 def _problems(
@@ -74,7 +77,7 @@ def _problems(
         if packed is None:
             report.skipped.append((name, "its weight is not packed: only the base kernels take it"))
             continue
-        problem = Problem(*packed, ops.DTYPE_NAMES[_dtype_of(layer, dtype)])
+        problem = Problem(*packed, ops.DTYPE_NAMES[dtype or _dtype_of(layer)])
         found.setdefault((layer.device.index, problem), []).append(layer)
     return found
 
@@ -133,12 +136,14 @@ def autotune(
 ) -> Report:
     """Tries the kernels that can run model's layers on its GPUs, for every distinct packed weight and each number of
     rows of x in batch_sizes, rounded up as the choices are. The fastest are in force at once, and with save in every
-    later process with the same GPU, driver and version.
+    later process with the same GPU, driver and version; where their file cannot be written a warning says so.
 
-    dtype: of x; None is what the weights had before, or the scales'. progress: True or False shows a bar or none; None
-    when it takes long. Needs memory for copies of a layer, 4 times the L2 in all.
+    dtype: of x, float16 or bfloat16; None is what the weights had before, or the scales'. progress: True or False shows
+    a bar or none; None when it takes long. Needs memory for copies of a layer, 4 times the L2 in all.
     """
     buckets = _buckets(batch_sizes)
+    if dtype not in (None, *_DTYPES):
+        raise TypeError(f"dtype must be float16, bfloat16 or None, got {dtype}")
     report = Report()
     problems = _problems(model, dtype, report)
     bar = _Bar(len(problems) * len(buckets), "qlinear: autotune", progress)
@@ -160,5 +165,14 @@ def autotune(
     finally:
         bar.close()
     if save:
-        report.files += [choices.store(device, of_device) for device, of_device in found.items()]
+        _keep(found, report)
     return report
+
+
+def _keep(found: dict[int, list[Choice]], report: Report) -> None:
+    for device, of_device in found.items():
+        try:
+            report.files.append(choices.store(device, of_device))
+        except OSError as error:
+            # The measurements took minutes, and are in force and in the report.
+            warnings.warn(f"qlinear: the choices hold in this process alone: {error}", RuntimeWarning, stacklevel=3)

@@ -499,11 +499,12 @@ def test_what_cannot_be_packed_works_unpacked(packs):
     assert layer._unsettled is None
 
 
-def test_wrong_tensors_wait_for_the_call_to_be_refused(packs):
+def test_wrong_tensors_are_refused_at_loading_and_at_each_call(packs):
     plain = qlinear.QuantLinear.quantize(torch.randn(N, K), None, bits=4, group_size=32)
     state = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
     state["g_idx"][3] = 1000
-    plain.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="g_idx must be in"):
+        plain.load_state_dict(state)
     assert not is_packed(plain)
     with pytest.raises(ValueError, match="g_idx"):
         plain(inputs(1, K))

@@ -113,7 +113,7 @@ def loaded(tmp_path, name="gptq4"):
 
 def failing_after(monkeypatch, count):
     """Writing fails after some tensors, as on a full disk."""
-    write, calls = saving._write_tensor, []
+    write, calls = saving.write_tensor, []
 
     def failing(out, tensor):
         calls.append(tensor)
@@ -121,7 +121,7 @@ def failing_after(monkeypatch, count):
             raise OSError(28, "No space left on device")
         write(out, tensor)
 
-    monkeypatch.setattr(saving, "_write_tensor", failing)
+    monkeypatch.setattr(saving, "write_tensor", failing)
 
 
 def test_after_an_error_a_new_directory_is_absent_and_an_old_one_as_it_was(tmp_path, monkeypatch):
@@ -205,6 +205,9 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(tmp_path):
     model = Small()
     model.register_buffer("odd", torch.zeros(2, dtype=torch.complex64))
     with pytest.raises(TypeError, match=r"odd: safetensors has no torch.complex64"):
+        qlinear.save_pretrained(model, tmp_path / "saved")
+    model.odd = torch.eye(2).to_sparse()
+    with pytest.raises(TypeError, match=r"odd: safetensors has no torch.sparse_coo tensors"):
         qlinear.save_pretrained(model, tmp_path / "saved")
 
     class Extra(Small):

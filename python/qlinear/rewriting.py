@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import shutil
-import struct
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,8 +22,20 @@ from torch import Tensor, nn
 from .layers._module import QuantizedLinear
 from .layers.gptq import QuantLinear
 from .save_config import Candidates
-from .saving import _INDEX, _STALE, _renamed, _size, _write_json, _write_tensor, state_of
-from .shards import CODES, Shards
+from .saving import state_of
+from .shards import Shards
+from .writing import (
+    STALE,
+    Header,
+    check_storable,
+    filled,
+    shard_names,
+    shard_size,
+    sync,
+    write_index,
+    write_json,
+    write_tensor,
+)
 
 # Of a header: what a tensor takes there beside its name, what a layer adds to its own name, and how many it has.
 _PER_TENSOR, _LONGEST_KEY, _PER_LAYER = 120, 48, 8
@@ -42,8 +53,7 @@ class Writer:
         self._room = -(-(room + _PER_TENSOR) // 8) * 8
         self._parts: list[Path] = []
         self._file: BinaryIO | None = None
-        self._header: dict[str, Any] = {}
-        self._at = 0
+        self._header = Header()
         # Tensors of a size that would leave the next one unaligned wait for the end of the file.
         self._late: dict[str, Tensor] = {}
         self._homes: dict[str, int] = {}
@@ -52,17 +62,16 @@ class Writer:
     def add(self, tensors: Mapping[str, Tensor]) -> None:
         """Writes tensors that stay in one file together."""
         size = sum(tensor.nbytes for tensor in tensors.values())
-        held = self._at + sum(tensor.nbytes for tensor in self._late.values())
+        held = self._header.end + sum(tensor.nbytes for tensor in self._late.values())
         if self._file is not None and held + size > self._most:
             self._finish()
         if self._file is None:
             self._parts.append(self._folder / f"part-{len(self._parts)}")
             self._file = self._parts[-1].open("wb")
             self._file.seek(8 + self._room)
-            self._header, self._at = {"__metadata__": {"format": "pt"}}, 0
+            self._header = Header()
         for name, tensor in tensors.items():
-            if tensor.dtype not in CODES:
-                raise TypeError(f"{name}: safetensors has no {tensor.dtype}")
+            check_storable(name, tensor)
             if name in self._homes:
                 raise ValueError(f"{name}: was written already")
             self._homes[name] = len(self._parts) - 1
@@ -73,11 +82,8 @@ class Writer:
         self.nbytes += size
 
     def _put(self, name: str, tensor: Tensor) -> None:
-        end = self._at + tensor.nbytes
-        said = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [self._at, end]}
-        self._header[name] = said
-        _write_tensor(self._file, tensor)
-        self._at = end
+        self._header.add(name, tensor.dtype, tuple(tensor.shape), tensor.nbytes)
+        write_tensor(self._file, tensor)
 
     def _finish(self) -> None:
         if self._file is None:
@@ -85,13 +91,10 @@ class Writer:
         for name, tensor in sorted(self._late.items(), key=lambda item: -item[1].itemsize):
             self._put(name, tensor)
         self._late.clear()
-        text = json.dumps(self._header, separators=(",", ":")).encode()
-        if len(text) > self._room:
-            raise RuntimeError(f"a header takes {len(text)} bytes, {self._room} were left for it")
+        head = self._header.encoded(self._room)
         self._file.seek(0)
-        self._file.write(struct.pack("<Q", self._room) + text.ljust(self._room))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._file.write(head)
+        sync(self._file)
         self.close()
 
     def close(self) -> None:
@@ -102,14 +105,11 @@ class Writer:
     def finish(self) -> None:
         """Completes the files under their last names, with the index where there are several."""
         self._finish()
-        count = len(self._parts)
-        names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-        names = ["model.safetensors"] if count == 1 else names
+        names = shard_names(len(self._parts))
         for path, name in zip(self._parts, names, strict=True):
             path.rename(self._folder / name)
-        if count > 1:
-            places = {name: names[home] for name, home in self._homes.items()}
-            _write_json(self._folder / _INDEX, {"metadata": {"total_size": self.nbytes}, "weight_map": places})
+        if len(names) > 1:
+            write_index(self._folder, {name: names[home] for name, home in self._homes.items()}, self.nbytes)
 
 
 @dataclasses.dataclass
@@ -145,7 +145,7 @@ class Target:
     def __init__(
         self, shards: Shards, directory: str | os.PathLike, max_shard_size: int | str, layers: Iterable[str]
     ) -> None:
-        self.shards, self._most, self._layers = shards, _size(max_shard_size), list(layers)
+        self.shards, self._most, self._layers = shards, shard_size(max_shard_size), list(layers)
         self.directory = Path(directory)
         self.unquantized: list[str] = []
         self._candidates = Candidates(self.unquantized)
@@ -156,7 +156,7 @@ class Target:
 
     def __enter__(self) -> Target:
         self._stack = contextlib.ExitStack()
-        self._folder = self._stack.enter_context(_renamed(self.directory))
+        self._folder = self._stack.enter_context(filled(self.directory))
         self._writer = Writer(self._folder, self._most, self.shards, self._layers)
         self._stack.callback(self._writer.close)
         return self
@@ -197,7 +197,7 @@ class Target:
         values = {key: v for key, v in values.items() if key not in ("quantization_config", "compression_config")}
         values["quantization_config"] = self._candidates.best()
         _copy_rest(source, self._folder)
-        _write_json(self._folder / "config.json", values)
+        write_json(self._folder / "config.json", values)
 
 
 def _trim() -> None:
@@ -214,7 +214,7 @@ def _copy_rest(source: Path, folder: Path) -> None:
         if any(part.startswith(".") for part in relative.parts) or not path.is_file():
             continue
         name = path.name
-        if name.endswith((*_WEIGHTS, ".index.json")) or (len(relative.parts) == 1 and _STALE.fullmatch(name)):
+        if name.endswith((*_WEIGHTS, ".index.json")) or (len(relative.parts) == 1 and STALE.fullmatch(name)):
             continue
         (folder / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / relative)

@@ -7,18 +7,12 @@ absent. A directory that did not exist appears with all of its files at once.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import math
 import os
-import re
-import shutil
-import struct
-import tempfile
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +20,18 @@ from torch import Tensor, nn
 from .layers._module import QuantizedLinear
 from .model import _Bar, _is_conv1d
 from .save_config import Candidates
-from .shards import CODES
 from .storages import stored
-
-_INDEX = "model.safetensors.index.json"
-# What an earlier save into the same directory may have left, and the new files would contradict.
-_STALE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|(hf_)?quant(ize)?_config\.json")
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+from .writing import (
+    Header,
+    check_storable,
+    filled,
+    shard_names,
+    shard_size,
+    sync,
+    write_index,
+    write_json,
+    write_tensor,
+)
 
 
 @dataclass
@@ -59,16 +58,6 @@ class _File:
     @property
     def nbytes(self) -> int:
         return sum(piece.nbytes for piece in self.pieces)
-
-
-def _size(value: int | str) -> int:
-    """Bytes, from a number or a text as "5GB"."""
-    if type(value) is int and value > 0:
-        return value
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)", value.upper()) if isinstance(value, str) else None
-    if match is None or not float(match[1]) > 0:
-        raise ValueError(f"max_shard_size must be a positive number of bytes or a text as '5GB', got {value!r}")
-    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def state_of(module: nn.Module, prefix: str) -> dict[str, Tensor]:
@@ -111,10 +100,7 @@ def _plan(model: nn.Module, candidates: Candidates) -> list[_Piece]:
             own, state = state, stored(module, prefix, state)
             candidates.hear(prefix, module, own, state)
         for name, tensor in state.items():
-            if tensor.device.type == "meta":
-                raise ValueError(f"{name}: is on the meta device, it has no data to save")
-            if tensor.dtype not in CODES:
-                raise TypeError(f"{name}: safetensors has no {tensor.dtype}")
+            check_storable(name, tensor)
             piece = _Piece(name, prefix, module, tensor.dtype, tuple(tensor.shape))
             # Packed tensors are made anew, in memory that the next one's may get.
             place = None if isinstance(module, QuantizedLinear) else _place_of(tensor)
@@ -135,28 +121,17 @@ def _split(pieces: list[_Piece], most: int) -> list[_File]:
         if files[-1].pieces and files[-1].nbytes + piece.nbytes > most:
             files.append(_File(""))
         files[-1].pieces.append(piece)
-    for number, file in enumerate(files, 1):
-        file.name = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+    for file, name in zip(files, shard_names(len(files)), strict=True):
+        file.name = name
     return files
 
 
 def _header(file: _File) -> bytes:
     """The file's beginning; says to each piece where its bytes go. Wide types come first, so that all are aligned."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
+    header = Header()
     for piece in sorted(file.pieces, key=lambda piece: (-piece.dtype.itemsize, piece.name)):
-        piece.begin = at
-        at += piece.nbytes
-        header[piece.name] = {"dtype": CODES[piece.dtype], "shape": piece.shape, "data_offsets": [piece.begin, at]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
-
-
-def _write_tensor(out: BinaryIO, tensor: Tensor) -> None:
-    tensor = tensor.cpu().contiguous()
-    if tensor.numel():
-        out.write((ctypes.c_char * (tensor.numel() * tensor.itemsize)).from_address(tensor.data_ptr()))
+        piece.begin = header.add(piece.name, piece.dtype, piece.shape, piece.nbytes)
+    return header.encoded()
 
 
 def _write_file(path: Path, file: _File, bar: _Bar) -> None:
@@ -173,45 +148,8 @@ def _write_file(path: Path, file: _File, bar: _Bar) -> None:
             if (tensor.dtype, tuple(tensor.shape)) != (piece.dtype, piece.shape):
                 raise RuntimeError(f"{piece.name}: was changed while the model was saved")
             out.seek(len(head) + piece.begin)
-            _write_tensor(out, tensor)
-        out.flush()
-        os.fsync(out.fileno())
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    with path.open("w", encoding="utf-8") as out:
-        json.dump(value, out, indent=2)
-        out.write("\n")
-        out.flush()
-        os.fsync(out.fileno())
-
-
-@contextlib.contextmanager
-def _renamed(directory: Path) -> Iterator[Path]:
-    """A folder to write into, whose files are in `directory` afterwards; after an error none of them is."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    # One that exists may be somebody's working directory, or a link: it stays what it is.
-    is_new = not directory.exists()
-    # Beside the directory or in it: a rename works on one file system only.
-    scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory.parent if is_new else directory))
-    try:
-        yield scratch
-        if is_new:
-            # mkdtemp lets nobody else in.
-            umask = os.umask(0)
-            os.umask(umask)
-            scratch.chmod(0o777 & ~umask)
-            scratch.rename(directory)
-            return
-        written = sorted(scratch.iterdir(), key=lambda path: (path.suffix == ".json", path.name == "config.json"))
-        names = {path.name for path in written}
-        for path in written:
-            path.replace(directory / path.name)
-        for path in directory.iterdir():
-            if path.name not in names and _STALE.fullmatch(path.name):
-                path.unlink()
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+            write_tensor(out, tensor)
+        sync(out)
 
 
 def _model_config(model: nn.Module, directory: Path) -> dict[str, Any]:
@@ -250,7 +188,7 @@ def save_pretrained(
     ValueError or TypeError, and nothing written, where a tensor has no data or no place in safetensors. On any error
     the files in `directory` are what they were, or, if it comes while files are renamed, whole ones.
     """
-    most = _size(max_shard_size)
+    most = shard_size(max_shard_size)
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory}: is not a directory")
@@ -263,16 +201,15 @@ def save_pretrained(
             config["quantization_config"] = quantization
         bar = _Bar(len({id(piece.module) for file in files for piece in file.pieces}), "qlinear: save", progress)
         try:
-            with _renamed(directory) as scratch:
+            with filled(directory) as scratch:
                 for file in files:
                     _write_file(scratch / file.name, file, bar)
                 if len(files) > 1:
-                    names = {piece.name: file.name for file in files for piece in file.pieces}
-                    total = {"total_size": sum(file.nbytes for file in files)}
-                    _write_json(scratch / _INDEX, {"metadata": total, "weight_map": names})
+                    homes = {piece.name: file.name for file in files for piece in file.pieces}
+                    write_index(scratch, homes, sum(file.nbytes for file in files))
                 generation = getattr(model, "generation_config", None)
                 if callable(getattr(generation, "to_json_string", None)):
-                    _write_json(scratch / "generation_config.json", json.loads(generation.to_json_string()))
-                _write_json(scratch / "config.json", config)
+                    write_json(scratch / "generation_config.json", json.loads(generation.to_json_string()))
+                write_json(scratch / "config.json", config)
         finally:
             bar.close()

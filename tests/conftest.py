@@ -1,8 +1,17 @@
 """Fixtures that several files ask for by name, mostly for all their tests (pytest.mark.usefixtures)."""
 
+import fake_cuda
 import pytest
 import torch
 from layer_cases import pack_on_the_cpu
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """Runs functions in processes whose driver has no GPU (fake_cuda.c); needs a C compiler."""
+    started = fake_cuda.Server(fake_cuda.build(tmp_path_factory.mktemp("driver")))
+    yield started
+    started.close()
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import os
 import shutil
 
-import fake_cuda
 import numpy as np
 import pytest
 from fake_cuda import ExchangeArray
@@ -22,13 +21,6 @@ PROBLEM = ("int4", N, K, GROUP, "float16")
 BASE = {"ql_linear_few", "ql_linear_many"}
 CODES = ("int2", "int3", "int4", "int8", "table4")
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    started = fake_cuda.Server(fake_cuda.build(tmp_path_factory.mktemp("driver")))
-    yield started
-    started.close()
 
 
 def packed_layer(k=K, act_order=False):

@@ -27,13 +27,6 @@ FORKED = "this process was forked after CUDA was initialized, and the driver doe
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    started = fake_cuda.Server(fake_cuda.build(tmp_path_factory.mktemp("driver")))
-    yield started
-    started.close()
-
-
-@pytest.fixture(scope="module")
 def old_server(tmp_path_factory):
     """A driver from before CUDA 12, without cuGetProcAddress_v2."""
     started = fake_cuda.Server(fake_cuda.build(tmp_path_factory.mktemp("old"), "-DFAKE_BEFORE_12"))

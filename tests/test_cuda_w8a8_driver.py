@@ -3,7 +3,6 @@ which the second overlaps the first, and nothing else."""
 
 import shutil
 
-import fake_cuda
 import numpy as np
 import pytest
 from fake_cuda import ExchangeArray
@@ -14,13 +13,6 @@ pytestmark = [
     pytest.mark.skipif(not _qlinear.cuda_info()["built"], reason="built without CUDA kernels"),
     pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler"),
 ]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    started = fake_cuda.Server(fake_cuda.build(tmp_path_factory.mktemp("driver")))
-    yield started
-    started.close()
 
 
 def make(kind, K, N):

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -135,6 +136,38 @@ def test_after_an_error_a_new_directory_is_absent_and_an_old_one_as_it_was(tmp_p
     assert names_in(tmp_path) == ["deep", "old", "source"]
     assert names_in(tmp_path / "deep") == []
     assert {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()} == before
+
+
+@pytest.mark.parametrize("change", [lambda weight: weight[:-1], torch.Tensor.half], ids=["shape", "dtype"])
+def test_a_tensor_that_changes_meanwhile_is_an_error(tmp_path, monkeypatch, change):
+    """The header that says its place is written by then."""
+    model = loaded(tmp_path)
+    write = saving.write_tensor
+
+    def changing(out, tensor):
+        model.norm.weight = torch.nn.Parameter(change(model.norm.weight.detach()))
+        write(out, tensor)
+
+    monkeypatch.setattr(saving, "write_tensor", changing)
+    with pytest.raises(RuntimeError, match=r"norm\.weight: was changed while the model was saved"):
+        qlinear.save_pretrained(model, tmp_path / "saved")
+    assert names_in(tmp_path) == ["source"]
+
+
+def test_in_a_directory_that_is_there_the_config_comes_last(tmp_path, monkeypatch):
+    """Who reads it meanwhile finds no config that names tensors which are not there yet."""
+    model = loaded(tmp_path)
+    (tmp_path / "target").mkdir()
+    placed, replace = [], Path.replace
+
+    def recorded(path, target):
+        placed.append(target.name)
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", recorded)
+    qlinear.save_pretrained(model, tmp_path / "target", max_shard_size=20_000)
+    assert placed[-2:] == ["model.safetensors.index.json", "config.json"]
+    assert {Path(name).suffix for name in placed[:-2]} == {".safetensors"}
 
 
 def test_saving_over_another_checkpoint_leaves_nothing_of_it(tmp_path):

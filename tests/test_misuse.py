@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from layer_cases import CASES, PACKED_CASES, K, N, assert_close, inputs, make
+from layer_cases import CASES, PACKED_CASES, K, N, assert_close, assert_same_state, inputs, make
 from torch import nn
 
 import qlinear
@@ -52,6 +52,41 @@ def test_weights_without_data_multiply_nothing(case, wants_gradient):
     with pytest.raises(ValueError, match="is on the meta device"):
         layer(inputs(3, K).requires_grad_(wants_gradient))
     assert layer(inputs(3, K).to("meta")).shape == (3, N)
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+def test_tensors_that_are_missing_or_none_are_named(case):
+    layer = make(case)
+    state = layer.state_dict()
+    for key in state.keys() & {"weight", "weight_scales", "qweight", "scales", "SCB", "weight_scale", "weight.absmax"}:
+        lacking = {name: tensor for name, tensor in state.items() if name != key}
+        with pytest.raises(ValueError, match=rf"tensors must have .*{key}.*, got .*bias"):
+            type(layer).from_tensors(lacking)
+        with pytest.raises(TypeError, match=rf"{key} must be a torch.Tensor, got list"):
+            type(layer).from_tensors(state | {key: [1.0]})
+    with pytest.raises(TypeError, match=r"bias must be a torch.Tensor, got list"):
+        type(layer).from_tensors(state, [1.0])
+
+
+def test_a_float_weight_that_is_missing_or_none_is_named():
+    with pytest.raises(ValueError, match="tensors must have weight, got none"):
+        qlinear.get_linear({}, None, None)
+    with pytest.raises(TypeError, match="weight must be a torch.Tensor, got NoneType"):
+        qlinear.get_linear(None, None, None)
+
+
+def test_packing_a_layer_whose_bias_does_not_fit_changes_nothing():
+    layer = qlinear.QuantLinear.new(4, 32, K, N, True)
+    linear = nn.Linear(K, N)
+    linear.bias = nn.Parameter(torch.zeros(N - 1))
+    before = {key: value.clone() for key, value in layer.state_dict().items()}
+    scales = torch.ones(N, K // 32)
+    with pytest.raises(ValueError, match="bias must have the shape"):
+        layer.pack(linear, scales, scales)
+    with pytest.raises(TypeError, match=r"scales must be a torch.Tensor, got float"):
+        layer.pack(nn.Linear(K, N), 1.0, scales)
+    assert layer.zero_format == "auto"
+    assert_same_state(layer.state_dict(), before)
 
 
 # LLM.int8() with weights that learn

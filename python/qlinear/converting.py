@@ -49,7 +49,7 @@ def _gptq_zeros(layer: QuantLinear) -> Tensor:
     """The zeros that the layer subtracts, uint8 [G, N]."""
     stored = layer.qzeros.t().contiguous()
     zeros = _qlinear.gptq_unpack_codes(stored, bits=layer.bits, count=layer.out_features).t()
-    return zeros if layer.engine().zero_format == "gptq_v2" else (zeros + 1) & (2**layer.bits - 1)
+    return zeros if layer.stored_zeros() == "gptq_v2" else (zeros + 1) & (2**layer.bits - 1)
 
 
 def _groups(layer: QuantLinear) -> Tensor | None:

@@ -46,9 +46,8 @@ def _directory(directory_or_id: str | os.PathLike) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
-        raise ImportError(
-            f"{name}: is no directory, and to download an id takes huggingface_hub: pip install it"
-        ) from (error)
+        text = f"{name}: is no directory, and to download an id takes huggingface_hub: pip install it"
+        raise ImportError(text) from error
     return Path(snapshot_download(name, allow_patterns=list(_PATTERNS)))
 
 

@@ -13,14 +13,13 @@ from torch import Tensor
 
 from .detect import detect
 from .layers._module import QuantizedLinear
-from .layers.fp8 import Fp8Linear
+from .layers.fp8 import Fp8Linear, codes_of, scale_of
 from .linear_layers import linear_layers
 from .model import _Bar, _makers
 from .quantization_config import QuantizationConfig, read_config
 from .rewriting import RewriteReport, RewrittenLayer, Target, error_of, explicit
 from .shards import Shards
 
-_MOST = 448.0
 _BLOCK = 128
 
 FORMATS = (
@@ -30,20 +29,11 @@ FORMATS = (
 _Make = Callable[[Tensor, Tensor | None], QuantizedLinear]
 
 
-def _codes(weight: Tensor, scale: Tensor) -> Tensor:
-    return (weight / scale).clamp(-_MOST, _MOST).to(torch.float8_e4m3fn)
-
-
-def _scale_of(absmax: Tensor) -> Tensor:
-    """absmax / 448; 1 / 448 where all is zero, and never a denormal, by which some devices could not divide."""
-    return torch.where(absmax > 0, absmax / _MOST, 1 / _MOST).clamp_min(2.0**-126)
-
-
 def _fp8_tensor(weight: Tensor, bias: Tensor | None) -> Fp8Linear:
     """One scale for the weight, one for each token: what vLLM calls fp8 with dynamic activations."""
     wide = weight.float()
-    scale = _scale_of(wide.abs().amax().reshape(1))
-    return Fp8Linear(_codes(wide, scale), bias, scale, None, activation="token")
+    scale = scale_of(wide.abs().amax().reshape(1))
+    return Fp8Linear(codes_of(wide, scale), bias, scale, None, activation="token")
 
 
 def _fp8_block(weight: Tensor, bias: Tensor | None) -> Fp8Linear:
@@ -52,8 +42,8 @@ def _fp8_block(weight: Tensor, bias: Tensor | None) -> Fp8Linear:
     rows, columns = -(-n // _BLOCK), -(-k // _BLOCK)
     wide = torch.nn.functional.pad(weight.float(), (0, columns * _BLOCK - k, 0, rows * _BLOCK - n))
     blocks = wide.view(rows, _BLOCK, columns, _BLOCK)
-    scale = _scale_of(blocks.abs().amax((1, 3)))
-    codes = _codes(blocks, scale.view(rows, 1, columns, 1)).view(rows * _BLOCK, columns * _BLOCK)
+    scale = scale_of(blocks.abs().amax((1, 3)))
+    codes = codes_of(blocks, scale.view(rows, 1, columns, 1)).view(rows * _BLOCK, columns * _BLOCK)
     # A copy of the part: the padding is not the layer's.
     layer = Fp8Linear(codes[:n, :k].clone(), bias, scale, None, activation="group")
     layer.scale_key = "weight_scale_inv"

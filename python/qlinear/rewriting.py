@@ -223,7 +223,7 @@ def _copy_rest(source: Path, folder: Path) -> None:
 def explicit(module: QuantizedLinear) -> QuantizedLinear:
     """The layer with its zeros' format said, which its tensors tell no more once they are gone."""
     if isinstance(module, QuantLinear):
-        module.zero_format = module.engine().zero_format
+        module.zero_format = module.stored_zeros()
     return module
 
 

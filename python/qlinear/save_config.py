@@ -143,7 +143,7 @@ def _agrees(saved: _Saved, layer: Layer) -> bool:
         zeros = options["zero_format"]
         if zeros == "auto":
             zeros = "gptq_v2" if saved.is_middle else "gptq"
-        return options["bits"] == module.bits and zeros == _zero_format(module)
+        return options["bits"] == module.bits and zeros == module.stored_zeros()
     if isinstance(module, Linear8bitLt):
         return options["threshold"] == module.threshold
     if isinstance(module, Linear4bit):
@@ -152,9 +152,9 @@ def _agrees(saved: _Saved, layer: Layer) -> bool:
         blocks = options["block_size"]
         default = "static" if "input_scale" in layer.tensors else "group" if module.is_blockwise() else "token"
         return (
-            options.get("activation", default) == module._mode()
+            options.get("activation", default) == module.activation_mode()
             and (not module.is_blockwise() or blocks == (module.block_n, module.block_k))
-            and (module._mode() != "token" or options.get("input_scale_ub") == _bound(module))
+            and (module.activation_mode() != "token" or options.get("input_scale_ub") == _bound(module))
         )
     return True
 
@@ -196,10 +196,6 @@ def _gptq(layers: list[_Saved], unquantized: list[str]) -> Iterator[dict[str, An
             "checkpoint_format": form,
             "modules_to_not_convert": unquantized,
         }
-
-
-def _zero_format(module: QuantLinear) -> str:
-    return module.engine().zero_format if module.zero_format == "auto" else module.zero_format
 
 
 def _has_act_order(module: QuantLinear) -> bool:
@@ -251,7 +247,7 @@ def _fourbit(layers: list[_Saved], unquantized: list[str]) -> Iterator[dict[str,
 
 def _fp8(layers: list[_Saved], unquantized: list[str]) -> Iterator[dict[str, Any]]:
     modules = [saved.module for saved in layers]
-    mode = _usual(module._mode() for module in modules)
+    mode = _usual(module.activation_mode() for module in modules)
     first = modules[0]
     if first.is_blockwise():
         yield {
@@ -308,7 +304,7 @@ def _listed(module: QuantizedLinear) -> dict[str, Any]:
     """A layer's numbers that its tensors do not tell, in JSON."""
     said: dict[str, Any] = {"format": form_of(module)}
     if isinstance(module, QuantLinear):
-        said |= {"bits": module.bits, "group_size": module.groupsize, "zero_format": _zero_format(module)}
+        said |= {"bits": module.bits, "group_size": module.groupsize, "zero_format": module.stored_zeros()}
     elif isinstance(module, AWQLinear):
         said |= {"bits": 4, "group_size": module.group_size}
     elif isinstance(module, Linear8bitLt):
@@ -316,10 +312,10 @@ def _listed(module: QuantizedLinear) -> dict[str, Any]:
     elif isinstance(module, Linear4bit) and module.compute_dtype is not None:
         said |= {"compute_dtype": ops.DTYPE_NAMES[module.compute_dtype]}
     elif isinstance(module, Fp8Linear):
-        said |= {"activation": module._mode()}
+        said |= {"activation": module.activation_mode()}
         if module.is_blockwise():
             said |= {"weight_block_size": [module.block_n, module.block_k]}
-        if module._mode() == "token" and _bound(module) is not None:
+        if module.activation_mode() == "token" and _bound(module) is not None:
             said |= {"activation_scale_ub": _bound(module)}
     return said
 

@@ -102,11 +102,6 @@ def _codes_from(packed: Tensor, bits: int, part: _Range, count: int) -> Tensor:
     return _qlinear.gptq_pack_codes(_own(codes[part.begin - first :]), bits=bits).to(packed.device)
 
 
-def _zero_format(layer: QuantLinear) -> str:
-    """That of the whole: a part's zeros could all happen to lie in the middle."""
-    return layer.engine().zero_format if layer.zero_format == "auto" else layer.zero_format
-
-
 def _gptq_columns(layer: QuantLinear, tensors: dict[str, Tensor], part: _Range) -> QuantLinear:
     begin, end = part
     qzeros = _codes_from(tensors["qzeros"].t(), layer.bits, part, layer.outfeatures).t()
@@ -118,7 +113,8 @@ def _gptq_columns(layer: QuantLinear, tensors: dict[str, Tensor], part: _Range) 
         tensors["bias"],
         layer.bits,
         layer.groupsize,
-        zero_format=_zero_format(layer),
+        # Of the whole: a part's zeros could all happen to lie in the middle.
+        zero_format=layer.stored_zeros(),
         in_features=layer.infeatures,
     )
 
@@ -150,7 +146,7 @@ def _gptq_rows(layer: QuantLinear, tensors: dict[str, Tensor], part: _Range) -> 
         tensors["bias"],
         layer.bits,
         group_size,
-        zero_format=_zero_format(layer),
+        zero_format=layer.stored_zeros(),
         in_features=part.count,
     )
 
@@ -330,7 +326,7 @@ def _fp8_part(layer: Fp8Linear, weight: Tensor, scale: Tensor, block: tuple[int,
         _own(scale),
         _own(tensors["input_scale"]),
         # A grid that has shrunk to one block would no longer tell.
-        activation=layer._mode(),
+        activation=layer.activation_mode(),
         input_scale_ub=_own(tensors["input_scale_ub"]),
         block_size=block,
         promoted=layer.promoted,
@@ -360,7 +356,7 @@ def _fp8_column_step(layer: Fp8Linear) -> Step:
 
 
 def _fp8_row_step(layer: Fp8Linear) -> Step:
-    if layer._mode() == "group":
+    if layer.activation_mode() == "group":
         text = f"x is quantized by groups of {_ACTIVATION_GROUP}"
         return Step(_ACTIVATION_GROUP, math.lcm(_ACTIVATION_GROUP, layer.block_k), text)
     return Step(1, math.lcm(layer.block_k, _TILE) if layer.is_blockwise() else _TILE, "")

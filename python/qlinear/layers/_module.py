@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from operator import is_
 from typing import Any, ClassVar
 
@@ -18,6 +18,17 @@ from ._shortcut import plain_forwards, shortcut
 def frozen(tensor: Tensor | None) -> Tensor | None:
     """The tensor without its history: a Parameter becomes the plain tensor that it holds."""
     return None if tensor is None else tensor.detach()
+
+
+def take(tensors: Mapping[str, Tensor], bias: Tensor | None, *names: str) -> tuple:
+    """The named ones of a checkpoint's tensors and the bias: the one given, else theirs, if any. ValueError where one
+    of the names is missing, TypeError where what it names is no tensor."""
+    missing = [name for name in names if name not in tensors]
+    if missing:
+        raise ValueError(f"tensors must have {', '.join(names)}, got {', '.join(map(str, tensors)) or 'none'}")
+    bias = tensors.get("bias") if bias is None else bias
+    ops.check_tensors(**{name: tensors[name] for name in names}, **({} if bias is None else {"bias": bias}))
+    return *(tensors[name] for name in names), bias
 
 
 def check_bias(bias: Any, out_features: int) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _qlinear, ops, search
-from ._module import QuantizedLinear, check_bias, check_weight, frozen
+from ._module import QuantizedLinear, check_bias, check_weight, frozen, take
 
 
 def to_gemm(qweight: Tensor, qzeros: Tensor | None, scales: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,10 +109,9 @@ class AWQLinear(QuantizedLinear):
     ) -> AWQLinear:
         """From a checkpoint's `qweight`, `qzeros`, `scales` and, where there is one, `bias`. group_size None: told from
         the number of groups, which only the GEMM storage does."""
-        qweight, scales = tensors["qweight"], tensors["scales"]
+        qweight, scales, bias = take(tensors, bias, "qweight", "scales")
         if group_size is None:
             group_size = -(-qweight.shape[0] // max(scales.shape[0], 1))
-        bias = tensors.get("bias") if bias is None else bias
         return cls(bits, group_size, qweight, tensors.get("qzeros"), scales, bias)
 
     @classmethod

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 from .. import functional, ops
 from ..functional import QuantState
-from ._module import QuantizedLinear, check_bias, check_weight, frozen, is_real
+from ._module import QuantizedLinear, check_bias, check_weight, frozen, is_real, take
 from ._shortcut import plain_forwards
 
 _logger = logging.getLogger("qlinear")
@@ -151,9 +151,8 @@ class Linear8bitLt(QuantizedLinear):
     ) -> Linear8bitLt:
         """From a checkpoint's `weight` (int8), `SCB` and, where there are, `weight_format` and `bias`."""
         _check_format(tensors.get("weight_format"), "weight_format")
-        bias = tensors.get("bias") if bias is None else bias
         self = cls.__new__(cls)
-        self._fill(tensors["weight"], tensors["SCB"], bias, threshold, index)
+        self._fill(*take(tensors, bias, "weight", "SCB"), threshold, index)
         return self
 
     @classmethod
@@ -343,7 +342,7 @@ class Linear4bit(QuantizedLinear):
     ) -> Linear4bit:
         """From a checkpoint's `weight`, `weight.absmax`, `weight.quant_map`, ... and, where there is one, `bias`."""
         self = cls.__new__(cls)
-        self._fill(tensors, tensors.get("bias") if bias is None else bias, compute_dtype)
+        self._fill(tensors, take(tensors, bias, "weight", "weight.absmax", "weight.quant_map")[-1], compute_dtype)
         return self
 
     @classmethod

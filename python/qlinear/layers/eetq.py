@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _qlinear
-from ._module import QuantizedLinear, check_bias, check_weight, frozen
+from ._module import QuantizedLinear, check_bias, check_weight, frozen, take
 
 
 class EETQLinear(QuantizedLinear):
@@ -38,7 +38,7 @@ class EETQLinear(QuantizedLinear):
     def from_tensors(cls, tensors: Mapping[str, Tensor], bias: Tensor | None = None) -> EETQLinear:
         """From a checkpoint's `weight` (int8, interleaved), `weight_scales` and, where there is one, `bias`."""
         self = cls.__new__(cls)
-        self._fill(tensors["weight"], tensors["weight_scales"], tensors.get("bias") if bias is None else bias)
+        self._fill(*take(tensors, bias, "weight", "weight_scales"))
         return self
 
     @classmethod

@@ -8,12 +8,25 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ._module import QuantizedLinear, check_bias, check_weight, frozen
+from ._module import QuantizedLinear, check_bias, check_weight, frozen, take
 
-_MAX = 448.0
+# The largest number of e4m3.
+MOST = 448.0
 _ACTIVATIONS = ("none", "static", "tensor", "token", "group")
 # Elements at a time where a float weight is quantized, which bound its fp32 copies; a launch on a GPU wants more.
 _CHUNK, _GPU_CHUNK = 1 << 20, 1 << 26
+
+
+def scale_of(absmax: Tensor) -> Tensor:
+    """absmax fp32 / 448; 1 / 448 where all is zero, and never a denormal, by which some devices could not divide."""
+    # A tensor, not a number: by a number, torch multiplies with the reciprocal on a GPU.
+    scale = absmax / torch.full_like(absmax, MOST)
+    return torch.where(absmax > 0, scale, 1 / MOST).clamp_min(2.0**-126)
+
+
+def codes_of(weight: Tensor, scale: Tensor) -> Tensor:
+    """weight fp32 rounded to float8_e4m3fn of its shape; scale broadcasts to it."""
+    return (weight / scale).clamp(-MOST, MOST).to(torch.float8_e4m3fn)
 
 
 def _scalar(value: Tensor | float | None) -> Tensor | None:
@@ -103,12 +116,8 @@ class Fp8Linear(QuantizedLinear):
         step = max(1, (_GPU_CHUNK if weight.is_cuda else _CHUNK) // max(k, 1))
         for start in range(0, n, step):
             rows = weight.detach()[start : start + step].float()
-            absmax = rows.abs().amax(1, keepdim=True)
-            # A tensor, not a number: by a number, torch multiplies with the reciprocal on a GPU.
-            most = torch.full_like(absmax, _MAX)
-            # A row whose absmax / 448 is no normal number would divide by zero where denormals are flushed.
-            scale[start : start + step] = torch.where(absmax > 0, absmax / most, 1 / _MAX).clamp_min(2.0**-126)
-            codes[start : start + step] = (rows / scale[start : start + step]).clamp(-_MAX, _MAX).to(codes.dtype)
+            scale[start : start + step] = scale_of(rows.abs().amax(1, keepdim=True))
+            codes[start : start + step] = codes_of(rows, scale[start : start + step])
         self = cls(codes, bias, scale, None, activation=activation)
         self.weight_dtype = weight.dtype
         return self
@@ -118,8 +127,8 @@ class Fp8Linear(QuantizedLinear):
         """From a checkpoint's `weight`, `weight_scale` (or `weight_scale_inv`) and, where there are, `input_scale` and
         `bias`; options as for the constructor."""
         key = "weight_scale_inv" if "weight_scale_inv" in tensors else "weight_scale"
-        bias = tensors.get("bias") if bias is None else bias
-        self = cls(tensors["weight"], bias, tensors[key], tensors.get("input_scale"), **options)
+        weight, scale, bias = take(tensors, bias, "weight", key)
+        self = cls(weight, bias, scale, tensors.get("input_scale"), **options)
         self.scale_key = key
         return self
 
@@ -137,7 +146,8 @@ class Fp8Linear(QuantizedLinear):
             **options,
         )
 
-    def _mode(self) -> str:
+    def activation_mode(self) -> str:
+        """How x is quantized, where activation leaves it to the tensors too."""
         if self.activation is not None:
             return self.activation
         if self._buffers["input_scale"] is not None:
@@ -151,7 +161,7 @@ class Fp8Linear(QuantizedLinear):
 
     def _arguments(self) -> tuple:
         buffers = self._buffers
-        mode = self._mode()
+        mode = self.activation_mode()
         return (
             buffers["weight"],
             buffers["weight_scale"],
@@ -203,4 +213,4 @@ class Fp8Linear(QuantizedLinear):
         return self.weight.shape[0]
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, activation={self._mode()}"
+        return f"{super().extra_repr()}, activation={self.activation_mode()}"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _qlinear, functional, ops, search
-from ._module import QuantizedLinear, check_bias, check_weight, frozen
+from ._module import QuantizedLinear, check_bias, check_weight, frozen, take
 
 _BITS = (2, 3, 4, 8)
 
@@ -164,7 +164,7 @@ class QuantLinear(QuantizedLinear):
     ) -> QuantLinear:
         """From a checkpoint's `qweight`, `qzeros`, `scales` and, where there are, `g_idx` and `bias`. bits and
         group_size None: told from the shapes."""
-        qweight, qzeros, scales = tensors["qweight"], tensors["qzeros"], tensors["scales"]
+        qweight, qzeros, scales, bias = take(tensors, bias, "qweight", "qzeros", "scales")
         g_idx = tensors.get("g_idx")
         if bits is None:
             bits = next((b for b in _BITS if qzeros.shape[1] == _words(scales.shape[1], b)), 0)
@@ -172,7 +172,6 @@ class QuantLinear(QuantizedLinear):
         if group_size is None:
             known = g_idx.numel() if g_idx is not None else in_features or qweight.shape[0] * 32 // bits
             group_size = -(-known // max(scales.shape[0], 1))
-        bias = tensors.get("bias") if bias is None else bias
         return cls(
             qweight, qzeros, scales, g_idx, bias, bits, group_size, zero_format=zero_format, in_features=in_features
         )
@@ -187,6 +186,8 @@ class QuantLinear(QuantizedLinear):
             )
         if (linear.bias is None) != (self.bias is None):
             raise ValueError("linear and this layer must both have a bias, or neither")
+        check_bias(linear.bias, self.outfeatures)
+        ops.check_tensors(scales=scales, zeros=zeros)
         g_idx = self.g_idx if g_idx is None else g_idx.to(torch.int32)
         scales, zeros = scales.to(weight.device), zeros.to(weight.device)
         g_idx = None if g_idx is None else g_idx.to(weight.device)
@@ -216,6 +217,10 @@ class QuantLinear(QuantizedLinear):
             self.infeatures,
             self.outfeatures,
         )
+
+    def stored_zeros(self) -> str:
+        """zero_format, "gptq" or "gptq_v2", as the tensors tell it where that is "auto"."""
+        return self.engine().zero_format if self.zero_format == "auto" else self.zero_format
 
     def _scale_dtype(self) -> torch.dtype:
         return self._buffers["scales"].dtype

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import ops
+from ._module import take
 from .awq import AWQLinear
 from .bnb import Linear4bit, Linear8bitLt, warn_deprecate_bnb
 from .eetq import EETQLinear
@@ -20,6 +22,9 @@ class FastLinear(torch.nn.Module):
     """A linear layer that is not quantized; weight [N, K] and bias are Parameters that do not learn."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        ops.check_tensors(weight=weight)
+        if bias is not None:
+            ops.check_tensors(bias=bias)
         super().__init__()
         self.weight = torch.nn.Parameter(weight.detach(), requires_grad=False)
         self.bias = None if bias is None else torch.nn.Parameter(bias.detach(), requires_grad=False)
@@ -134,7 +139,7 @@ def get_linear(
         weight = weight.T.contiguous()
     if quantize is None:
         if isinstance(weight, Mapping):
-            weight, bias = weight["weight"], weight.get("bias") if bias is None else bias
+            weight, bias = take(weight, bias, "weight")
         return FastLinear(weight, bias)
     if quantize == "eetq":
         return EETQLinear.from_tensors(weight, bias) if isinstance(weight, Mapping) else EETQLinear(weight, bias)

@@ -98,8 +98,8 @@ def floats(driver):
     return launched(driver, packed_layer(), 1, np.float32), _qlinear.candidates(0, *PROBLEM[:-1], "float32", 1)
 
 
-def ordered(driver, rows):
-    return launched(driver, packed_layer(act_order=True), rows)
+def ordered(driver, rows, k=K):
+    return launched(driver, packed_layer(k, act_order=True), rows)
 
 
 def counts(driver, dtype):
@@ -161,6 +161,13 @@ def test_fp32_is_left_to_the_base_kernels(server):
 @pytest.mark.parametrize("rows", [1, 64, 1024])
 def test_act_order_is_no_reason_for_the_base_kernels(server, rows):
     assert not BASE & set(server.run(ordered, rows))
+
+
+def test_rows_are_put_in_order_in_shared_memory_where_they_fit(server):
+    assert "ql_arrange_ordered" in server.run(ordered, 64)
+    longer = server.run(ordered, 64, 2**17)
+    assert "ql_arrange" in longer
+    assert not (BASE | {"ql_arrange_ordered"}) & set(longer)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -21,6 +21,15 @@ def array(tensor):
     return tensor.detach().numpy()
 
 
+def in_framework(framework, arguments):
+    """Keyword arguments whose arrays are NumPy's, or torch's on the same memory."""
+    if framework == "numpy":
+        return arguments
+    return {
+        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in arguments.items()
+    }
+
+
 def stream(words, bits, count):
     """Codes [count, columns] of a little-endian bit stream down each column of int32 words."""
     words = words.astype(np.uint32).astype(np.uint64)

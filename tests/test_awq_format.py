@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layer_cases import in_framework
 
 from qlinear import _qlinear
 
@@ -385,13 +386,8 @@ WRONG_LAYERS = {
 @pytest.mark.parametrize("framework", ["numpy", "torch"])
 def test_layer_refuses(case, framework):
     changed, error, message = WRONG_LAYERS[case]
-    arguments = {**layer_arguments(), **changed}
-    if framework == "torch":
-        for name, value in arguments.items():
-            if isinstance(value, np.ndarray):
-                arguments[name] = torch.from_numpy(value)
     with pytest.raises(error, match=message):
-        _qlinear.AWQLinear(**arguments)
+        _qlinear.AWQLinear(**in_framework(framework, {**layer_arguments(), **changed}))
 
 
 @pytest.mark.parametrize("missing", ["qweight", "qzeros", "scales", "group_size"])

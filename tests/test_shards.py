@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import pickle
 import struct
 
@@ -35,6 +36,20 @@ def twice(header, data):
     return f'{{"a": {entry}, "a": {entry}}}'.encode(), data
 
 
+def many_and_one_twice(header, data):
+    """As many as make a search for each of them among all take minutes."""
+    names = [f'"{number}": 0' for number in range(100_000)]
+    return "{{{}}}".format(", ".join([*names, '"z": 0', '"z": 0'])).encode(), data
+
+
+def empty_and_huge(header, data):
+    return {"a": {"dtype": "F32", "shape": [0, 2**62, 4], "data_offsets": [0, 0]}}, b""
+
+
+def called(name):
+    return lambda header, data: ({name: header["a"]}, data)
+
+
 # (what it is, the file's bytes or what to change of a file with one tensor of four bytes, the error after the path)
 BROKEN = [
     ("empty", b"", ": is cut short: 0 bytes, the size of the header takes 8"),
@@ -48,15 +63,23 @@ BROKEN = [
     ("no text", lambda header, data: (b"\xff\xfe\xfd", data), ": its header is not valid JSON: "),
     ("deep JSON", lambda header, data: (b"[" * 100_000, data), ": its header is not valid JSON: "),
     ("a list", lambda header, data: (b"[]", data), ": its header must be a JSON object, got list"),
+    ("doubled among many", many_and_one_twice, ": its header is not valid JSON: 'z' stands in it twice"),
     ("doubled name", twice, ": its header is not valid JSON: 'a' stands in it twice"),
     ("no fields", lambda header, data: ({"a": {"dtype": "I8"}}, data), ": tensor 'a': must have dtype, shape and data"),
     ("a number", lambda header, data: ({"a": 3}, data), ": tensor 'a': must have dtype, shape and data_offsets, got 3"),
+    ("control", called("a\x1b[2J"), r": tensor 'a\\x1b\[2J': its name has characters that cannot be printed"),
+    ("surrogate", called("a\ud800"), r": tensor 'a\\ud800': its name has characters that cannot be printed"),
     ("dtype", says(dtype="I4"), ": tensor 'a': dtype must be one of F64, .*, got 'I4'"),
     ("no dtype", says(dtype=["I8"]), r": tensor 'a': dtype must be one of F64, .*, got \['I8'\]"),
     ("shape", says(shape=4), ": tensor 'a': shape must be a list of sizes, got 4"),
     ("negative", says(shape=[-2, -2]), r": tensor 'a': shape must be a list of sizes, got \[-2, -2\]"),
     ("true", says(shape=[True, 4]), r": tensor 'a': shape must be a list of sizes, got \[True, 4\]"),
     ("fraction", says(shape=[4.0]), r": tensor 'a': shape must be a list of sizes, got \[4.0\]"),
+    ("longer than any", says(shape=[2**63]), rf": tensor 'a': shape must be a list of sizes, got \[{2**63}\]"),
+    ("digits", says(shape=[10**4000] * 2), ": tensor 'a': shape must be a list of sizes, got "),
+    # Their product alone would take minutes.
+    ("dimensions", says(shape=[2**62] * 100_000), ": tensor 'a': shape must have at most 64 dimensions, has 100000"),
+    ("empty and huge", empty_and_huge, rf": tensor 'a': shape \[0, {2**62}, 4\] is larger than an empty tensor's may"),
     ("huge", says(shape=[2**40, 2**40]), rf": tensor 'a': I8 \[{2**40}, {2**40}\] takes {2**80} bytes"),
     ("lying shape", says(shape=[5]), r": tensor 'a': I8 \[5\] takes 5 bytes, data_offsets give it 4"),
     ("wider dtype", says(dtype="I16"), r": tensor 'a': I16 \[4\] takes 8 bytes, data_offsets give it 4"),
@@ -123,6 +146,26 @@ def test_a_file_that_becomes_shorter_is_refused(tmp_path):
             shards.tensor(name)
     shards.paths[0].write_bytes(whole)
     assert torch.equal(shards.tensor("a"), TENSORS["a"])
+
+
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "model.safetensors")
+    refused(tmp_path, r"model\.safetensors: is not a regular file")
+
+
+def test_a_link_is_followed(tmp_path):
+    write_directory(tmp_path / "blobs", TENSORS)
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "blobs" / "model.safetensors")
+    assert set(Shards(tmp_path)) == set(TENSORS)
+    (tmp_path / "blobs" / "model.safetensors").unlink()
+    refused(tmp_path, r"model\.safetensors: cannot be read: No such file or directory")
+
+
+def test_an_index_of_absurd_size_is_not_read(tmp_path):
+    write_directory(tmp_path, TENSORS, files=2)
+    with (tmp_path / "model.safetensors.index.json").open("r+b") as index:
+        index.truncate(10**12)
+    refused(tmp_path, "index.json: has 1000000000000 bytes, of the index at most 100000000 are read")
 
 
 def test_a_scalar(tmp_path):

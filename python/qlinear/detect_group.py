@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import ItemsView, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -21,9 +21,7 @@ class Tensors(Protocol):
 
     directory: Path
 
-    def __iter__(self) -> Iterator[str]: ...
-    def __getitem__(self, name: str) -> Entry: ...
-    def items(self) -> Any: ...
+    def items(self) -> ItemsView[str, Entry]: ...
     def tensor(self, name: str) -> Tensor:
         """Its data. Detection asks for the small ones that describe others."""
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .shards import parse_json
+from .shards import read_json
 
 # The formats, as detect calls them, that the files of each method may hold.
 _FORMATS = {
@@ -251,7 +251,7 @@ def read_config(directory: Path) -> QuantizationConfig:
         path = directory / file
         if not path.is_file():
             continue
-        values = parse_json(path, path.read_bytes(), "the config")
+        values = read_json(path, "the config")
         for key in keys:
             if values.get(key) is not None:
                 values = values[key]

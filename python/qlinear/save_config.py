@@ -40,29 +40,20 @@ class _Saved(NamedTuple):
     is_ordered: bool = False
 
 
-class _Recorded(Mapping[str, Entry]):
+class _Recorded(dict[str, Entry]):
     """What the files will hold of the layers, as detect reads it from headers."""
 
     directory = Path()
 
     def __init__(self) -> None:
-        self._entries: dict[str, Entry] = {}
+        super().__init__()
         self._tensors: dict[str, Tensor] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
-        self._entries[name] = Entry(Path("model.safetensors"), tensor.dtype, tuple(tensor.shape), 0, tensor.nbytes)
+        self[name] = Entry(Path("model.safetensors"), tensor.dtype, tuple(tensor.shape), 0, tensor.nbytes)
         # Those that describe others, which detect reads.
         if tensor.nbytes <= _SMALL:
             self._tensors[name] = tensor.cpu()
-
-    def __getitem__(self, name: str) -> Entry:
-        return self._entries[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
 
     def tensor(self, name: str) -> Tensor:
         return self._tensors[name]

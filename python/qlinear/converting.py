@@ -58,7 +58,7 @@ def _groups(layer: QuantLinear) -> Tensor | None:
     size = layer.in_features if layer.groupsize == -1 else layer.groupsize
     if index is None or not index.any():
         return None
-    natural = torch.arange(len(index), dtype=index.dtype) // size
+    natural = torch.arange(len(index), dtype=index.dtype, device=index.device) // size
     return None if torch.equal(index, natural) else index
 
 
@@ -82,12 +82,13 @@ def _to_gptq(zero_format: str) -> Callable[[QuantizedLinear], QuantizedLinear]:
     def convert(layer: QuantizedLinear) -> QuantLinear:
         if isinstance(layer, (EETQLinear, Linear8bitLt)):
             codes, scales = _bytes(layer)
-            zeros = torch.full((1, layer.out_features), 128, dtype=torch.uint8)
-            natural = torch.zeros(layer.in_features, dtype=torch.int32)
+            zeros = torch.full((1, layer.out_features), 128, dtype=torch.uint8, device=codes.device)
+            natural = torch.zeros(layer.in_features, dtype=torch.int32, device=codes.device)
             qweight = _qlinear.gptq_pack_codes(codes.view(torch.uint8) ^ 128, bits=8)
             return _gptq(qweight, zeros, scales.view(1, -1), layer, 8, -1, zero_format, natural)
         size = layer.groupsize if isinstance(layer, QuantLinear) else layer.group_size
-        natural = torch.arange(layer.in_features, dtype=torch.int32) // (layer.in_features if size == -1 else size)
+        natural = torch.arange(layer.in_features, dtype=torch.int32, device=layer.device)
+        natural //= layer.in_features if size == -1 else size
         if isinstance(layer, QuantLinear):
             index = layer.g_idx if layer.g_idx is not None else natural
             numbers = (layer.bits, size, zero_format, index)

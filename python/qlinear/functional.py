@@ -86,8 +86,8 @@ def gptq_arguments(
 
 
 def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bits: int = 8) -> Tensor:
-    """The 256 values of the dynamic 8-bit code, ascending."""
-    return torch.tensor(_qlinear.dynamic_map(signed, max_exponent_bits, total_bits), dtype=torch.float32)
+    """The 256 values of the dynamic 8-bit code, ascending, on the CPU."""
+    return torch.tensor(_qlinear.dynamic_map(signed, max_exponent_bits, total_bits), dtype=torch.float32, device="cpu")
 
 
 def get_4bit_type(quant_type: str, device: torch.device | str | None = None) -> Tensor:
@@ -169,7 +169,7 @@ class QuantState:
             raise ValueError(f"shape must be a list of integers, got {shape!r:.60}")
         state2 = offset = None
         if "nested_absmax" in parts:
-            offset = torch.tensor(_number(parts, "nested_offset"), device=device)
+            offset = torch.tensor(_number(parts, "nested_offset"), device=device or parts["absmax"].device)
             state2 = cls(
                 absmax=parts["nested_absmax"].to(device),
                 code=parts["nested_quant_map"].to(device),
@@ -201,7 +201,7 @@ def _number(parts: dict[str, Any], name: str) -> float:
 
 
 def _pack_json(parts: dict[str, Any]) -> Tensor:
-    return torch.tensor(list(json.dumps(parts).encode()), dtype=torch.uint8)
+    return torch.tensor(list(json.dumps(parts).encode()), dtype=torch.uint8, device="cpu")
 
 
 def unpack_json(packed: Tensor) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def _maker(to: str, group_size: int, search_scales: bool, threshold: float, bloc
     name = {"nf4": "bitsandbytes-nf4", "fp4": "bitsandbytes-fp4", "int8": "bitsandbytes"}.get(name, name)
     make = _makers(int(bits or 4), group_size, search_scales, threshold, blocksize)[name]
     # Options that no weight goes with fail here, not as one reason to skip for each layer.
-    make(torch.zeros(128, 128), None)
+    make(torch.zeros(128, 128, device="cpu"), None)
     return make
 
 

@@ -313,11 +313,8 @@ class Linear4bit(QuantizedLinear):
 
     def _take_numbers(self, numbers: dict[str, Any]) -> None:
         """Reads the numbers of a quant state; ValueError, and nothing changed, where one is missing or wrong."""
-        state = QuantState.from_dict(
-            {key: torch.empty(0) for key in ("absmax", "quant_map")}
-            | ({key: torch.empty(0) for key in ("nested_absmax", "nested_quant_map")} if _is_nested(numbers) else {})
-            | numbers
-        )
+        keys = ("absmax", "quant_map", *(("nested_absmax", "nested_quant_map") if _is_nested(numbers) else ()))
+        state = QuantState.from_dict(dict.fromkeys(keys, torch.empty(0, device="cpu")) | numbers)
         if state.quant_type not in ("nf4", "fp4"):
             raise ValueError(f"quant_type must be nf4 or fp4, got {state.quant_type!r:.60}")
         if len(state.shape) != 2:

@@ -30,7 +30,8 @@ def codes_of(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def _scalar(value: Tensor | float | None) -> Tensor | None:
-    return torch.tensor(float(value)) if isinstance(value, (int, float)) else frozen(value)
+    # Without a device it would be on whichever is torch's default at the moment.
+    return torch.tensor(float(value), device="cpu") if isinstance(value, (int, float)) else frozen(value)
 
 
 def apply_fp8_linear(

@@ -104,6 +104,14 @@ static PyMethodDef ql_module_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
+/* The types are kept in static variables, and tensors of NumPy and torch are of the main interpreter only. */
+static int ql_check_interpreter(void) {
+    int64_t id = PyInterpreterState_GetID(PyInterpreterState_Get());
+    if (id == 0) return 0;
+    if (id > 0) PyErr_SetString(PyExc_ImportError, "qlinear runs in the main interpreter, not in subinterpreters");
+    return -1;
+}
+
 static int ql_module_exec(PyObject *module) {
     static int (*const add_type[])(PyObject *) = {
         ql_dlpack_array_add_type, ql_layer_add_type,   ql_eetq_add_type, ql_gptq_add_type,   ql_awq_add_type,
@@ -113,6 +121,7 @@ static int ql_module_exec(PyObject *module) {
         ql_eetq_methods, ql_gptq_methods,    ql_stream_methods, ql_awq_methods,
         ql_int8_methods, ql_fourbit_methods, ql_fp8_methods,    ql_choice_methods,
     };
+    if (ql_check_interpreter() < 0) return -1;
     for (size_t i = 0; i < sizeof add_type / sizeof *add_type; i++)
         if (add_type[i](module) < 0) return -1;
     for (size_t i = 0; i < sizeof functions / sizeof *functions; i++)

@@ -14,10 +14,13 @@
 
 enum { QL_CACHED_TYPES = 8 };
 
-static struct {
+typedef struct ql_exchange {
     PyTypeObject *type;
-    const DLPackExchangeAPI *api;
-} ql_exchange_cache[QL_CACHED_TYPES];
+    const DLPackExchangeAPI *api; /* NULL: the type has none */
+    bool negates;                 /* its tensors have is_neg() */
+} ql_exchange;
+
+static ql_exchange ql_exchange_cache[QL_CACHED_TYPES];
 static int ql_exchange_cached;
 
 static const DLPackExchangeAPI *ql_exchange_lookup(PyTypeObject *type) {
@@ -34,17 +37,17 @@ static const DLPackExchangeAPI *ql_exchange_lookup(PyTypeObject *type) {
     return api && api->header.version.major == 1 ? api : NULL;
 }
 
-static const DLPackExchangeAPI *ql_exchange_of(PyObject *object) {
+static ql_exchange ql_exchange_of(PyObject *object) {
     PyTypeObject *type = Py_TYPE(object);
     for (int i = 0; i < ql_exchange_cached; i++)
-        if (ql_exchange_cache[i].type == type) return ql_exchange_cache[i].api;
-    const DLPackExchangeAPI *api = ql_exchange_lookup(type);
-    if (api && ql_exchange_cached < QL_CACHED_TYPES) {
+        if (ql_exchange_cache[i].type == type) return ql_exchange_cache[i];
+    ql_exchange exchange = {.type = type, .api = ql_exchange_lookup(type)};
+    if (exchange.api) exchange.negates = PyObject_HasAttrString((PyObject *)type, "is_neg");
+    if (exchange.api && ql_exchange_cached < QL_CACHED_TYPES) {
         Py_INCREF((PyObject *)type);
-        ql_exchange_cache[ql_exchange_cached].type = type;
-        ql_exchange_cache[ql_exchange_cached++].api = api;
+        ql_exchange_cache[ql_exchange_cached++] = exchange;
     }
-    return api;
+    return exchange;
 }
 
 /* ------------------------------------------------------------------------------------------------------------------
@@ -110,7 +113,7 @@ static int ql_tensor_from_dltensor(ql_tensor *tensor, const DLTensor *from, cons
 }
 
 /* Whether __dlpack_device__ says that the memory is a GPU's; 0 for a producer without it. -1 with an exception. */
-static int ql_is_on_gpu(PyObject *object) {
+static int ql_producer_is_on_gpu(PyObject *object) {
     PyObject *device = PyObject_CallMethod(object, "__dlpack_device__", NULL);
     PyObject *first = device ? PySequence_GetItem(device, 0) : NULL;
     long type = first ? PyLong_AsLong(first) : -1;
@@ -124,7 +127,7 @@ static int ql_is_on_gpu(PyObject *object) {
 
 /* Stream 1 is CUDA's legacy stream, where products on such a producer's tensors run: it makes its work wait for it. */
 static PyObject *ql_call_dlpack(PyObject *object) {
-    int on_gpu = ql_is_on_gpu(object);
+    int on_gpu = ql_producer_is_on_gpu(object);
     PyObject *method = on_gpu < 0 ? NULL : PyObject_GetAttrString(object, "__dlpack__");
     PyObject *args = method ? PyTuple_New(0) : NULL;
     PyObject *kwargs = !args    ? NULL
@@ -211,10 +214,24 @@ static void ql_tensor_clear(ql_tensor *tensor) {
     tensor->ndim = 0;
 }
 
+/* What torch negates lazily (z.conj().imag) has the opposite of its values in memory, and its table does not tell. */
+static int ql_check_not_negated(PyObject *object, const char *name) {
+    static PyObject *is_neg;
+    if (!is_neg && !(is_neg = PyUnicode_InternFromString("is_neg"))) return -1;
+    PyObject *result = PyObject_CallMethodObjArgs(object, is_neg, NULL);
+    if (!result) return -1;
+    bool negated = result == Py_True;
+    Py_DECREF(result);
+    if (!negated) return 0;
+    PyErr_Format(PyExc_ValueError, "%s is negated lazily, its memory is not its values: pass its resolve_neg()", name);
+    return -1;
+}
+
 int ql_tensor_read(ql_tensor *tensor, PyObject *object, const char *name) {
     ql_tensor_clear(tensor);
-    const DLPackExchangeAPI *api = ql_exchange_of(object);
-    if (api) return ql_read_exchange(tensor, api, object, name);
+    const ql_exchange exchange = ql_exchange_of(object);
+    if (exchange.negates && ql_check_not_negated(object, name) < 0) return -1;
+    if (exchange.api) return ql_read_exchange(tensor, exchange.api, object, name);
     int is_array = ql_numpy_check(object);
     if (is_array < 0) return -1;
     if (is_array) {
@@ -227,11 +244,16 @@ int ql_tensor_read(ql_tensor *tensor, PyObject *object, const char *name) {
                      name, (PyObject *)Py_TYPE(object));
         return -1;
     }
+    if (PyObject_HasAttrString(object, "is_neg") && ql_check_not_negated(object, name) < 0) return -1;
     return ql_read_capsule(tensor, object, name);
 }
 
 int ql_tensor_read_again(ql_tensor *tensor, PyObject *object, const char *name) {
-    return tensor->borrowed ? ql_tensor_read(tensor, object, name) : 0;
+    ql_tensor_clear(tensor);
+    const DLPackExchangeAPI *api = ql_exchange_of(object).api;
+    if (api) return ql_read_exchange(tensor, api, object, name);
+    tensor->borrowed = true;
+    return ql_numpy_read(tensor, object, name);
 }
 
 void ql_tensor_release(ql_tensor *tensor) {
@@ -244,7 +266,8 @@ int ql_tensor_read_all(ql_tensor *tensors, PyObject *const *objects, const char 
     int read = 0, result = 0;
     while (read < count && ql_tensor_read(&tensors[read], objects[read], names[read]) == 0) read++;
     if (read < count) result = -1;
-    for (int i = 0; i < count - 1 && result == 0; i++) result = ql_tensor_read_again(&tensors[i], objects[i], names[i]);
+    for (int i = 0; i < count - 1 && result == 0; i++)
+        if (tensors[i].borrowed) result = ql_tensor_read_again(&tensors[i], objects[i], names[i]);
     if (result < 0) ql_tensors_release(tensors, read);
     return result;
 }
@@ -358,7 +381,7 @@ int ql_check_aligned(const ql_tensor *tensor, const char *name) {
 }
 
 int ql_tensor_stream(void **stream, PyObject *object, const ql_tensor *tensor) {
-    const DLPackExchangeAPI *api = ql_exchange_of(object);
+    const DLPackExchangeAPI *api = ql_exchange_of(object).api;
     if (api && api->current_work_stream)
         return api->current_work_stream(kDLCUDA, tensor->device_id, stream) == 0 ? 0 : -1;
     *stream = NULL; /* ql_call_dlpack asked for the legacy stream */
@@ -428,7 +451,7 @@ int ql_output_begin_beside(ql_output *output, PyObject *like, const ql_tensor *b
         return ql_cuda_failed(message);
     }
     ql_output_clear(output, like);
-    const DLPackExchangeAPI *api = ql_exchange_of(like);
+    const DLPackExchangeAPI *api = ql_exchange_of(like).api;
     if (api) return ql_exchange_begin(output, api, (DLDevice){kDLCUDA, beside->device_id}, dtype, ndim, shape);
     output->kind = QL_OUTPUT_IMPORT;
     output->pending = ql_dlpack_array_new(&output->view, QL_DEVICE_CUDA, beside->device_id, dtype, ndim, shape);
@@ -438,7 +461,7 @@ int ql_output_begin_beside(ql_output *output, PyObject *like, const ql_tensor *b
 int ql_output_begin(ql_output *output, PyObject *like, ql_dtype dtype, int ndim, const int64_t *shape) {
     if (ql_check_output_size(dtype, ndim, shape) < 0) return -1;
     ql_output_clear(output, like);
-    const DLPackExchangeAPI *api = ql_exchange_of(like);
+    const DLPackExchangeAPI *api = ql_exchange_of(like).api;
     if (api) return ql_exchange_begin(output, api, (DLDevice){kDLCPU, 0}, dtype, ndim, shape);
     int is_array = ql_numpy_check(like);
     if (is_array < 0) return -1;
@@ -479,7 +502,7 @@ PyObject *ql_output_finish(ql_output *output) {
     if (output->kind == QL_OUTPUT_OBJECT) return pending;
     if (output->kind == QL_OUTPUT_EXCHANGE) {
         void *object = NULL;
-        if (ql_exchange_of(output->like)->managed_tensor_to_py_object_no_sync(pending, &object) != 0) return NULL;
+        if (ql_exchange_of(output->like).api->managed_tensor_to_py_object_no_sync(pending, &object) != 0) return NULL;
         return object;
     }
     PyObject *function = ql_from_dlpack_of(output->like);

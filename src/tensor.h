@@ -28,15 +28,15 @@ typedef struct ql_tensor {
     bool borrowed; /* data stays valid only as long as the object lives and is not resized */
 } ql_tensor;
 
-/* Reads `object` into *tensor; 0, or -1 with TypeError (no tensor, dtype of no use here), ValueError or what the producer
- * raised. On success the caller owes ql_tensor_release; the object must outlive it. */
+/* Reads `object` into *tensor; 0, or -1 with TypeError (no tensor, dtype of no use here), ValueError (sizes out of range, a
+ * tensor that torch negates lazily) or what the producer raised. On success the caller owes ql_tensor_release; the object must outlive it. */
 int ql_tensor_read(ql_tensor *tensor, PyObject *object, const char *name);
 void ql_tensor_release(ql_tensor *tensor);
 /* `count` tensors, all to be released, or none and -1. Reading runs Python code where a producer has only __dlpack__, which
  * may replace the storage of a tensor read before it: what is borrowed counts as it is after the last one was read. */
 int ql_tensor_read_all(ql_tensor *tensors, PyObject *const *objects, const char *const *names, int count);
 void ql_tensors_release(ql_tensor *tensors, int count);
-/* Reads once more what was borrowed, from the object that it was read from; runs no Python code. 0, or -1. */
+/* Reads what was borrowed once more, from the object that it was read from; runs no Python code. 0, or -1. */
 int ql_tensor_read_again(ql_tensor *tensor, PyObject *object, const char *name);
 
 /* Number of elements. A tensor that was read has passed the check that this and its bytes fit int64. */

@@ -57,7 +57,8 @@ static int ql_numpy_dtype(ql_dtype *dtype, PyArrayObject *array) {
     case NPY_UINT8: *dtype = QL_U8; return 0;
     case NPY_INT16: *dtype = QL_I16; return 0;
     case NPY_INT32: *dtype = QL_I32; return 0;
-    case NPY_INT64: *dtype = QL_I64; return 0;
+    case NPY_LONG:
+    case NPY_LONGLONG: *dtype = QL_I64; return 0; /* two types of one size, of which NPY_INT64 is one */
     case NPY_BOOL: *dtype = QL_BOOL; return 0;
     default: return ql_numpy_custom_dtype(dtype, PyArray_DESCR(array));
     }

@@ -1,12 +1,15 @@
 """Python code that runs in the middle of a construction or a call, and objects that are not what they look like."""
 
 import gc
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from dlpack_producers import Producer
 
+import qlinear
 from qlinear import _qlinear
 
 
@@ -150,3 +153,61 @@ def test_storage_replaced_while_a_later_tensor_is_read(first, call):
     x = first.clone()
     with pytest.raises(TypeError, match=r"must be .*, got bool"):
         call(x, lambda inner: Acting(inner, replaced(x, torch.zeros(first.shape, dtype=torch.bool))))
+
+
+# ---- objects that are not what they look like ----
+
+
+def test_lazily_negated_tensors():
+    """Their memory holds the opposite of their values: C refuses them, modules compute with the values."""
+    layer = _qlinear.EETQLinear(eetq(1), torch.ones(2))
+    x = torch.complex(torch.zeros(1, 64), torch.ones(1, 64)).conj().imag
+    assert x.is_neg()
+    assert x[0, 0] == -1
+    for call in (layer, _qlinear.eetq_quantize):
+        with pytest.raises(ValueError, match="negated lazily"):
+            call(x)
+    assert torch.equal(layer(x.resolve_neg()), torch.full((1, 2), -64.0))
+    with pytest.raises(ValueError, match="bias is negated lazily"):
+        _qlinear.EETQLinear(eetq(1), torch.ones(2), x[0, :2])
+    bias = torch.zeros(2)
+    layer = _qlinear.EETQLinear(eetq(1), torch.ones(2), bias)
+    bias.data = x[0, :2]
+    with pytest.raises(ValueError, match="bias is negated lazily"):
+        layer(torch.ones(64))
+    module = qlinear.EETQLinear.from_tensors({"weight": eetq(1), "weight_scales": torch.ones(2)})
+    with torch.no_grad():
+        assert torch.equal(module(x), module(x.resolve_neg()))
+
+
+def test_numpy_has_two_types_of_64_bits():
+    g_idx = np.arange(64) % 2
+    parameters = np.ones((8, 64), np.float32), np.ones((8, 2), np.float32), np.ones((8, 2), np.float32)
+    wanted = _qlinear.gptq_pack(*parameters, g_idx.astype("l"), bits=4, group_size=32)
+    packed = _qlinear.gptq_pack(*parameters, g_idx.astype("q"), bits=4, group_size=32)
+    assert all(np.array_equal(*pair) for pair in zip(wanted, packed, strict=True))
+
+
+def test_sizes_at_the_end_of_their_type():
+    for arguments in ((True, 7, -(2**63)), (True, -(2**63), 2**63 - 1), (False, 2**63 - 1, -(2**63))):
+        with pytest.raises(ValueError, match=r"total_bits must be in \[2, 8\]"):
+            _qlinear.dynamic_map(*arguments)
+
+
+def test_subinterpreters_are_refused():
+    """In a process of its own: what a subinterpreter leaves behind breaks torch's autograd."""
+    pytest.importorskip("_testcapi")
+    code = f"""
+import importlib.machinery, importlib.util
+loader = importlib.machinery.ExtensionFileLoader("_qlinear", {_qlinear.__file__!r})
+module = importlib.util.module_from_spec(importlib.util.spec_from_loader("_qlinear", loader))
+try:
+    loader.exec_module(module)
+except ImportError as error:
+    assert "main interpreter" in str(error)
+else:
+    raise AssertionError("it was imported")
+"""
+    script = f"import _testcapi, sys; sys.exit(_testcapi.run_in_subinterp({code!r}))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -300,7 +300,7 @@ class _Linear(torch.autograd.Function):
 
 
 def is_plain(x: Any) -> bool:
-    """Whether x may go to the C type as it is: a strided tensor with data, and nobody who wants to see the call."""
+    """Whether x may go to the C type: strided, its values in its memory, and nobody who wants to see the call."""
     kind = type(x)
     if (kind is not Tensor and kind is not Parameter) or _is_compiling():
         return False
@@ -313,6 +313,7 @@ def is_plain(x: Any) -> bool:
         or _functorch_level() is not None
         or forward_ad._current_level >= 0
         or _is_tracing()
+        or x.is_neg()
     )
 
 

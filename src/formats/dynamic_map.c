@@ -29,8 +29,8 @@ static int compare_floats(const void *left, const void *right) {
 }
 
 int ql_dynamic_map(float map[QL_MAP_SIZE], bool is_signed, int64_t max_exponent_bits, int64_t total_bits) {
+    if (total_bits < 2 || total_bits > 8 || max_exponent_bits < 1 || max_exponent_bits >= total_bits) return -1;
     int64_t fraction_bits = total_bits - 1 - max_exponent_bits;
-    if (total_bits < 2 || total_bits > 8 || max_exponent_bits < 1 || fraction_bits < 0) return -1;
     if (!is_signed && fraction_bits != 0) return -1;
     memset(map, 0, QL_MAP_SIZE * sizeof *map);
     int length = 0;

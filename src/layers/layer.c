@@ -63,7 +63,8 @@ static int ql_layer_check_bias(const ql_layer *layer) {
 static int ql_layer_read_again(ql_layer *layer) {
     for (int i = 0; i < layer->held_count; i++) {
         ql_held *held = &layer->held[i];
-        if (held->object && ql_tensor_read_again(&held->tensor, held->object, held->name) < 0) return -1;
+        if (held->object && held->tensor.borrowed && ql_tensor_read_again(&held->tensor, held->object, held->name) < 0)
+            return -1;
     }
     return 0;
 }
@@ -91,13 +92,12 @@ int ql_layer_refresh(ql_layer *layer) {
         ql_held *held = &layer->held[i];
         if (!held->object || !held->tensor.borrowed) continue;
         ql_tensor now;
-        if (ql_tensor_read(&now, held->object, held->name) < 0) {
-            result = -1;
-        } else if (!ql_tensor_same(&now, &held->tensor)) {
-            before[i] = held->tensor;
-            held->tensor = now;
-            changed |= 1u << i;
-        }
+        result = ql_tensor_read_again(&now, held->object, held->name);
+        if (result < 0 || ql_tensor_same(&now, &held->tensor)) continue;
+        result = ql_tensor_read(&now, held->object, held->name);
+        before[i] = held->tensor;
+        held->tensor = now;
+        changed |= 1u << i;
     }
     if (!changed && (result < 0 || !layer->copies_values)) return result;
     ql_weight weight = layer->weight;

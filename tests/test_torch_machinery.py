@@ -201,6 +201,13 @@ def test_exported_with_any_number_of_rows(case):
         assert torch.allclose(exported.module()(inputs(m, K)), block(inputs(m, K)), rtol=1e-5, atol=1e-5)
 
 
+@every_case
+@pytest.mark.parametrize("bias", [False, True])
+def test_exported_by_itself(case, bias):
+    layer, x = make(case, bias), inputs(3, K)
+    assert torch.allclose(torch.export.export(layer, (x,)).module()(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
 # ---- functional calls, fake and meta ----
 
 

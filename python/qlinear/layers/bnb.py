@@ -294,17 +294,17 @@ class Linear4bit(QuantizedLinear):
     def _fill(self, tensors: Mapping[str, Tensor], bias: Tensor | None, compute_dtype: torch.dtype | None) -> None:
         if compute_dtype is not None:
             ops.dtype_name(compute_dtype, "compute_dtype")
-        QuantizedLinear.__init__(self)
-        self.compute_dtype = compute_dtype
-        self.weight = Parameter(frozen(tensors["weight"]), requires_grad=False)
-        for key, name in _STATE_KEYS.items():
-            self.register_buffer(name, frozen(tensors.get(key)), persistent=False)
-        self.register_buffer("packed_state", None, persistent=False)
-        self.register_buffer("bias", frozen(bias))
         keys = [key for key in tensors if key.startswith(_PREFIX)]
         if len(keys) != 1:
             raise ValueError(f"there should be exactly one {_PREFIX}* entry, got {keys or 'none'}")
-        self.packed_state = frozen(tensors[keys[0]])
+        QuantizedLinear.__init__(self)
+        self.compute_dtype = compute_dtype
+        self.weight = Parameter(frozen(tensors["weight"]), requires_grad=False)
+        buffers = {name: tensors.get(key) for key, name in _STATE_KEYS.items()}
+        buffers |= {"packed_state": tensors[keys[0]], "bias": bias}
+        # Absent ones last: torch.export loses count of a root module's buffers where they stand before others.
+        for name, tensor in sorted(buffers.items(), key=lambda item: item[1] is None):
+            self.register_buffer(name, frozen(tensor), persistent=name == "bias")
         numbers = functional.unpack_json(self.packed_state)
         _check_nested(numbers, tensors)
         self._take_numbers(numbers)

@@ -103,8 +103,9 @@ class Fp8Linear(QuantizedLinear):
         self.register_buffer("weight", frozen(weight))
         self.register_buffer("weight_scale", frozen(weight_scale))
         self.register_buffer("input_scale", frozen(input_scale))
-        self.register_buffer("input_scale_ub", _scalar(input_scale_ub), persistent=False)
         self.register_buffer("bias", frozen(bias))
+        # Mostly absent, so the last: see Linear4bit.
+        self.register_buffer("input_scale_ub", _scalar(input_scale_ub), persistent=False)
         self._check()
 
     @classmethod

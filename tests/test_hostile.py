@@ -1,8 +1,11 @@
 """Python code that runs in the middle of a construction or a call, and objects that are not what they look like."""
 
 import gc
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +14,8 @@ from dlpack_producers import Producer
 
 import qlinear
 from qlinear import _qlinear
+
+ROOT = Path(__file__).parent.parent
 
 
 class Acting(Producer):
@@ -210,4 +215,51 @@ else:
 """
     script = f"import _testcapi, sys; sys.exit(_testcapi.run_in_subinterp({code!r}))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_blocks_have_sizes_that_32_bits_hold():
+    code, one = vector(_qlinear.fourbit_code("nf4")), np.ones(1, np.float32)
+    packed = np.full(64, 0xF7, np.uint8)
+    largest = _qlinear.Linear4bit(packed, one, code, shape=(2, 64), blocksize=2**30)
+    usual = _qlinear.Linear4bit(packed, np.ones(2, np.float32), code, shape=(2, 64), blocksize=64)
+    x = np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32)
+    assert np.array_equal(largest(x), usual(x))
+    for size in (2**31, 2**40, 2**62):
+        with pytest.raises(ValueError, match=r"blocksize must be a power of two, at least 32 and at most 2\^30"):
+            _qlinear.Linear4bit(packed, one, code, shape=(2, 64), blocksize=size)
+        with pytest.raises(ValueError, match="blocksize must be a power of two"):
+            _qlinear.quantize_4bit(x, quant_type="nf4", blocksize=size)
+
+
+ORDER = """
+#include "src/formats/packed.h"
+
+int main(void) {
+    const ql_weight weight = {.format = QL_FORMAT_GPTQ, .n = 8, .k = 64,
+                              .gptq = {.bits = 4, .group_size = 32, .groups = 2, .scales_dtype = QL_F16}};
+    int32_t g_idx[64];
+    ql_packed_spec spec;
+    char reason[QL_PACKED_REASON];
+    for (int i = 0; i < 64; i++) g_idx[i] = i % 2;
+    if (ql_packed_describe(&spec, &weight, g_idx, reason) != 0) return 1;
+    const int32_t wrong[] = {2, -1, 1 << 20, INT32_MIN, INT32_MAX};
+    for (int i = 0; i < 5; i++) {
+        g_idx[9] = wrong[i];
+        if (ql_packed_describe(&spec, &weight, g_idx, reason) == 0) return 2;
+    }
+    return 0;
+}
+"""
+
+
+@pytest.mark.skipif(not shutil.which("gcc") or not (ROOT / "src").exists(), reason="needs gcc and the source tree")
+def test_a_g_idx_that_changed_after_it_was_checked(tmp_path):
+    """On a GPU it stays the caller's tensor, and pack() reads it anew."""
+    source, program = tmp_path / "order.c", tmp_path / "order"
+    source.write_text(ORDER)
+    flags = ["-std=c11", f"-I{ROOT}", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    subprocess.run(["gcc", *flags, source, ROOT / "src/formats/packed.c", "-o", program, "-lm"], check=True)
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    done = subprocess.run([program], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -69,8 +69,11 @@ static int check_order(const int32_t *g_idx, int64_t k, int64_t groups, int64_t 
     if (groups != ql_group_count(k, group_size)) return refuse(reason, "it has a part of the columns of its groups");
     int64_t *count = calloc((size_t)groups, sizeof *count);
     if (!count) return refuse(reason, "there is no memory to count the columns of its groups");
-    for (int64_t col = 0; col < k; col++) count[g_idx[col]]++;
     bool even = true;
+    for (int64_t col = 0; col < k; col++) {
+        even = even && g_idx[col] >= 0 && g_idx[col] < groups;
+        if (even) count[g_idx[col]]++;
+    }
     for (int64_t group = 0; group < groups; group++)
         even = even && count[group] == (group < groups - 1 ? group_size : k - group * group_size);
     free(count);

@@ -16,9 +16,11 @@ static inline int check_flat(const ql_tensor *tensor, const char *name, const ql
     return -1;
 }
 
+/* The largest is one that engines can shift by and count within in 32 bits; formats go to 4096. */
 static inline int check_blocksize(int64_t blocksize, const char *name) {
-    if (blocksize >= 32 && (blocksize & (blocksize - 1)) == 0) return 0;
-    PyErr_Format(PyExc_ValueError, "%s must be a power of two, at least 32, got %lld", name, (long long)blocksize);
+    if (blocksize >= 32 && blocksize <= 1 << 30 && (blocksize & (blocksize - 1)) == 0) return 0;
+    PyErr_Format(PyExc_ValueError, "%s must be a power of two, at least 32 and at most 2^30, got %lld", name,
+                 (long long)blocksize);
     return -1;
 }
 

@@ -62,6 +62,31 @@ def test_at_most_two_launches_that_overlap(server, kind, size, dtype):
             assert launches[0][0] == "ql_w8a8_quantize"
 
 
+def launches_of(driver, kinds, K, N, rows):
+    """The launches of a layer of each kind, of the first call and of the second."""
+    found = []
+    for kind in kinds:
+        layer = make(kind, K, N)
+        for dtype in (np.float16, np.float32):
+            x = ExchangeArray(np.ones((rows, K), dtype))
+            for _ in range(2):
+                driver.forget()
+                layer(x)
+                found.append(
+                    [(call.kernel, list(call.grid), call.shared_bytes, call.cluster) for call in driver.launches()]
+                )
+    return found
+
+
+@pytest.mark.parametrize("rows", [1, 5, 12, 16, 40, 300, 2000])
+def test_what_is_remembered_is_of_this_product_alone(server, rows):
+    """Layers that differ in nothing but their kind, all in one process, run as each does in a process of its own."""
+    together = server.run(launches_of, KINDS, 4096, 6144, rows)
+    alone = [launches for kind in KINDS for launches in server.run(launches_of, (kind,), 4096, 6144, rows)]
+    assert together == alone
+    assert together[::2] == together[1::2]
+
+
 def test_few_rows_are_one_launch(server):
     for kind in KINDS:
         _, launches = server.run(calls_of, kind, 4096, 6144, 1, np.float16)

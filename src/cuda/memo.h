@@ -5,7 +5,11 @@
 
 #include "choices.h"
 
-/* Whether the answer of this engine (a small number), for this device and problem, is known; *found: whether there was a
+/* Who remembers, the `engine` below: those of choose.c by their place in its list, and from these numbers on the two that
+ * are beside them, which add what else their answers depend on. */
+enum { QL_CUDA_MEMO_W8A8_DECODE = 64, QL_CUDA_MEMO_W8A8_WGMMA = 72 };
+
+/* Whether the answer of this engine, below 256, for this device and problem, is known; *found: whether there was a
  * choice, and *choice which. */
 bool ql_cuda_memo_find(bool *found, ql_cuda_choice *choice, int engine, int device, const ql_cuda_problem *problem);
 

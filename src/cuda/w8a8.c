@@ -232,10 +232,9 @@ static int weigh_ways(const ql_cuda_device *device, const ql_cuda_w8a8 *product,
     return best;
 }
 
-static bool plan_decode(ql_cuda_w8a8_plan *plan, const ql_cuda_device *device, const ql_cuda_w8a8 *product, bool own) {
-    /* Beside the engines of choose.c. */
-    enum { MEMO = 64 };
-    const int place = MEMO + own + 2 * by_groups(product) + 4 * has_mask(product);
+static bool plan_decode_of(ql_cuda_w8a8_plan *plan, const ql_cuda_device *device, const ql_cuda_w8a8 *product,
+                           bool own) {
+    const int memo = QL_CUDA_MEMO_W8A8_DECODE + own + 2 * by_groups(product) + 4 * has_mask(product);
     const ql_cuda_problem problem = {.n = product->params.n,
                                      .k = product->params.k,
                                      .m = product->params.m,
@@ -243,17 +242,22 @@ static bool plan_decode(ql_cuda_w8a8_plan *plan, const ql_cuda_device *device, c
                                      .x_type = product->params.x_type};
     ql_cuda_choice choice = {.kernel = decode_kernel(product)};
     bool found;
-    if (!ql_cuda_memo_find(&found, &choice, place, device->ordinal, &problem)) {
+    if (!ql_cuda_memo_find(&found, &choice, memo, device->ordinal, &problem)) {
         choice.parameter = weigh_ways(device, product, own);
         found = choice.parameter > 0;
-        ql_cuda_memo_keep(found, choice, place, device->ordinal, &problem);
+        ql_cuda_memo_keep(found, choice, memo, device->ordinal, &problem);
     }
     if (!found) return false;
-    plan->warps = choice.parameter % 32;
-    plan->cluster = choice.parameter / 32;
     plan->engine = QL_CUDA_W8A8_DECODE;
+    plan->choice = choice;
     plan->own = own;
     return true;
+}
+
+static bool plan_decode(ql_cuda_w8a8_plan *plan, const ql_cuda_device *device, const ql_cuda_w8a8 *product) {
+    if (!device->kernels[decode_kernel(product)]) return false;
+    return (may_hold(product) && plan_decode_of(plan, device, product, true)) ||
+           plan_decode_of(plan, device, product, false);
 }
 
 /* What is read 16 bytes at a time, with 32-bit indices. */
@@ -266,7 +270,8 @@ static bool suits_tensor_cores(const ql_cuda_w8a8 *product) {
 static int launch_decode(const ql_cuda_guard *guard, void *stream, const ql_cuda_w8a8_plan *plan,
                          const ql_cuda_w8a8 *product, const ql_w8a8_params *filled, char message[QL_CUDA_MESSAGE]) {
     ql_w8a8_decode_params p = {.product = *filled};
-    const int64_t bytes = cut(&p, product, guard->properties, plan->own, plan->warps, plan->cluster);
+    const int warps = plan->choice.parameter % 32, cluster = plan->choice.parameter / 32;
+    const int64_t bytes = cut(&p, product, guard->properties, plan->own, warps, cluster);
     /* Where each block quantizes x, the mask is in its shared memory; only whether there is one is asked for here. */
     if (plan->own) {
         p.quantize = quantizer_of(product);
@@ -279,7 +284,7 @@ static int launch_decode(const ql_cuda_guard *guard, void *stream, const ql_cuda
                                .cluster = p.cluster,
                                .overlaps = true,
                                .inner = !plan->own};
-    return ql_cuda_launch(guard, decode_kernel(product), stream, &grid, &p, message);
+    return ql_cuda_launch(guard, plan->choice.kernel, stream, &grid, &p, message);
 }
 
 /* ---- mma.sync ---- */
@@ -289,10 +294,17 @@ static ql_cuda_kernel mma_kernel(const ql_cuda_w8a8 *product) {
     return by_groups(product) ? QL_KERNEL_ql_w8a8_mma_groups : QL_KERNEL_ql_w8a8_mma_e4m3;
 }
 
+static bool plan_mma(ql_cuda_w8a8_plan *plan, const ql_cuda_device *device, const ql_cuda_w8a8 *product) {
+    plan->choice.kernel = mma_kernel(product);
+    if (!device->kernels[plan->choice.kernel]) return false;
+    plan->engine = QL_CUDA_W8A8_MMA;
+    return true;
+}
+
 /* A launch reaches at most so many blocks along m; more rows take several. */
 enum { MOST_GRID_M = 65535 };
 
-static int launch_mma(const ql_cuda_guard *guard, void *stream, const ql_cuda_w8a8 *product, ql_w8a8_params p,
+static int launch_mma(const ql_cuda_guard *guard, void *stream, ql_cuda_kernel kernel, ql_w8a8_params p,
                       char message[QL_CUDA_MESSAGE]) {
     const int64_t m = p.m, most = (int64_t)MOST_GRID_M * QL_W8A8_MMA_TOKENS;
     const int64_t out_bytes = p.n * (p.out_type == QL_VALUE_F32 ? 4 : 2), x_bytes = p.x_type == QL_VALUE_F32 ? 4 : 2;
@@ -304,7 +316,7 @@ static int launch_mma(const ql_cuda_guard *guard, void *stream, const ql_cuda_w8
                                    .shared_bytes = QL_W8A8_MMA_SHARED,
                                    .overlaps = true,
                                    .inner = true};
-        if (ql_cuda_launch(guard, mma_kernel(product), stream, &grid, &p, message) < 0) return -1;
+        if (ql_cuda_launch(guard, kernel, stream, &grid, &p, message) < 0) return -1;
         p.out = (char *)p.out + most * out_bytes;
         p.x = (const char *)p.x + most * p.x_stride * x_bytes;
         p.x_codes += most * p.x_pitch;
@@ -354,27 +366,31 @@ static int64_t quantizer_scratch(ql_cuda_w8a8_plan *plan, const ql_cuda_device *
     return end;
 }
 
+static bool plan_wgmma(ql_cuda_w8a8_plan *plan, const ql_cuda_device *device, const ql_cuda_w8a8 *product) {
+    /* Scratch is aligned to more than any engine asks for, so any such address stands for it. */
+    const ql_w8a8_params stand_in = filled_params(plan, product, (void *)(uintptr_t)ALIGNMENT);
+    if (!ql_cuda_w8a8_wgmma_takes(&plan->choice, device, &stand_in)) return false;
+    plan->engine = QL_CUDA_W8A8_WGMMA;
+    return true;
+}
+
+/* Whether one of the fast kernels takes the product: who is asked first is who runs such a number of rows soonest. */
+static bool plan_fast(ql_cuda_w8a8_plan *plan, const ql_cuda_device *device, const ql_cuda_w8a8 *product) {
+    if (!suits_tensor_cores(product)) return false;
+    const int64_t m = product->params.m;
+    return (m <= MOST_BESIDE_WGMMA && plan_decode(plan, device, product)) || plan_wgmma(plan, device, product) ||
+           (m > MOST_BESIDE_WGMMA && m <= MOST_ROWS && plan_decode(plan, device, product)) ||
+           plan_mma(plan, device, product);
+}
+
 ql_cuda_w8a8_plan ql_cuda_w8a8_choose(const ql_cuda_device *device, const ql_cuda_w8a8 *product, bool base) {
     ql_cuda_w8a8_plan plan = {0};
-    const bool fast = !base && suits_tensor_cores(product);
-    const int64_t m = product->params.m;
-    /* Scratch is aligned to more than any engine asks for, so any such address stands for it. */
-    const ql_w8a8_params stand_in = filled_params(&plan, product, (void *)(uintptr_t)ALIGNMENT);
-    const bool wgmma = fast && ql_cuda_w8a8_wgmma_takes(device, &stand_in);
-    if (fast && m <= (wgmma ? MOST_BESIDE_WGMMA : MOST_ROWS) && device->kernels[decode_kernel(product)]) {
-        if (may_hold(product) && plan_decode(&plan, device, product, true)) return plan;
-        plan_decode(&plan, device, product, false);
-    }
-    if (fast && plan.engine == QL_CUDA_W8A8_BASE) {
-        if (wgmma)
-            plan.engine = QL_CUDA_W8A8_WGMMA;
-        else if (device->kernels[mma_kernel(product)])
-            plan.engine = QL_CUDA_W8A8_MMA;
-    }
+    if (base || !plan_fast(&plan, device, product)) plan.engine = QL_CUDA_W8A8_BASE;
+    if (plan.own) return plan;
     plan.scratch_bytes = plan.product_at = quantizer_scratch(&plan, device, product);
     if (plan.engine == QL_CUDA_W8A8_WGMMA && plan.product_at >= 0) {
-        const int64_t bytes = ql_cuda_w8a8_wgmma_scratch(device, &stand_in);
-        if (bytes < 0 || __builtin_add_overflow(plan.product_at, bytes, &plan.scratch_bytes)) plan.scratch_bytes = -1;
+        const int64_t bytes = ql_cuda_w8a8_wgmma_scratch(&product->params, plan.choice);
+        if (__builtin_add_overflow(plan.product_at, bytes, &plan.scratch_bytes)) plan.scratch_bytes = -1;
     }
     return plan;
 }
@@ -400,8 +416,9 @@ int ql_cuda_w8a8_run(ql_w8a8_params *filled, const ql_cuda_guard *guard, void *s
     switch (plan->engine) {
     case QL_CUDA_W8A8_DECODE: return launch_decode(guard, stream, plan, product, filled, message);
     case QL_CUDA_W8A8_WGMMA:
-        return ql_cuda_w8a8_wgmma_launch(guard, stream, filled, (char *)scratch + plan->product_at, message);
-    case QL_CUDA_W8A8_MMA: return launch_mma(guard, stream, product, *filled, message);
+        return ql_cuda_w8a8_wgmma_launch(guard, stream, filled, plan->choice, (char *)scratch + plan->product_at,
+                                         message);
+    case QL_CUDA_W8A8_MMA: return launch_mma(guard, stream, plan->choice.kernel, *filled, message);
     default: return 0;
     }
 }

@@ -1,14 +1,16 @@
 /* Products of the layers that quantize their activations: FP8 and LLM.int8(). At most two launches, the second overlapping the
  * first, and no synchronization: what decides the outliers' columns stays on the device.
  *
- * Up to 16 rows kernels/w8a8_decode.cu multiplies, and quantizes the activations itself where they are few; else
- * kernels/w8a8_quantize.cu goes first, and wgmma or mma.sync multiply its codes. What none of these takes, as a weight whose
- * rows do not begin at multiples of 16 bytes, is left to the base kernels, after the quantizer: they are slow. */
+ * Up to 8 rows, and up to 16 where there is no wgmma, kernels/w8a8_decode.cu multiplies, and quantizes the activations
+ * itself where they are few; else kernels/w8a8_quantize.cu goes first, and wgmma or mma.sync multiply its codes. What none of
+ * these takes, as a weight whose rows do not begin at multiples of 16 bytes, is left to the base kernels, after the quantizer:
+ * they are slow. */
 #ifndef QL_CUDA_W8A8_H
 #define QL_CUDA_W8A8_H
 
 #include "../../kernels/w8a8_quantize.h"
 #include "../formats/weight.h"
+#include "choices.h"
 #include "launch.h"
 
 typedef enum ql_cuda_w8a8_engine {
@@ -29,8 +31,9 @@ typedef struct ql_cuda_w8a8 {
 /* Found once, so that scratch and launch agree. */
 typedef struct ql_cuda_w8a8_plan {
     ql_cuda_w8a8_engine engine;
-    bool own;                                                              /* of decode: no quantizer goes before */
-    int warps, cluster;                                                    /* of decode */
+    ql_cuda_choice
+        choice; /* the engine's kernel; decode's parameter is the warps of a team + 32 * the blocks of a cluster */
+    bool own;   /* of decode: no quantizer goes before */
     int64_t scales_at, outliers_at, meeting_at, product_at, scratch_bytes; /* codes or values at 0 */
 } ql_cuda_w8a8_plan;
 

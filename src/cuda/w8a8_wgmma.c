@@ -2,6 +2,7 @@
 
 #include "../../kernels/params.h"
 #include "../../kernels/w8a8_wgmma.h"
+#include "memo.h"
 #include "nonce.h"
 
 #include <limits.h>
@@ -37,7 +38,6 @@ typedef struct cut {
     int64_t row_tiles, token_tiles, k_blocks;
     int64_t clusters; /* that share the tiles; as many as there are of them where a cluster's members meet */
     int members;      /* thread blocks of a cluster */
-    int stages;
 } cut;
 
 static int64_t tiles_of(const cut *c) { return c->row_tiles * c->token_tiles; }
@@ -50,6 +50,23 @@ static int meeting_bytes(const cut *c) {
 
 /* Shared memory before the stages. */
 static int head_bytes(const variant *v) { return QL_W8A8_HEAD_BYTES(v->code, v->grouped, v->tokens); }
+
+/* As many stages as there is room for. */
+static int stages_of(const cut *c, const ql_cuda_properties *gpu) {
+    const variant *v = c->variant;
+    const int room = gpu->shared_bytes - (v->tokens <= 64 ? NEIGHBOUR_BYTES : 0);
+    const int stages = (room - head_bytes(v) - meeting_bytes(c)) / QL_W8A8_STAGE_BYTES(v->tokens);
+    return stages < QL_W8A8_MOST_STAGES ? stages : QL_W8A8_MOST_STAGES;
+}
+
+static cut cut_of(const variant *v, const ql_w8a8_params *p, int64_t clusters, int members) {
+    return (cut){.variant = v,
+                 .row_tiles = ql_ceil_div(p->n, (int64_t)QL_W8A8_ROWS * (v->pair ? 2 : 1)),
+                 .token_tiles = ql_ceil_div(p->m, v->tokens),
+                 .k_blocks = ql_ceil_div(p->k, QL_W8A8_K),
+                 .clusters = clusters,
+                 .members = members};
+}
 
 /* What a cut takes, in ns: a model of an H200 that tells cuts from each other, without the time that all of them take. A
  * thread block multiplies a token's 128 columns with 128 rows in 2.9 ns at the clock of a GPU at work, and is given 100
@@ -69,19 +86,14 @@ static double cost(const cut *c, const ql_w8a8_params *p) {
     return main_loop + ends + exchange;
 }
 
-typedef struct choice {
+typedef struct weighed {
     cut cut;
     double cost;
-} choice;
+} weighed;
 
-static void consider(choice *best, const variant *v, const ql_cuda_device *device, const ql_w8a8_params *p,
+static void consider(weighed *best, const variant *v, const ql_cuda_device *device, const ql_w8a8_params *p,
                      int64_t clusters, int members) {
-    cut c = {.variant = v,
-             .row_tiles = ql_ceil_div(p->n, (int64_t)QL_W8A8_ROWS * (v->pair ? 2 : 1)),
-             .token_tiles = ql_ceil_div(p->m, v->tokens),
-             .k_blocks = ql_ceil_div(p->k, QL_W8A8_K),
-             .clusters = clusters,
-             .members = members};
+    cut c = cut_of(v, p, clusters, members);
     const int64_t tiles = tiles_of(&c);
     if (v->meets) {
         /* Clusters of more than two leave some multiprocessors idle, and what finds no room has to wait. */
@@ -90,10 +102,7 @@ static void consider(choice *best, const variant *v, const ql_cuda_device *devic
         c.clusters = tiles;
     }
     if (c.clusters > tiles * c.k_blocks) c.clusters = tiles * c.k_blocks;
-    const int room = device->properties.shared_bytes - (v->tokens <= 64 ? NEIGHBOUR_BYTES : 0);
-    c.stages = (room - head_bytes(v) - meeting_bytes(&c)) / QL_W8A8_STAGE_BYTES(v->tokens);
-    if (c.stages > QL_W8A8_MOST_STAGES) c.stages = QL_W8A8_MOST_STAGES;
-    if (c.stages < LEAST_STAGES || c.clusters < 1) return;
+    if (stages_of(&c, &device->properties) < LEAST_STAGES || c.clusters < 1) return;
     const double own = cost(&c, p);
     if (best->cut.variant && own >= best->cost) return;
     best->cut = c;
@@ -101,8 +110,8 @@ static void consider(choice *best, const variant *v, const ql_cuda_device *devic
 }
 
 /* Without a variant where no kernel is there for it. */
-static cut choose(const ql_cuda_device *device, const ql_w8a8_params *p) {
-    choice best = {.cut = {.variant = NULL}};
+static cut weigh_cuts(const ql_cuda_device *device, const ql_w8a8_params *p) {
+    weighed best = {.cut = {.variant = NULL}};
     for (int i = 0; i < VARIANTS; i++) {
         const variant *v = &variants[i];
         if (v->code != p->code || v->grouped != is_grouped(p) || !device->kernels[v->kernel]) continue;
@@ -121,19 +130,44 @@ static cut choose(const ql_cuda_device *device, const ql_w8a8_params *p) {
     return best.cut;
 }
 
+/* A choice's parameter: members + MEMBERS * clusters, of which a GPU has no more than multiprocessors. */
+enum { MEMBERS = 8 };
+_Static_assert((int)MOST_MEMBERS < (int)MEMBERS, "a parameter holds both");
+
+/* Kernels are numbered in the order of their lists, so that a variant is found without a search. */
+static cut cut_of_choice(const ql_w8a8_params *p, ql_cuda_choice choice) {
+    const variant *v = &variants[choice.kernel - variants[0].kernel];
+    return cut_of(v, p, choice.parameter / MEMBERS, choice.parameter % MEMBERS);
+}
+
+/* What weigh_cuts finds, remembered: weighing takes longer than all else that is done here for a call. */
+static bool choose(ql_cuda_choice *choice, const ql_cuda_device *device, const ql_w8a8_params *p) {
+    const int memo = QL_CUDA_MEMO_W8A8_WGMMA + is_grouped(p);
+    const ql_cuda_problem problem = {.n = p->n, .k = p->k, .m = p->m, .code = p->code};
+    bool found;
+    if (ql_cuda_memo_find(&found, choice, memo, device->ordinal, &problem)) return found;
+    const cut c = weigh_cuts(device, p);
+    found = c.variant != NULL;
+    *choice = (ql_cuda_choice){0};
+    if (found)
+        *choice = (ql_cuda_choice){.kernel = c.variant->kernel, .parameter = (int32_t)c.clusters * MEMBERS + c.members};
+    ql_cuda_memo_keep(found, *choice, memo, device->ordinal, &problem);
+    return found;
+}
+
 static bool are_scales_known(const ql_w8a8_params *p) {
     if (p->w_rows == QL_W8A8_GROUP) return true;
     return p->w_group_stride == 0 && (p->w_rows == 1 || p->w_rows == p->n);
 }
 
-bool ql_cuda_w8a8_wgmma_takes(const ql_cuda_device *device, const ql_w8a8_params *p) {
+bool ql_cuda_w8a8_wgmma_takes(ql_cuda_choice *choice, const ql_cuda_device *device, const ql_w8a8_params *p) {
     if (p->m < 1 || p->n < 1 || p->k < 1) return false;
     if (p->k > MOST_K || p->n > INT_MAX - 1024 || p->m > INT_MAX - 1024) return false;
     if (ql_ceil_div(p->n, QL_W8A8_ROWS) * ql_ceil_div(p->m, 32) > INT_MAX / 2) return false;
     if (p->k % 16 || p->row_stride % 16 || (uintptr_t)p->codes % 16) return false;
     if (p->x_pitch % 16 || (uintptr_t)p->x_codes % 16) return false;
     if (p->outliers && (p->code != QL_W8A8_INT8 || p->x_type == QL_VALUE_F32)) return false;
-    return are_scales_known(p) && choose(device, p).variant;
+    return are_scales_known(p) && choose(choice, device, p);
 }
 
 /* Sums of a range's first, broken tile, then a flag for each of its warps. */
@@ -141,8 +175,8 @@ static int64_t partial_bytes(const cut *c) {
     return c->clusters * c->members * QL_W8A8_ROWS * c->variant->tokens * (int64_t)sizeof(float);
 }
 
-int64_t ql_cuda_w8a8_wgmma_scratch(const ql_cuda_device *device, const ql_w8a8_params *p) {
-    const cut c = choose(device, p);
+int64_t ql_cuda_w8a8_wgmma_scratch(const ql_w8a8_params *p, ql_cuda_choice choice) {
+    const cut c = cut_of_choice(p, choice);
     if (!is_split(&c)) return 0;
     return partial_bytes(&c) + c.clusters * c.members * QL_W8A8_WARPS * (int64_t)sizeof(uint64_t);
 }
@@ -163,9 +197,9 @@ static ql_cu_result map_operands(ql_w8a8_wgmma_params *params, const ql_cuda_dri
     return map_codes(params->x_map, driver, p->x_codes, p->m, p->k, p->x_pitch, v->pair ? v->tokens / 2 : v->tokens);
 }
 
-int ql_cuda_w8a8_wgmma_launch(const ql_cuda_guard *guard, void *stream, const ql_w8a8_params *p, void *scratch,
-                              char message[QL_CUDA_MESSAGE]) {
-    const cut c = choose(guard->device, p);
+int ql_cuda_w8a8_wgmma_launch(const ql_cuda_guard *guard, void *stream, const ql_w8a8_params *p, ql_cuda_choice choice,
+                              void *scratch, char message[QL_CUDA_MESSAGE]) {
+    const cut c = cut_of_choice(p, choice);
     const variant *v = c.variant;
     const int64_t tiles = tiles_of(&c), left = tiles % c.clusters;
     /* What is left over whole waves is split together with one of them, so that no range is short. */
@@ -178,7 +212,7 @@ int ql_cuda_w8a8_wgmma_launch(const ql_cuda_guard *guard, void *stream, const ql
         .split_tiles = (int32_t)split,
         .range = (int32_t)(split * c.k_blocks / c.clusters),
         .longer_ranges = (int32_t)(split * c.k_blocks % c.clusters),
-        .stages = c.stages,
+        .stages = stages_of(&c, guard->properties),
         .members = c.members,
     };
     if (is_split(&c)) {
@@ -198,7 +232,7 @@ int ql_cuda_w8a8_wgmma_launch(const ql_cuda_guard *guard, void *stream, const ql
         .x = c.clusters * c.members,
         .y = 1,
         .threads = QL_W8A8_THREADS,
-        .shared_bytes = head_bytes(v) + c.stages * QL_W8A8_STAGE_BYTES(v->tokens) + meeting_bytes(&c),
+        .shared_bytes = head_bytes(v) + params.stages * QL_W8A8_STAGE_BYTES(v->tokens) + meeting_bytes(&c),
         .cluster = c.members,
         .overlaps = true,
         .inner = true,

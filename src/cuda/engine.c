@@ -83,36 +83,6 @@ static ql_linear_params params_of(const ql_weight *weight) {
     return p;
 }
 
-/* What the kernels made for packed weights take, of a product as the base kernels take it. */
-static ql_packed_params packed_params_of(const ql_linear_params *p, const ql_packed *packed) {
-    return (ql_packed_params){
-        .out = p->out,
-        .x = p->x,
-        .bias = p->bias,
-        .codes = packed->codes,
-        .scales = packed->scales,
-        .zeros = packed->zeros,
-        .table = packed->table,
-        .nested_table = packed->nested_table,
-        .nested_absmax = packed->nested_absmax,
-        .order = packed->order,
-        .m = p->m,
-        .n = p->n,
-        .k = p->k,
-        .x_stride = p->x_stride,
-        .bias_stride = p->bias_stride,
-        .group_size = packed->spec.group_size,
-        .groups = packed->spec.groups,
-        .nested_blocksize = packed->spec.nested_blocksize,
-        .nested_offset = packed->spec.nested_offset,
-        .code = packed->spec.code,
-        .scales_type = (int32_t)packed->spec.scales_dtype,
-        .bias_type = p->bias_type,
-        .x_type = p->x_type,
-        .out_type = p->out_type,
-    };
-}
-
 static bool quantizes_activations(const ql_weight *weight) {
     return weight->format == QL_FORMAT_INT8 ||
            (weight->format == QL_FORMAT_FP8 && weight->fp8.activation != QL_FP8_NONE);
@@ -142,11 +112,6 @@ static int launch_products(const ql_cuda_guard *guard, void *stream, ql_cuda_ker
     return 0;
 }
 
-static ql_cuda_kernel by_tokens(int64_t m, int64_t *tokens) {
-    *tokens = m <= QL_LINEAR_FEW ? QL_LINEAR_FEW : QL_LINEAR_MANY;
-    return m <= QL_LINEAR_FEW ? QL_KERNEL_ql_linear_few : QL_KERNEL_ql_linear_many;
-}
-
 /* A thread an element or a block a row, up to `most` blocks: the kernels that go on by the grid's size take any count. */
 static ql_cuda_grid line_of(int64_t count, int64_t most) {
     return (ql_cuda_grid){.x = count < most ? count : most, .y = 1, .threads = QL_LINEAR_THREADS};
@@ -167,6 +132,37 @@ static ql_linear_params product_params(const ql_cuda_product *product) {
     return p;
 }
 
+/* What the kernels made for packed weights take. */
+static ql_packed_params packed_params(const ql_cuda_product *product) {
+    const ql_packed *packed = &product->weight->packed;
+    return (ql_packed_params){
+        .out = product->out,
+        .x = product->x,
+        .bias = product->bias.data,
+        .codes = packed->codes,
+        .scales = packed->scales,
+        .zeros = packed->zeros,
+        .table = packed->table,
+        .nested_table = packed->nested_table,
+        .nested_absmax = packed->nested_absmax,
+        .order = packed->order,
+        .m = product->m,
+        .n = product->weight->n,
+        .k = product->weight->k,
+        .x_stride = product->x_stride,
+        .bias_stride = product->bias.stride,
+        .group_size = packed->spec.group_size,
+        .groups = packed->spec.groups,
+        .nested_blocksize = packed->spec.nested_blocksize,
+        .nested_offset = packed->spec.nested_offset,
+        .code = packed->spec.code,
+        .scales_type = (int32_t)packed->spec.scales_dtype,
+        .bias_type = (int32_t)product->bias.dtype,
+        .x_type = (int32_t)product->dtype,
+        .out_type = (int32_t)product->dtype,
+    };
+}
+
 /* A layer's product before its activations are quantized. */
 static ql_cuda_w8a8 w8a8_of(const ql_cuda_product *product) {
     ql_cuda_w8a8 result = ql_cuda_w8a8_of(product->weight);
@@ -181,12 +177,19 @@ static ql_cuda_w8a8 w8a8_of(const ql_cuda_product *product) {
     return result;
 }
 
+static int launch_base(const ql_cuda_guard *guard, void *stream, const ql_linear_params *p,
+                       char message[QL_CUDA_MESSAGE]) {
+    const bool few = p->m <= QL_LINEAR_FEW;
+    return launch_products(guard, stream, few ? QL_KERNEL_ql_linear_few : QL_KERNEL_ql_linear_many, *p, p->n,
+                           few ? QL_LINEAR_FEW : QL_LINEAR_MANY, message);
+}
+
 static int launch_w8a8(const ql_cuda_guard *guard, void *stream, const ql_cuda_product *product,
-                       const ql_cuda_w8a8_plan *plan, void *scratch, char message[QL_CUDA_MESSAGE]) {
-    const ql_cuda_w8a8 quantized = w8a8_of(product);
+                       const ql_cuda_product_plan *plan, void *scratch, char message[QL_CUDA_MESSAGE]) {
     ql_w8a8_params filled;
-    if (ql_cuda_w8a8_run(&filled, guard, stream, plan, &quantized, scratch, message) < 0) return -1;
-    if (plan->engine != QL_CUDA_W8A8_BASE) return 0;
+    if (ql_cuda_w8a8_run(&filled, guard, stream, &plan->w8a8.plan, &plan->w8a8.product, scratch, message) < 0)
+        return -1;
+    if (plan->w8a8.plan.engine != QL_CUDA_W8A8_BASE) return 0;
     ql_linear_params p = product_params(product);
     if (product->weight->format == QL_FORMAT_INT8) {
         p.x_codes = filled.x_codes;
@@ -198,48 +201,46 @@ static int launch_w8a8(const ql_cuda_guard *guard, void *stream, const ql_cuda_p
     p.x = scratch;
     p.x_type = QL_VALUE_F32;
     p.x_stride = p.k;
-    int64_t tokens;
-    ql_cuda_kernel kernel = by_tokens(p.m, &tokens);
-    return launch_products(guard, stream, kernel, p, p.n, tokens, message);
+    return launch_base(guard, stream, &p, message);
 }
 
 int ql_cuda_linear_plan(ql_cuda_product_plan *plan, const ql_cuda_place *place, const ql_cuda_product *product,
                         char message[QL_CUDA_MESSAGE]) {
-    *plan = (ql_cuda_product_plan){0};
+    plan->kind = QL_CUDA_PLAN_BASE;
+    plan->scratch_bytes = 0;
     const bool is_packed = product->weight->format == QL_FORMAT_PACKED;
     if (!is_packed && !quantizes_activations(product->weight)) return 0;
     const ql_cuda_device *device = ql_cuda_device_get(place->device, message);
     if (!device) return -1;
     if (is_packed) {
-        ql_linear_params p = product_params(product);
-        ql_packed_params packed = packed_params_of(&p, &product->weight->packed);
-        plan->packed = ql_cuda_choose(device, &packed);
-        plan->scratch_bytes = plan->packed.scratch_bytes;
+        plan->packed.product = packed_params(product);
+        plan->packed.plan = ql_cuda_choose(device, &plan->packed.product);
+        if (!plan->packed.plan.engine) return 0;
+        plan->kind = QL_CUDA_PLAN_PACKED;
+        plan->scratch_bytes = plan->packed.plan.scratch_bytes;
     } else {
-        const ql_cuda_w8a8 quantized = w8a8_of(product);
-        plan->w8a8 = ql_cuda_w8a8_choose(device, &quantized, ql_cuda_base_wanted());
-        plan->scratch_bytes = plan->w8a8.scratch_bytes;
+        plan->w8a8.product = w8a8_of(product);
+        plan->w8a8.plan = ql_cuda_w8a8_choose(device, &plan->w8a8.product, ql_cuda_base_wanted());
+        plan->kind = QL_CUDA_PLAN_W8A8;
+        plan->scratch_bytes = plan->w8a8.plan.scratch_bytes;
     }
     return 0;
 }
 
+static int launch_plan(const ql_cuda_guard *guard, void *stream, const ql_cuda_product *product,
+                       const ql_cuda_product_plan *plan, void *scratch, char message[QL_CUDA_MESSAGE]) {
+    if (plan->kind == QL_CUDA_PLAN_PACKED)
+        return ql_cuda_run(guard, stream, &plan->packed.plan, &plan->packed.product, scratch, message);
+    if (plan->kind == QL_CUDA_PLAN_W8A8) return launch_w8a8(guard, stream, product, plan, scratch, message);
+    const ql_linear_params p = product_params(product);
+    return launch_base(guard, stream, &p, message);
+}
+
 int ql_cuda_linear(const ql_cuda_place *place, const ql_cuda_product *product, const ql_cuda_product_plan *plan,
                    void *scratch, char message[QL_CUDA_MESSAGE]) {
-    const ql_weight *weight = product->weight;
-    ql_linear_params p = product_params(product);
     ql_cuda_guard guard;
     if (ql_cuda_enter(&guard, place->device, message) < 0) return -1;
-    int result;
-    if (plan->packed.engine) {
-        ql_packed_params packed = packed_params_of(&p, &weight->packed);
-        result = ql_cuda_run(&guard, place->stream, &plan->packed, &packed, scratch, message);
-    } else if (quantizes_activations(weight)) {
-        result = launch_w8a8(&guard, place->stream, product, &plan->w8a8, scratch, message);
-    } else {
-        int64_t tokens;
-        ql_cuda_kernel kernel = by_tokens(p.m, &tokens);
-        result = launch_products(&guard, place->stream, kernel, p, p.n, tokens, message);
-    }
+    const int result = launch_plan(&guard, place->stream, product, plan, scratch, message);
     ql_cuda_leave(&guard);
     return result;
 }

@@ -25,17 +25,27 @@ typedef struct ql_cuda_product {
     ql_cuda_bias bias;
 } ql_cuda_product;
 
-/* How it will run: by one of the two, or by the base kernels where neither has an engine. */
+/* Who runs it, how, and the product as those take it. */
 typedef struct ql_cuda_product_plan {
-    ql_cuda_plan packed;
-    ql_cuda_w8a8_plan w8a8;
+    enum { QL_CUDA_PLAN_BASE, QL_CUDA_PLAN_PACKED, QL_CUDA_PLAN_W8A8 } kind; /* BASE: the base kernels alone */
     int64_t scratch_bytes; /* of device memory; -1 where they do not fit int64 */
+    union {
+        struct {
+            ql_cuda_plan plan;
+            ql_packed_params product;
+        } packed;
+        struct {
+            ql_cuda_w8a8_plan plan;
+            ql_cuda_w8a8 product;
+        } w8a8;
+    };
 } ql_cuda_product_plan;
 
+/* Plans a product whose pointers are all known. */
 int ql_cuda_linear_plan(ql_cuda_product_plan *plan, const ql_cuda_place *place, const ql_cuda_product *product,
                         char message[QL_CUDA_MESSAGE]);
 
-/* Launches it. */
+/* Launches the product by its plan. */
 int ql_cuda_linear(const ql_cuda_place *place, const ql_cuda_product *product, const ql_cuda_product_plan *plan,
                    void *scratch, char message[QL_CUDA_MESSAGE]);
 

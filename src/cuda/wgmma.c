@@ -21,10 +21,10 @@ static const variant variants[] = {QL_WGMMA_VARIANTS(VARIANT)};
 #undef VARIANT
 enum { VARIANTS = sizeof(variants) / sizeof(variants[0]) };
 
+/* Kernels are numbered in the order of their lists, so that a variant is found without a search. */
 static const variant *variant_of(ql_cuda_kernel kernel) {
-    for (int i = 0; i < VARIANTS; i++)
-        if (variants[i].kernel == kernel) return &variants[i];
-    return NULL;
+    const int place = (int)kernel - (int)variants[0].kernel;
+    return place >= 0 && place < VARIANTS && variants[place].kernel == kernel ? &variants[place] : NULL;
 }
 
 /* The variant of the same shape for the type of the product's scales: a choice names the one that is not wide. */

@@ -361,6 +361,47 @@ def test_a_call_asks_the_driver_for_no_more_than_it_needs(server):
     assert depth == 1
 
 
+class Anything:
+    """As much of a module as the short way looks at; the long way gives "long"."""
+
+    def __init__(self, layer):
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        self.__dict__.update({key: {} for key in (*hooks, "_parameters", "_buffers")}, _made=(layer, ()))
+
+    def forward(self, x):
+        raise NotImplementedError
+
+    def __call__(self, x):
+        return "long"
+
+
+def the_short_way(driver, autocast):
+    asked = []
+
+    def is_autocast_enabled(*device):
+        asked.append(device)
+        return autocast
+
+    shortcut = _qlinear.Shortcut(
+        module=Anything,
+        types=(ExchangeArray,),
+        forwards=[Anything.forward],
+        empty=(),
+        constant=(),
+        silent=(),
+        is_grad_enabled=lambda: False,
+        is_autocast_enabled=is_autocast_enabled,
+    )
+    module = type("Short", (Anything,), {"__call__": shortcut})(make_eetq(ExchangeArray))
+    result = module(x_of(ExchangeArray))
+    return asked, result == "long", len(driver.launches())
+
+
+def test_the_short_way_asks_for_autocast_on_cuda(server):
+    assert server.run(the_short_way, False) == ([()], False, 1)
+    assert server.run(the_short_way, True) == ([()], True, 0)
+
+
 def in_another_context(driver, kind):
     driver.devices(8, 9, 0)
     driver.push(7)

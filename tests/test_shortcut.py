@@ -247,6 +247,17 @@ def test_autocast(layer, x, dtype):
     assert is_short(layer, x.float())
 
 
+def test_autocast_without_a_device_is_that_of_cuda():
+    """What the short way asks of torch for a tensor on a GPU."""
+    for device, expected in (("cuda", True), ("cpu", False)):
+        torch.set_autocast_enabled(device, True)
+        try:
+            assert torch.is_autocast_enabled() is expected
+        finally:
+            torch.set_autocast_enabled(device, False)
+        assert torch.is_autocast_enabled() is False
+
+
 def test_a_dispatch_mode_sees_the_operator(layer, x):
     seen = []
 

@@ -248,7 +248,7 @@ class Shortcut:
         constant: tuple[tuple[dict, str, Any], ...],  # entries that are to have this value
         silent: tuple[Any, ...],  # callables that are to give None, False or 0
         is_grad_enabled: Any,
-        is_autocast_enabled: Any,  # of "cpu" or "cuda"
+        is_autocast_enabled: Any,  # of "cpu", or of CUDA where it is called without a device
     ) -> None: ...
     def __call__(self, module: Any, *args: Any, **kwargs: Any) -> Any: ...
 

@@ -16,6 +16,7 @@
  * The weight does not depend on the kernel before, so its loads go out before that one is waited for.
  *
  * Grid: as many blocks as are resident, blockDim.x = 32 * teams * team_warps, at most QL_DECODE_THREADS. */
+#include "cluster.cuh"
 #include "entries.cuh"
 #include "pairs.cuh"
 #include "ptx.cuh"
@@ -23,37 +24,6 @@
 #include "variants.h"
 
 extern __shared__ __align__(1024) uint8_t shared[];
-
-/* ---- clusters ---- */
-
-/* That this block has started, nothing else. */
-static __device__ __forceinline__ void arrive_cluster_started(void) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-#endif
-}
-
-static __device__ __forceinline__ void arrive_cluster(void) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-#endif
-}
-
-static __device__ __forceinline__ void wait_cluster(void) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-
-/* To the same place in the shared memory of block `rank` of the cluster. */
-static __device__ __forceinline__ void store_remote(uint32_t at, int rank, float value) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile(
-        "{\n\t.reg .u32 to;\n\tmapa.shared::cluster.u32 to, %0, %1;\n\tst.shared::cluster.f32 [to], %2;\n\t}" ::"r"(at),
-        "r"(rank), "f"(value)
-        : "memory");
-#endif
-}
 
 /* ---- weights ---- */
 
@@ -76,9 +46,7 @@ static __device__ __forceinline__ void copy_x(const ql_decode_params *p, int slo
         const int bytes = min(max((p->k - first - column) * 2, 0), 16);
         const uint16_t *from = (const uint16_t *)p->x + (bytes ? first + column : 0) + row * p->x_stride;
         uint32_t at = to + (uint32_t)(column * 2);
-        if (slots == 2)
-            asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(at + (uint32_t)(p->m * p->x_pitch)), "r"(0)
-                         : "memory");
+        if (slots == 2) store_shared_16(at + (uint32_t)(p->m * p->x_pitch), make_uint4(0, 0, 0, 0));
         at += (uint32_t)(row * p->x_pitch);
 #pragma unroll 1
         for (int i = row; i < p->m; i += rows, from += rows * p->x_stride, at += (uint32_t)(rows * p->x_pitch))
@@ -91,7 +59,7 @@ static __device__ __forceinline__ void wait_for_teams(int teams, int member) {
     if (teams == 1)
         __syncwarp();
     else
-        asm volatile("bar.sync %0, %1;" ::"r"(member + 1), "r"(teams * 32) : "memory");
+        named_barrier(member + 1, teams * 32);
 }
 
 /* Columns of another order, or of rows that pieces of 16 bytes do not meet: a thread takes eight neighbours of every row,
@@ -256,13 +224,23 @@ static __device__ __forceinline__ void load_row_zeros(float zero[2], const ql_de
     }
 }
 
+/* A warp's sums of a strip into shared memory; turn: of the rounds that are held. */
+static __device__ __forceinline__ void leave_sums(const ql_decode_params *p, const float *from, int tokens, int groups,
+                                                  int slots, bool roomy, int partials, int turn) {
+    const int width = tokens == 16 ? 8 : 4;
+    const int thread = tokens == 16 || groups == 8 || (!roomy && !groups) ? thread_anew() : (int)threadIdx.x;
+    const int column = thread % 4 * 2, token = slots == 2 ? column % 4 : column;
+    const int place = turn * p->teams * p->team_warps + (thread >> 5); /* team * team_warps + member */
+    uint8_t *to =
+        shared + partials + ((place * slots + (slots == 2 ? column / 4 : 0)) * p->m + token) * 64 + thread % 32 / 4 * 4;
+#pragma unroll
+    for (int j = 0; j < width; j++)
+        if (j / 4 * 8 + j % 2 + token < p->m) *(float *)(to + j / 4 * 512 + j % 2 * 64 + j % 4 / 2 * 32) = from[j];
+}
+
 /* Where block `rank`'s sums of the strip of a round lie with the block that owns the strip. */
 static __device__ __forceinline__ int exchange_at(const ql_decode_params *p, int team, int round, int rank) {
     return p->exchange_at + (((round >> p->cluster_shift) * p->teams + team << p->cluster_shift) + rank) * p->m * 64;
-}
-
-static __device__ __forceinline__ float load_bias(const ql_packed_params *w, int row) {
-    return w->bias ? load_value(w->bias, w->bias_type, row * w->bias_stride) : 0.0f;
 }
 
 /* Adds the warps' sums of `rounds` rounds from `round` on, which lie at `partials` once all warps are here. They become
@@ -282,7 +260,7 @@ static __device__ __forceinline__ void finish_rounds(const ql_decode_params *p, 
         const bool inside = item < items && out < (int)w->n;
         /* What is far is asked for before the others are waited for. */
         const float scale = groups || !inside ? 1.0f : load_value(p->scales, w->scales_type, out);
-        const float bias = p->cluster_shift || !inside ? 0.0f : load_bias(w, out);
+        const float bias = p->cluster_shift || !inside ? 0.0f : BIAS_AT(w, out);
         if (first) __syncthreads();
         first = false;
         if (!inside) continue;
@@ -307,8 +285,7 @@ static __device__ __forceinline__ void finish_rounds(const ql_decode_params *p, 
 static __device__ __forceinline__ void finish_cluster(const ql_decode_params *p, int type, int block, int rank) {
     const ql_packed_params *w = &p->product;
     const int cluster = 1 << p->cluster_shift, turns = p->rounds - rank + cluster - 1 >> p->cluster_shift;
-    arrive_cluster();
-    wait_cluster();
+    meet_cluster();
 #pragma unroll 1
     for (int item = (int)threadIdx.x; item < turns * p->teams * p->m * 16; item += (int)blockDim.x) {
         const int row = item & 15, line = item >> 4, place = line * p->token_part >> 16, token = line - place * p->m;
@@ -319,7 +296,7 @@ static __device__ __forceinline__ void finish_cluster(const ql_decode_params *p,
         float sum = 0.0f;
 #pragma unroll 1
         for (int i = 0; i < cluster; i++) sum += *(const float *)(from + i * p->m * 64);
-        store_value(w->out, type, token * w->n + out, sum + load_bias(w, out));
+        store_value(w->out, type, token * w->n + out, sum + BIAS_AT(w, out));
     }
 }
 
@@ -354,15 +331,12 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     /* The lane's entry of the batch's first pair. */
     int entry = 0;
     if (groups >= 2) entry = (strip * p->pairs + first * pairs) * 32 + g * 4 + (slots == 2 ? lane & 2 : 0);
-    if (groups == 1)
-        entry = (strip * p->pairs + (first >> p->group_shift >> 1)) * 32 + g * 4 + (first >> p->group_shift & 1) * 2;
+    if (groups == 1) entry = group_entry(p, strip, first, g);
     ql_batch_codes codes;
     ql_raw_entries raw;
 #pragma unroll
     for (int i = 0; i < pairs; i++) {
-        raw.zero[i] = (uint32_t)p->bare_zero * 0x01010101u;
-#pragma unroll
-        for (int j = 0; j < 4; j++) raw.scale[i][j] = 0;
+        clear_pair(&raw, p, i);
         if (have && (i == 0 || first * pairs + i < p->pairs)) load_pair(p, code, both, &raw, i, entry + i * 32);
     }
     if (code == QL_CODE_TABLE4 && p->scale_size == 1 && have)
@@ -420,9 +394,7 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                 have = next_strip >= p->strips ? 0 : to_go == 2 || (last && count == 1) ? tail : tiles;
                 at += last ? p->hop_bytes - (count - 1) * QL_DECODE_BATCH_BYTES(code) : QL_DECODE_BATCH_BYTES(code);
                 if (groups >= 2 && ahead) entry += (last ? p->hop * p->pairs - (count - 1) * pairs : pairs) * 32;
-                if (groups == 1)
-                    entry = (next_strip * p->pairs + (next >> p->group_shift >> 1)) * 32 + g * 4 +
-                            (next >> p->group_shift & 1) * 2;
+                if (groups == 1) entry = group_entry(p, next_strip, next, g);
 #pragma unroll
                 for (int b = 0; b < blocks; b++) {
                     const int set = groups ? b / (part * slots) : 0, slot = slots == 2 ? b / part % 2 : 0;
@@ -438,8 +410,7 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                     if (groups && b % (part * slots) == part * slots - 1) {
                         const int pair = both ? set / 2 : set;
                         if (!ahead && (!both || set % 2 == 0)) {
-                            raw.zero[pair] = (uint32_t)p->bare_zero * 0x01010101u;
-                            raw.scale[pair][0] = raw.scale[pair][1] = raw.scale[pair][2] = raw.scale[pair][3] = 0;
+                            clear_pair(&raw, p, pair);
                             if (pair == 0 || (first + count - to_go) * pairs + pair < p->pairs)
                                 load_pair(p, code, both, &raw, pair, entry + pair * 32);
                         }
@@ -452,7 +423,7 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                             if (have && (pair == 0 || next * pairs + pair < p->pairs))
                                 load_pair(p, code, both, &raw, pair, entry + pair * 32);
                             else if (pair)
-                                raw.scale[pair][0] = raw.scale[pair][1] = raw.scale[pair][2] = raw.scale[pair][3] = 0;
+                                clear_scales(&raw, pair);
                         }
                     }
                 }
@@ -466,16 +437,7 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
             sums -= count * groups * 64;
             if (!groups && count > 0) take_zeros(sum, sum_x, row_zero, code, tokens, sums);
             const float *from = groups ? out : sum;
-            const int thread = tokens == 16 || groups == 8 || (!roomy && !groups) ? thread_anew() : (int)threadIdx.x;
-            const int column = thread % 4 * 2, token = slots == 2 ? column % 4 : column;
-            const int place =
-                (round - begin) * p->teams * p->team_warps + (thread >> 5); /* team * team_warps + member */
-            uint8_t *to = shared + partials + ((place * slots + (slots == 2 ? column / 4 : 0)) * p->m + token) * 64 +
-                          thread % 32 / 4 * 4;
-#pragma unroll
-            for (int j = 0; j < width; j++)
-                if (j / 4 * 8 + j % 2 + token < p->m)
-                    *(float *)(to + j / 4 * 512 + j % 2 * 64 + j % 4 / 2 * 32) = from[j];
+            leave_sums(p, from, tokens, groups, slots, roomy, partials, round - begin);
         }
         strip += p->hop;
         if (round + 1 < p->rounds && round + 1 < begin + p->flush_rounds) continue;

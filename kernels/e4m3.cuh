@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-/* Two codes, in the low half of a word, as two fp16. */
+/* The two codes in the low half of a word as two fp16. */
 static __device__ __forceinline__ uint32_t half2_of_e4m3(uint32_t two) {
 #if __CUDA_ARCH__ >= 890
     uint32_t pair;

@@ -16,6 +16,22 @@ typedef struct ql_entry {
     float scale[2], zero[2]; /* rows g and g + 8 */
 } ql_entry;
 
+/* The place of the lane's entry where a group has whole batches: of rows g and g + 8, in the group of a batch. */
+static __device__ __forceinline__ int group_entry(const ql_decode_params *p, int strip, int batch, int g) {
+    return (strip * p->pairs + (batch >> p->group_shift >> 1)) * 32 + g * 4 + (batch >> p->group_shift & 1) * 2;
+}
+
+/* What a pair of no groups has: x is 0 there, so what counts is that no entry is infinite. */
+static __device__ __forceinline__ void clear_scales(ql_raw_entries *raw, int pair) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) raw->scale[pair][i] = 0;
+}
+
+static __device__ __forceinline__ void clear_pair(ql_raw_entries *raw, const ql_decode_params *p, int pair) {
+    raw->zero[pair] = (uint32_t)p->bare_zero * 0x01010101u;
+    clear_scales(raw, pair);
+}
+
 /* The pair whose entries for this lane start at place `at`. Scales have two bytes; a table's four, or one where nested. */
 static __device__ __forceinline__ void load_pair(const ql_decode_params *p, int code, bool both, ql_raw_entries *raw,
                                                  int pair, int at) {

@@ -32,10 +32,6 @@ static __device__ __forceinline__ void load_weight(float tile[DEPTH][OUTPUTS + 1
     }
 }
 
-static __device__ __forceinline__ float load_bias(const ql_linear_params *p, int64_t output) {
-    return p->bias ? load_value(p->bias, p->bias_type, output * p->bias_stride) : 0.0f;
-}
-
 /* out[m][o] = sum_d x[m][d] * W[o][d] (+ bias[o]). transposed and tokens are constants of each kernel. */
 static __device__ __forceinline__ void product(const ql_linear_params *p, bool transposed, int tokens) {
     __shared__ float w[DEPTH][OUTPUTS + 1];
@@ -60,7 +56,7 @@ static __device__ __forceinline__ void product(const ql_linear_params *p, bool t
         __syncthreads();
     }
     if (first + o >= outputs) return;
-    float bias = transposed ? 0.0f : load_bias(p, first + o);
+    float bias = transposed ? 0.0f : BIAS_AT(p, first + o);
 #pragma unroll
     for (int t = 0; t < tokens; t++) {
         int64_t m = token + lane * tokens + t;
@@ -120,7 +116,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) ql_linear_int8(const __gri
         __syncthreads();
     }
     if (first + o >= p->n) return;
-    float scale = ((const float *)p->scales)[first + o] * (1.0f / 127.0f), bias = load_bias(p, first + o);
+    float scale = ((const float *)p->scales)[first + o] * (1.0f / 127.0f);
+    float bias = BIAS_AT(p, first + o);
     for (int t = 0; t < TOKENS; t++) {
         int64_t m = token + lane * TOKENS + t;
         if (m >= p->m) continue;

@@ -13,6 +13,11 @@ enum { WARPS = 8, THREADS = QL_MMA_THREADS, ROWS = QL_MMA_ROWS, MOST_FRAGMENTS =
 
 #define STAGE_K(code) QL_MMA_STAGE_K(code)
 
+/* Warps that share the tokens of a block; of a warp the strips of 16 rows, and the fragments of 8 tokens. */
+#define TOKEN_WARPS(tokens) ((tokens) >= 64 ? 2 : 1)
+#define WARP_STRIPS(tokens) (ROWS / 16 * TOKEN_WARPS(tokens) / WARPS)
+#define FRAGMENTS(tokens) ((tokens) / TOKEN_WARPS(tokens) / 8)
+
 /* Byte offset of the 16-byte piece `piece` (8 columns) of a token's row in a stage of x. */
 static __device__ __forceinline__ uint32_t x_place(int tokens, int row, int piece) {
     return (uint32_t)((piece / 8 * tokens + row) * PANEL_PITCH + ((piece % 8 ^ row % 8) << 4));
@@ -103,9 +108,46 @@ static __device__ __forceinline__ uint32_t fragment_place(int tokens, int token,
     return x_place(tokens, token + lane / 16 * 8 + lane % 8, step * 2 + lane / 8 % 2);
 }
 
+/* The sums of a block's warps become outputs, through shared memory, so that a token's are written in runs. */
+static __device__ __forceinline__ void store_tile(const ql_packed_params *p, uint8_t *shared,
+                                                  float (*sum)[MOST_FRAGMENTS][4], int64_t row_tile, int64_t token,
+                                                  int first_strip, int first_token, int type, int tokens) {
+    const int warp_strips = WARP_STRIPS(tokens), fragments = FRAGMENTS(tokens), lane = (int)threadIdx.x % 32;
+    __syncthreads();
+    uint16_t *const out = (uint16_t *)shared;
+    const int pitch = ROWS + 8;
+#pragma unroll
+    for (int i = 0; i < warp_strips; i++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int row = (first_strip + i) * 16 + h * 8 + lane / 4;
+            const int64_t n = row_tile * ROWS + row;
+            const float bias = n < p->n ? BIAS_AT(p, n) : 0.0f;
+#pragma unroll
+            for (int f = 0; f < fragments; f++)
+#pragma unroll
+                for (int e = 0; e < 2; e++)
+                    out[(first_token + f * 8 + lane % 4 * 2 + e) * pitch + row] =
+                        round16(sum[i][f][h * 2 + e] + bias, type);
+        }
+    __syncthreads();
+    const int64_t width = min(p->n - row_tile * ROWS, (int64_t)ROWS);
+    const bool whole = HAS_WHOLE_PIECES(p);
+    for (int piece = (int)threadIdx.x; piece < tokens * (ROWS / 8); piece += THREADS) {
+        const int row = piece / (ROWS / 8), col = piece % (ROWS / 8) * 8;
+        if (token + row >= p->m || col >= width) continue;
+        uint16_t *to = (uint16_t *)p->out + (token + row) * p->n + row_tile * ROWS + col;
+        const uint16_t *from = out + row * pitch + col;
+        if (whole)
+            *(uint4 *)to = *(const uint4 *)from;
+        else
+            for (int i = 0; i < 8 && col + i < width; i++) to[i] = from[i];
+    }
+}
+
 static __device__ __forceinline__ void product(const ql_split_params *q, int code, int type, bool wide, int tokens) {
-    const int token_warps = tokens >= 64 ? 2 : 1, row_warps = WARPS / token_warps;
-    const int warp_strips = ROWS / 16 / row_warps, warp_tokens = tokens / token_warps, fragments = warp_tokens / 8;
+    const int row_warps = WARPS / TOKEN_WARPS(tokens), warp_tokens = tokens / TOKEN_WARPS(tokens);
+    const int warp_strips = WARP_STRIPS(tokens), fragments = FRAGMENTS(tokens);
     const int stage_k = STAGE_K(code), tiles = stage_k / QL_TILE_K(code), tile_steps = QL_TILE_K(code) / 16;
     const ql_packed_params *p = &q->product;
     extern __shared__ __align__(128) uint8_t shared[];
@@ -237,37 +279,7 @@ static __device__ __forceinline__ void product(const ql_split_params *q, int cod
         }
     }
 
-    /* Through shared memory, so that a token's outputs are written in runs. */
-    __syncthreads();
-    uint16_t *const out = (uint16_t *)shared;
-    const int pitch = ROWS + 8;
-#pragma unroll
-    for (int i = 0; i < warp_strips; i++)
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            const int row = (first_strip + i) * 16 + h * 8 + lane / 4;
-            const int64_t n = row_tile * ROWS + row;
-            const float bias = p->bias && n < p->n ? load_value(p->bias, p->bias_type, n * p->bias_stride) : 0.0f;
-#pragma unroll
-            for (int f = 0; f < fragments; f++)
-#pragma unroll
-                for (int e = 0; e < 2; e++)
-                    out[(first_token + f * 8 + lane % 4 * 2 + e) * pitch + row] =
-                        round16(sum[i][f][h * 2 + e] + bias, type);
-        }
-    __syncthreads();
-    const int64_t width = min(p->n - row_tile * ROWS, (int64_t)ROWS);
-    const bool whole = p->n % 8 == 0 && (uintptr_t)p->out % 16 == 0;
-    for (int piece = (int)threadIdx.x; piece < tokens * (ROWS / 8); piece += THREADS) {
-        const int row = piece / (ROWS / 8), col = piece % (ROWS / 8) * 8;
-        if (token + row >= p->m || col >= width) continue;
-        uint16_t *to = (uint16_t *)p->out + (token + row) * p->n + row_tile * ROWS + col;
-        const uint16_t *from = out + row * pitch + col;
-        if (whole)
-            *(uint4 *)to = *(const uint4 *)from;
-        else
-            for (int i = 0; i < 8 && col + i < width; i++) to[i] = from[i];
-    }
+    store_tile(p, shared, sum, row_tile, token, first_strip, first_token, type, tokens);
 }
 
 #define QL_DEFINE_MMA(name, source, code, type, wide, tokens)                                                          \

@@ -195,7 +195,7 @@ static __device__ __forceinline__ void decode(uint32_t *a, const stage_words *d,
                        k.code, k.type);
     }
     if (k.code != QL_CODE_TABLE4 && k.groups) scale_codes(a, e, steps, k);
-    keep(a, 4 * steps);
+    settle_bits(a, 4 * steps);
 }
 
 /* Pairs of a table's values by a byte of two codes, one for each lane. */

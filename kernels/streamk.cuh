@@ -7,8 +7,8 @@
 #ifndef QL_KERNELS_STREAMK_CUH
 #define QL_KERNELS_STREAMK_CUH
 
-#include "hopper.cuh"
 #include "streamk.h"
+#include "warpgroup.cuh"
 
 enum { WARP = 32, BOX_K = QL_STREAMK_BOX_K, WARPS = QL_STREAMK_WARPS, MOST_SUMS = 128 };
 
@@ -97,19 +97,6 @@ static __device__ __forceinline__ int stage_bytes(shape k) {
 
 static __device__ __forceinline__ uint32_t stages_at(uint32_t base, shape k) {
     return base + QL_STREAMK_HEAD_BYTES(k.code, k.tokens);
-}
-
-/* A place in the ring of stages, and how often it came round. */
-typedef struct ring {
-    int slot;
-    uint32_t parity;
-} ring;
-
-static __device__ __forceinline__ void advance(ring *r, int slots) {
-    if (++r->slot == slots) {
-        r->slot = 0;
-        r->parity ^= 1;
-    }
 }
 
 /* Full: the codes' bytes, those of x, and 32 lanes' copies of entries. */

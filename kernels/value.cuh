@@ -26,6 +26,11 @@ static __device__ __forceinline__ void store_value(void *array, int type, int64_
     }
 }
 
+/* Macros, as the parameters of several kinds of kernels have these fields. The bias of output `index`, 0 where there is
+ * none; and whether every eight outputs of 16 bit from a multiple of eight on are 16 bytes that one store can write. */
+#define BIAS_AT(p, index) ((p)->bias ? load_value((p)->bias, (p)->bias_type, (index) * (p)->bias_stride) : 0.0f)
+#define HAS_WHOLE_PIECES(p) ((p)->n % 8 == 0 && (uintptr_t)(p)->out % 16 == 0)
+
 /* Exact; NaN for 0x7f and 0xff. */
 static __device__ __forceinline__ float value_from_e4m3(uint8_t code) {
     return __half2float(__half(__nv_cvt_fp8_to_halfraw((__nv_fp8_storage_t)code, __NV_E4M3)));

@@ -13,50 +13,19 @@
  * bf16 from the original activations, with the weight that is at hand already; fp32 is the sum of three bf16.
  *
  * Grid: blocks * cluster, blockDim.x = 32 * teams * warps. */
-#include "e4m3.cuh"
+#include "cluster.cuh"
 #include "ptx.cuh"
 #include "variants.h"
+#include "w8a8_pieces.cuh"
 #include "w8a8_stage.cuh"
 
 enum { STRIP = QL_W8A8_STRIP, SLOT = QL_W8A8_SLOT };
 
-/* ---- clusters: nothing where a GPU has none ---- */
-
-static __device__ __forceinline__ int cluster_rank(void) {
-    uint32_t rank = 0;
-#if __CUDA_ARCH__ >= 900
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-#endif
-    return (int)rank;
-}
-
-static __device__ __forceinline__ void meet_cluster(void) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-
-/* To the same place in the shared memory of block `rank` of the cluster. */
-static __device__ __forceinline__ void store_remote(int at, int rank, float value) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile(
-        "{\n\t.reg .u32 to;\n\tmapa.shared::cluster.u32 to, %0, %1;\n\tst.shared::cluster.f32 [to], %2;\n\t}" ::"r"(
-            shared_address(shared + at)),
-        "r"(rank), "f"(value)
-        : "memory");
-#endif
-}
-
 static __device__ __forceinline__ void meet_team(const ql_w8a8_decode_params *p, int team) {
-    asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "r"(p->warps * 32) : "memory");
+    named_barrier(1 + team, p->warps * 32);
 }
 
 /* ---- the weight ---- */
-
-/* Where 16 bytes of a row of a slot are: odd rows swap halves, so that eight lanes' pieces of two rows meet no bank twice. */
-static __device__ __forceinline__ int piece_at(int row, int piece) {
-    return row * COLUMNS + ((piece ^ (row & 1) << 2) << 4);
-}
 
 /* What a warp loads next: a slot's columns of a strip. A lane takes 16 bytes of rows lane / 8, that and 4, 8, 12, and where
  * scales change by groups that of row lane % 16. */
@@ -146,24 +115,15 @@ static __device__ __forceinline__ void store_outputs(const ql_held_outputs *held
 static __device__ __forceinline__ void multiply_e4m3(float (*sum)[4], const uint4 w[2], const uint4 *x, int tiles) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        const uint32_t low = word_of(w[0], i), high = word_of(w[1], i);
-        const uint32_t a[4] = {half2_of_e4m3(low & 0xffffu), half2_of_e4m3(high & 0xffffu), half2_of_e4m3(low >> 16),
-                               half2_of_e4m3(high >> 16)};
+        uint32_t a[4];
+        operand_of_e4m3(a, word_of(w[0], i), word_of(w[1], i));
 #pragma unroll
         for (int tile = 0; tile < tiles; tile++) {
-            const uint32_t codes = word_of(x[tile], i);
-            const uint32_t b[2] = {half2_of_e4m3(codes & 0xffffu), half2_of_e4m3(codes >> 16)};
+            const uint32_t codes = word_of(x[tile], i),
+                           b[2] = {half2_of_e4m3(codes & 0xffffu), half2_of_e4m3(codes >> 16)};
             multiply_16816(sum[tile], a, b, QL_VALUE_F16);
         }
     }
-}
-
-/* sum += a b: 16 x 32 by 32 x 8, in int32. */
-static __device__ __forceinline__ void multiply_16832(int32_t sum[4], const uint32_t a[4], const uint32_t b[2]) {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 static __device__ __forceinline__ void multiply_int8(int32_t (*sum)[4], const uint4 w[2], const uint4 *x, int tiles) {
@@ -173,30 +133,12 @@ static __device__ __forceinline__ void multiply_int8(int32_t (*sum)[4], const ui
 #pragma unroll
         for (int tile = 0; tile < tiles; tile++) {
             const uint32_t b[2] = {word_of(x[tile], i), word_of(x[tile], i + 1)};
-            multiply_16832(sum[tile], a, b);
+            multiply_16832_int8(sum[tile], a, b);
         }
     }
 }
 
 /* ---- outliers ---- */
-
-/* Two neighbours of four int8, exact in both types. */
-static __device__ __forceinline__ uint32_t pair_of_int8(uint32_t four, int first, int type) {
-    const uint32_t biased = four ^ 0x80808080u;
-    if (type == QL_VALUE_F16)
-        return add_half2(__byte_perm(biased, 0x64646464u, first ? 0x4342 : 0x4140), 0xe480e480u); /* 1024 + 128 less */
-    const float low = __uint_as_float(__byte_perm(biased, 0x4b000000u, first ? 0x7652 : 0x7650)) - (0x1p23f + 128.0f);
-    const float high = __uint_as_float(__byte_perm(biased, 0x4b000000u, first ? 0x7653 : 0x7651)) - (0x1p23f + 128.0f);
-    return round16_pair(low, high, QL_VALUE_BF16);
-}
-
-/* Four columns of two rows, as mma's large operand. */
-static __device__ __forceinline__ void operand_of_int8(uint32_t a[4], uint32_t low, uint32_t high, int type) {
-    a[0] = pair_of_int8(low, 0, type);
-    a[1] = pair_of_int8(high, 0, type);
-    a[2] = pair_of_int8(low, 2, type);
-    a[3] = pair_of_int8(high, 2, type);
-}
 
 /* sums += W x over the marked columns of a chunk, which are kept in 16 bit as x has them. x: the kept row of token 0, at
  * the lane's columns of the chunk. */
@@ -507,8 +449,9 @@ static __device__ __forceinline__ void product(const ql_w8a8_decode_params *p, i
             if (p->cluster == 1)
                 store_output(product, token, row, value, bias);
             else
-                store_remote(exchange_at(p, round, team, rank) + (token * 16 + output % 16) * 4, round % p->cluster,
-                             value);
+                store_remote(
+                    shared_address(shared + exchange_at(p, round, team, rank) + (token * 16 + output % 16) * 4),
+                    round % p->cluster, value);
         }
     }
 #undef LOAD_AHEAD

@@ -6,11 +6,10 @@
  * that was asked for. Outliers come in fp32 at the end, from x less what their codes gave.
  *
  * Grid: ceil(n / QL_W8A8_MMA_ROWS) by ceil(m / QL_W8A8_MMA_TOKENS). */
-#include "e4m3.cuh"
-#include "ptx.cuh"
 #include "variants.h"
 #include "w8a8_activation.cuh"
 #include "w8a8_mma.h"
+#include "w8a8_pieces.cuh"
 
 enum {
     ROWS = QL_W8A8_MMA_ROWS,
@@ -26,11 +25,6 @@ enum {
 };
 
 extern __shared__ __align__(128) uint8_t shared[];
-
-/* Where 16 bytes of a row of a stage are: odd rows swap halves, so that eight lanes' pieces of two rows meet no bank twice. */
-static __device__ __forceinline__ int piece_at(int row, int piece) {
-    return row * STEP + ((piece ^ (row & 1) << 2) << 4);
-}
 
 /* Columns [step * STEP, ...) of the block's rows and tokens; of rows that are not there, the last one's. */
 static __device__ __forceinline__ void load_stage(const ql_w8a8_params *p, uint32_t to, int64_t row, int64_t token,
@@ -48,31 +42,19 @@ static __device__ __forceinline__ void load_stage(const ql_w8a8_params *p, uint3
     }
 }
 
-/* sum += 16 rows by 8 tokens over 32 columns: two words of each of two rows and of a token. */
-static __device__ __forceinline__ void multiply_e4m3(float sum[4], const uint32_t low[2], const uint32_t high[2],
-                                                     const uint32_t x[2]) {
+/* sum += 16 rows by 8 tokens over 32 columns: two words of each of two rows, as mma takes them, and of a token. */
+static __device__ __forceinline__ void multiply_e4m3(float sum[4], const uint32_t w[4], const uint32_t x[2]) {
 #if __CUDA_ARCH__ >= 890
-    asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(low[0]), "r"(high[0]), "r"(low[1]), "r"(high[1]), "r"(x[0]), "r"(x[1]));
+    multiply_16832_e4m3(sum, w, x);
 #else
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        const uint32_t a[4] = {half2_of_e4m3(low[i] & 0xffffu), half2_of_e4m3(high[i] & 0xffffu),
-                               half2_of_e4m3(low[i] >> 16), half2_of_e4m3(high[i] >> 16)};
+        uint32_t a[4];
+        operand_of_e4m3(a, w[2 * i], w[2 * i + 1]);
         const uint32_t b[2] = {half2_of_e4m3(x[i] & 0xffffu), half2_of_e4m3(x[i] >> 16)};
         multiply_16816(sum, a, b, QL_VALUE_F16);
     }
 #endif
-}
-
-static __device__ __forceinline__ void multiply_int8(int32_t sum[4], const uint32_t low[2], const uint32_t high[2],
-                                                     const uint32_t x[2]) {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
-        : "r"(low[0]), "r"(high[0]), "r"(low[1]), "r"(high[1]), "r"(x[0]), "r"(x[1]));
 }
 
 /* What a lane has of the block's outputs: entry i of a tile is row lane / 4 + i / 2 * 8, token lane % 4 * 2 + i % 2. */
@@ -89,33 +71,26 @@ static __device__ __forceinline__ ql_place place_of_lane(void) {
     return (ql_place){warp % 4 * (ROWS / 4) + lane / 4, warp / 4 * (TOKENS / 2) + lane % 4 * 2};
 }
 
-/* The fragments of a stage's half h: 64 columns. */
-static __device__ __forceinline__ uint4 piece_of(uint32_t stage, int line, int h) {
-    return *(const uint4 *)(shared + stage + piece_at(line, h * 4 + (int)threadIdx.x % 4));
+/* What a lane multiplies of half a stage, 64 columns: pieces of its rows and tokens. */
+typedef struct ql_fragments {
+    uint4 w[ROW_TILES][2], x[TOKEN_TILES];
+} ql_fragments;
+
+static __device__ __forceinline__ uint4 piece_of(uint32_t stage, int line, int half) {
+    return *(const uint4 *)(shared + stage + piece_at(line, half * 4 + (int)threadIdx.x % 4));
 }
 
-#define QL_MULTIPLY_STAGE(multiply, sums, stage)                                                                       \
-    do {                                                                                                               \
-        const int row = (int)threadIdx.x / 32 % 4 * (ROWS / 4) + (int)threadIdx.x % 32 / 4;                            \
-        const int token = ROWS + (int)threadIdx.x / 128 * (TOKENS / 2) + (int)threadIdx.x % 32 / 4;                    \
-        _Pragma("unroll") for (int h = 0; h < 2; h++) {                                                                \
-            uint4 w[ROW_TILES][2], x[TOKEN_TILES];                                                                     \
-            _Pragma("unroll") for (int i = 0; i < ROW_TILES; i++) {                                                    \
-                w[i][0] = piece_of(stage, row + i * 16, h);                                                            \
-                w[i][1] = piece_of(stage, row + i * 16 + 8, h);                                                        \
-            }                                                                                                          \
-            _Pragma("unroll") for (int j = 0; j < TOKEN_TILES; j++) x[j] = piece_of(stage, token + j * 8, h);          \
-            _Pragma("unroll") for (int i = 0; i < ROW_TILES; i++)                                                      \
-                _Pragma("unroll") for (int j = 0; j < TOKEN_TILES; j++) {                                              \
-                _Pragma("unroll") for (int half = 0; half < 4; half += 2) {                                            \
-                    const uint32_t low[2] = {word_of(w[i][0], half), word_of(w[i][0], half + 1)};                      \
-                    const uint32_t high[2] = {word_of(w[i][1], half), word_of(w[i][1], half + 1)};                     \
-                    const uint32_t codes[2] = {word_of(x[j], half), word_of(x[j], half + 1)};                          \
-                    multiply(sums[i][j], low, high, codes);                                                            \
-                }                                                                                                      \
-            }                                                                                                          \
-        }                                                                                                              \
-    } while (0)
+static __device__ __forceinline__ void load_fragments(ql_fragments *f, uint32_t stage, int half) {
+    const int row = (int)threadIdx.x / 32 % 4 * (ROWS / 4) + (int)threadIdx.x % 32 / 4;
+    const int token = ROWS + (int)threadIdx.x / 128 * (TOKENS / 2) + (int)threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int i = 0; i < ROW_TILES; i++) {
+        f->w[i][0] = piece_of(stage, row + i * 16, half);
+        f->w[i][1] = piece_of(stage, row + i * 16 + 8, half);
+    }
+#pragma unroll
+    for (int j = 0; j < TOKEN_TILES; j++) f->x[j] = piece_of(stage, token + j * 8, half);
+}
 
 /* out += the sums of a step, by the scales of its group, of which there may be one. */
 static __device__ __forceinline__ void add_step(ql_outputs *out, const float sums[ROW_TILES][TOKEN_TILES][4],
@@ -206,6 +181,32 @@ static __device__ __forceinline__ void multiply_outliers(ql_outputs *out, const 
 
 /* ---- the kernel ---- */
 
+/* row, token: of the lane's first entry. whole: the sums of int8, to which `out` has the outliers. */
+static __device__ __forceinline__ void store_outputs(const ql_w8a8_params *p, const ql_outputs *out,
+                                                     const int32_t whole[ROW_TILES][TOKEN_TILES][4], int code,
+                                                     bool groups, int64_t row, int64_t token) {
+#pragma unroll
+    for (int i = 0; i < ROW_TILES * 2; i++) {
+        const int64_t r = row + i / 2 * 16 + i % 2 * 8;
+        if (r >= p->n) continue;
+        const float by_row = groups ? 1.0f : row_scale_at(p, code, r);
+        const float bias = BIAS_AT(p, r);
+#pragma unroll
+        for (int j = 0; j < TOKEN_TILES * 2; j++) {
+            const int64_t t = token + j / 2 * 8 + j % 2;
+            if (t >= p->m) continue;
+            const int e = i % 2 * 2 + j % 2;
+            float value = out->value[i / 2][j / 2][e];
+            const float by_token = groups ? 1.0f : p->x_scales[t * p->x_token_stride];
+            if (code == QL_W8A8_INT8)
+                value = (float)whole[i / 2][j / 2][e] * (1.0f / 127.0f) * by_row * by_token + value * by_row;
+            else
+                value = value * by_token * by_row;
+            store_value(p->out, p->out_type, t * p->n + r, value + bias);
+        }
+    }
+}
+
 static __device__ __forceinline__ void product(const ql_w8a8_params *p, int code, bool groups) {
     const int64_t first_row = (int64_t)blockIdx.x * ROWS, first_token = (int64_t)blockIdx.y * TOKENS;
     const int64_t steps = (p->k + STEP - 1) / STEP;
@@ -228,36 +229,31 @@ static __device__ __forceinline__ void product(const ql_w8a8_params *p, int code
             load_stage(p, shared_address(shared + next % STAGES * STAGE_BYTES), first_row, first_token, next);
         cp_async_commit();
         const uint32_t stage = (uint32_t)(step % STAGES * STAGE_BYTES);
-        if (code == QL_W8A8_INT8) {
-            QL_MULTIPLY_STAGE(multiply_int8, whole, stage);
-        } else {
-            float sums[ROW_TILES][TOKEN_TILES][4] = {0};
-            QL_MULTIPLY_STAGE(multiply_e4m3, sums, stage);
-            add_step(&out, sums, p, groups, row, token, step);
+        float sums[ROW_TILES][TOKEN_TILES][4] = {0};
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            ql_fragments f;
+            load_fragments(&f, stage, half);
+#pragma unroll
+            for (int i = 0; i < ROW_TILES; i++)
+#pragma unroll
+                for (int j = 0; j < TOKEN_TILES; j++)
+#pragma unroll
+                    for (int word = 0; word < 4; word += 2) { /* two are 32 columns */
+                        const uint32_t a[4] = {word_of(f.w[i][0], word), word_of(f.w[i][1], word),
+                                               word_of(f.w[i][0], word + 1), word_of(f.w[i][1], word + 1)};
+                        const uint32_t b[2] = {word_of(f.x[j], word), word_of(f.x[j], word + 1)};
+                        if (code == QL_W8A8_INT8)
+                            multiply_16832_int8(whole[i][j], a, b);
+                        else
+                            multiply_e4m3(sums[i][j], a, b);
+                    }
         }
+        if (code == QL_W8A8_E4M3) add_step(&out, sums, p, groups, row, token, step);
     }
     cp_async_wait(0);
     if (code == QL_W8A8_INT8 && p->outliers) multiply_outliers(&out, p, first_row, first_token);
-#pragma unroll
-    for (int i = 0; i < ROW_TILES * 2; i++) {
-        const int64_t r = row + i / 2 * 16 + i % 2 * 8;
-        if (r >= p->n) continue;
-        const float by_row = groups ? 1.0f : row_scale_at(p, code, r);
-        const float bias = p->bias ? load_value(p->bias, p->bias_type, r * p->bias_stride) : 0.0f;
-#pragma unroll
-        for (int j = 0; j < TOKEN_TILES * 2; j++) {
-            const int64_t t = token + j / 2 * 8 + j % 2;
-            if (t >= p->m) continue;
-            const int e = i % 2 * 2 + j % 2;
-            float value = out.value[i / 2][j / 2][e];
-            const float by_token = groups ? 1.0f : p->x_scales[t * p->x_token_stride];
-            if (code == QL_W8A8_INT8)
-                value = (float)whole[i / 2][j / 2][e] * (1.0f / 127.0f) * by_row * by_token + value * by_row;
-            else
-                value = value * by_token * by_row;
-            store_value(p->out, p->out_type, t * p->n + r, value + bias);
-        }
-    }
+    store_outputs(p, &out, whole, code, groups, row, token);
 }
 
 #define QL_DEFINE_W8A8_MMA(name, source, code, groups)                                                                 \

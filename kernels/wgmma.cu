@@ -39,7 +39,7 @@ static __device__ __forceinline__ void store_strip(const float *sums, const ql_p
         store_matrices_transposed(to + j * 8 * 32, m);
     }
     __syncwarp();
-    const bool whole = p->n % 8 == 0 && (uintptr_t)p->out % 16 == 0;
+    const bool whole = HAS_WHOLE_PIECES(p);
     const int col = row + lane % 2 * 8, columns = min(8, (int)p->n - col);
     const int tokens = columns > 0 ? min(k.tokens, (int)p->m - token) : 0;
     uint16_t *out = (uint16_t *)p->out + (int64_t)(token + from_token) * p->n + col;

@@ -1,0 +1,172 @@
+/* The warps of the 8-bit product on wgmma that feed those that multiply: one thread copies codes, three warps bring scales
+ * and outliers. */
+#ifndef QL_KERNELS_W8A8_FEED_CUH
+#define QL_KERNELS_W8A8_FEED_CUH
+
+#include "w8a8_outliers.cuh"
+
+/* ---- the thread that copies codes ---- */
+
+static __device__ __forceinline__ void copy_w(const ql_w8a8_wgmma_params *q, const layout *l, int slot, int block,
+                                              int row, shape k) {
+    const uint32_t full = l->full + 8 * slot;
+    barrier_arrive_expect(full, QL_W8A8_STAGE_BYTES(k.tokens));
+    if (q->token_tiles == 1)
+        copy_box_once(stage_at(l, slot, k), q->w_map, block * K, row, full);
+    else
+        copy_box(stage_at(l, slot, k), q->w_map, block * K, row, full);
+}
+
+/* Each thread block of a cluster copies its share of the tokens into all of them. */
+static __device__ __forceinline__ void copy_x(const ql_w8a8_wgmma_params *q, const layout *l, int slot, int block,
+                                              int token, shape k) {
+    const int rank = k.pair ? cluster_rank() : 0;
+    const int share = k.tokens / (k.pair + 1);
+    const uint32_t to = stage_at(l, slot, k) + QL_W8A8_ROWS * K + rank * share * K;
+    if (!k.pair)
+        copy_box(to, q->x_map, block * K, token, l->full + 8 * slot);
+    else
+        copy_box_to_all(to, q->x_map, block * K, token + rank * share, l->full + 8 * slot, 3);
+}
+
+static __device__ __forceinline__ void await_marks(uint64_t *marks, uint64_t nonce) {
+    bool all;
+    do {
+        uint64_t seen[QL_W8A8_WARPS];
+#pragma unroll
+        for (int i = 0; i < QL_W8A8_WARPS; i++) seen[i] = load_relaxed(marks + i);
+        all = true;
+#pragma unroll
+        for (int i = 0; i < QL_W8A8_WARPS; i++) all &= seen[i] == nonce;
+    } while (!all);
+    fence_for_copies();
+#pragma unroll
+    for (int i = 0; i < QL_W8A8_WARPS; i++) marks[i] = 0; /* so that the launch may be repeated as it is, by a graph */
+}
+
+static __device__ __forceinline__ void copy_partials(const ql_w8a8_wgmma_params *q, const layout *l, ring *r, int count,
+                                                     shape k) {
+#pragma unroll 1
+    for (int i = 1; i <= count; i++) {
+        const int64_t place = place_of_partials(own_range(k) + i, k);
+        const uint8_t *from = (const uint8_t *)q->partials + place * SLICES(k) * QL_W8A8_SLICE_BYTES;
+        await_marks(q->flags + place * QL_W8A8_WARPS, q->nonce);
+#pragma unroll 1
+        for (int slice = 0; slice < SLICES(k); slice += SLICES_A_STAGE(k)) {
+            const int bytes = min(SLICES_A_STAGE(k), SLICES(k) - slice) * QL_W8A8_SLICE_BYTES;
+            barrier_wait(l->empty + 8 * r->slot, r->parity);
+            barrier_arrive_expect(l->full + 8 * r->slot, bytes);
+            copy_bulk(stage_at(l, r->slot, k), from + slice * QL_W8A8_SLICE_BYTES, bytes, l->full + 8 * r->slot);
+            advance(r, q->stages);
+        }
+    }
+}
+
+static __device__ __forceinline__ void copy_codes(const ql_w8a8_wgmma_params *q, const layout *l, shape k) {
+    ring r = {0, 1};
+    segment s;
+    int row, token;
+    if (!segment_at(&s, 0, q, k)) return;
+    place_tile(q, s.tile, &row, &token, k);
+    /* Weights may be read before the kernel before is done. */
+    const int early = min(s.end - s.first, q->stages);
+    for (int i = 0; i < early; i++) copy_w(q, l, i, s.first + i, row, k);
+    wait_for_previous_kernel();
+    for (int i = 0; i < early; i++) {
+        copy_x(q, l, i, s.first + i, token, k);
+        advance(&r, q->stages);
+    }
+    int partials = count_partials(q, &s, k), index = 1;
+    s.first += early;
+#pragma unroll 1
+    do {
+        place_tile(q, s.tile, &row, &token, k);
+#pragma unroll 1
+        for (int block = s.first; block < s.end; block++) {
+            barrier_wait(l->empty + 8 * r.slot, r.parity);
+            copy_w(q, l, r.slot, block, row, k);
+            copy_x(q, l, r.slot, block, token, k);
+            advance(&r, q->stages);
+        }
+        copy_partials(q, l, &r, partials, k);
+        if (!segment_at(&s, index++, q, k)) break;
+        partials = count_partials(q, &s, k);
+    } while (true);
+}
+
+/* ---- the warps beside it: scales ---- */
+
+static __device__ __forceinline__ float x_scale(const ql_w8a8_params *p, int token, int group) {
+    return token < p->m ? p->x_scales[token * p->x_token_stride + group * p->x_group_stride] : 0.0f;
+}
+
+/* For each stage the scales of its tokens, times those of the weight's blocks: each of three warps has every third stage. */
+static __device__ __forceinline__ void scale_stages(const ql_w8a8_wgmma_params *q, const layout *l, shape k) {
+    const ql_w8a8_params *p = &q->product;
+    const int lane = (int)threadIdx.x % WARP, which = (int)threadIdx.x / WARP % 4 - 1, each = k.tokens / WARP;
+    const bool blocks = p->w_rows == QL_W8A8_GROUP;
+    ring r = {0, 1};
+    int turn = 0;
+    segment s;
+    wait_for_previous_kernel();
+#pragma unroll 1
+    for (int index = 0; segment_at(&s, index, q, k); index++) {
+        int row, token;
+        place_tile(q, s.tile, &row, &token, k);
+#pragma unroll 1
+        for (int block = s.first; block < s.end; block++) {
+            if (turn == which) {
+                float x[8], w = 1.0f;
+#pragma unroll
+                for (int i = 0; i < each; i++) x[i] = x_scale(p, token + i * WARP + lane, block);
+                if (blocks && row < p->n)
+                    w = p->w_scales[row / QL_W8A8_GROUP * p->w_row_stride + block * p->w_group_stride];
+                const uint32_t to = l->more + r.slot * k.tokens * 4;
+                barrier_wait(l->empty + 8 * r.slot, r.parity);
+#pragma unroll
+                for (int i = 0; i < each; i++)
+                    store_shared_4(to + scale_place(i * WARP + lane, k), __float_as_uint(x[i] * w));
+                __syncwarp();
+                if (lane == 0) barrier_arrive(l->full + 8 * r.slot);
+            }
+            turn = turn == SCALERS - 1 ? 0 : turn + 1;
+            advance(&r, q->stages);
+        }
+#pragma unroll 1
+        for (int i = count_partials(q, &s, k) * STAGES_OF_PARTIALS(k); i > 0; i--) {
+            if (turn == which) {
+                barrier_wait(l->empty + 8 * r.slot, r.parity);
+                if (lane == 0) barrier_arrive(l->full + 8 * r.slot);
+            }
+            turn = turn == SCALERS - 1 ? 0 : turn + 1;
+            advance(&r, q->stages);
+        }
+    }
+}
+
+/* What the end of a segment takes: its tokens' scales, and outliers. Two warps. */
+static __device__ __forceinline__ void help_segments(const ql_w8a8_wgmma_params *q, const layout *l, shape k) {
+    const ql_w8a8_params *p = &q->product;
+    const int thread = (int)threadIdx.x % (HELPERS * WARP);
+    const bool outliers = k.code == QL_W8A8_INT8 && p->outliers;
+    ring r = {0, 1}, slots = {0, 1};
+    segment s;
+    wait_for_previous_kernel();
+#pragma unroll 1
+    for (int index = 0; segment_at(&s, index, q, k); index++) {
+        if (s.first > 0 && !outliers && !k.meets) continue;
+        int row, token;
+        place_tile(q, s.tile, &row, &token, k);
+        barrier_wait(l->scales_empty + 8 * r.slot, r.parity);
+#pragma unroll 1
+        for (int i = thread; i < k.tokens; i += HELPERS * WARP)
+            store_shared_4(l->tile_scales + r.slot * k.tokens * 4 + scale_place(i, k),
+                           __float_as_uint(x_scale(p, token + i, 0)));
+        __syncwarp();
+        if (thread % WARP == 0) barrier_arrive(l->scales_full + 8 * r.slot);
+        advance(&r, 2);
+        if (outliers) fill_slots(p, l, &slots, row, token, &s, k);
+    }
+}
+
+#endif

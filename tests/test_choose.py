@@ -23,10 +23,10 @@ CODES = ("int2", "int3", "int4", "int8", "table4")
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
 
 
-def packed_layer(k=K, act_order=False):
-    """GPTQ-4, packed on the CPU and said to lie on GPU 0."""
+def layer_of_zeros(k=K, act_order=False):
+    """GPTQ-4 on the CPU."""
     g_idx = (np.arange(k, dtype=np.int32) * 7 % k // GROUP).astype(np.int32) if act_order else None
-    layer = _qlinear.QuantLinear(
+    return _qlinear.QuantLinear(
         np.zeros((k // 8, N), np.int32),
         np.zeros((k // GROUP, N // 8), np.int32),
         np.ones((k // GROUP, N), np.float16),
@@ -35,7 +35,11 @@ def packed_layer(k=K, act_order=False):
         group_size=GROUP,
         zero_format="gptq",
     )
-    packed, spec = layer.pack()
+
+
+def packed_layer(k=K, act_order=False):
+    """Packed on the CPU and said to lie on GPU 0."""
+    packed, spec = layer_of_zeros(k, act_order).pack()
     return _qlinear.PackedLinear(ExchangeArray(packed), spec)
 
 
@@ -70,6 +74,23 @@ def chosen(driver, rows):
         assert (launched(driver, layer, bucket + 1), launched(driver, other, rows)) == untouched
     _qlinear.set_choice(0, *PROBLEM, rows, None, 0)
     return seen, launched(driver, layer, rows)[-1], default_of(rows)
+
+
+def set_elsewhere(driver):
+    """What runs on GPU 1, and for fp16, where another candidate is in force on GPU 0, and for bf16."""
+    driver.devices(2, 9, 0)
+    layer, rows = packed_layer(), 64
+    packed, spec = layer_of_zeros().pack()
+    twin = _qlinear.PackedLinear(ExchangeArray(packed, 1), spec)
+    kernel = next(kernel for kernel, _ in _qlinear.candidates(0, *PROBLEM, rows) if kernel != default_of(rows))
+    parameter = dict(_qlinear.candidates(0, *PROBLEM, rows))[kernel]
+    _qlinear.set_choice(0, *PROBLEM[:-1], "bfloat16", rows, kernel.replace("_f16", "_bf16"), parameter)
+    of_another_dtype = launched(driver, layer, rows)[-1]
+    _qlinear.set_choice(0, *PROBLEM, rows, kernel, parameter)
+    before = len(driver.launches())
+    twin(ExchangeArray(np.ones((rows, K), np.float16), 1))
+    of_another_gpu = driver.launches()[before:][-1].kernel.decode()
+    return of_another_dtype, of_another_gpu, launched(driver, layer, rows)[-1], kernel, default_of(rows)
 
 
 def refused(driver):
@@ -161,6 +182,21 @@ def test_fp32_is_left_to_the_base_kernels(server):
 @pytest.mark.parametrize("rows", [1, 64, 1024])
 def test_act_order_is_no_reason_for_the_base_kernels(server, rows):
     assert not BASE & set(server.run(ordered, rows))
+
+
+def test_a_choice_is_for_its_gpu_and_its_dtype(server):
+    of_another_dtype, of_another_gpu, own, kernel, default = server.run(set_elsewhere)
+    assert of_another_dtype == of_another_gpu == default
+    assert own == kernel != default
+
+
+def test_numbers_of_rows_that_share_a_choice():
+    """Powers of two, from 16 on those between them as well, up to the most."""
+    buckets = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128]
+    assert sorted({_qlinear.choice_bucket(m) for m in range(1, 129)}) == buckets
+    for m in range(1, 129):
+        assert _qlinear.choice_bucket(m) == min(bucket for bucket in buckets if bucket >= m)
+    assert [_qlinear.choice_bucket(m) for m in (98304, 98305, 2**62)] == [98304] * 3
 
 
 def test_rows_are_put_in_order_in_shared_memory_where_they_fit(server):

@@ -219,6 +219,15 @@ def test_nan_stays_in_its_unit(mode):
     assert scale.isnan().sum() == 1
 
 
+def test_nan_in_x_is_in_every_product_of_its_tensor():
+    codes, scale = _qlinear.fp8_quantize(torch.randn(6, 130), mode="tensor")
+    layer = _qlinear.Fp8Linear(codes, scale, activation="tensor")
+    for rows in (1, 3, 40):
+        x = torch.ones(rows, 130)
+        x[0, 3] = float("nan")
+        assert layer(x).isnan().all()
+
+
 def test_a_bound_does_not_hide_nan():
     q, scale = _qlinear.fp8_quantize(torch.tensor([[1.0, float("nan")]]), mode="token", scale_ub=2.0)
     assert scale.isnan().all()

@@ -181,7 +181,7 @@ def test_leading_dimensions(lead):
         assert torch.equal(out.reshape(-1, 6), layer(x.reshape(-1, 128)))
 
 
-@pytest.mark.parametrize("view", ["rows", "columns", "transposed", "expanded", "permuted"])
+@pytest.mark.parametrize("view", ["rows", "columns", "transposed", "expanded", "permuted", "parts", "gaps"])
 def test_activations_of_any_strides(view):
     layer = some_layer()
     x = {
@@ -190,8 +190,39 @@ def test_activations_of_any_strides(view):
         "transposed": lambda: torch.randn(128, 5).T,
         "expanded": lambda: torch.randn(128).expand(3, 2, 128),
         "permuted": lambda: torch.randn(3, 128, 2, 4).permute(3, 0, 2, 1),
+        "parts": lambda: torch.randn(2, 4, 128)[:, :3],
+        "gaps": lambda: torch.randn(2, 4, 3, 128)[:, ::2, :2],
     }[view]()
     assert torch.equal(layer(x), layer(x.contiguous()))
+
+
+def test_rows_of_two_values_that_are_apart():
+    codes, scale = _qlinear.fp8_quantize(torch.randn(6, 2), mode="tensor")
+    layer = _qlinear.Fp8Linear(codes, scale, activation="none")
+    x = torch.randn(3, 4)[:, ::2]
+    assert torch.equal(layer(x), layer(x.contiguous()))
+
+
+def test_a_bias_of_any_stride():
+    bias = torch.randn(12)
+    tensors = _qlinear.eetq_pack(torch.from_numpy(some_codes())), torch.ones(6)
+    x = torch.randn(2, 128)
+    for given in (bias[::2], bias.half()[1::2], bias[:1].expand(6)):
+        expected = _qlinear.EETQLinear(*tensors)(x).double() + given.double()
+        torch.testing.assert_close(_qlinear.EETQLinear(*tensors, given)(x).double(), expected, rtol=1e-5, atol=1e-3)
+
+
+def test_misaligned_activations_are_refused():
+    made = HandMade(np.zeros(129, np.float32), shape=(1, 128), dtype=(2, 32, 1), byte_offset=1)
+    with pytest.raises(ValueError, match="x: its data is not aligned to its 4 byte elements"):
+        some_layer()(made)
+    assert made.deleted == 1
+
+
+def test_the_stride_of_one_row_does_not_matter():
+    row = np.lib.stride_tricks.as_strided(np.arange(16, dtype=np.float32), (1, 3), (2, 4))
+    for got, wanted in zip(_qlinear.int8_quantize(row), _qlinear.int8_quantize(row.copy()), strict=True):
+        assert np.array_equal(got, wanted)
 
 
 # ---- JAX ----

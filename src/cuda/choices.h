@@ -1,5 +1,5 @@
 /* What is chosen between, and choices that were set from outside, as autotune does: by device, packed weight, type of x and
- * rows of x. They go before the table of choose.c. Looking one up takes no lock. */
+ * rows of x. They go before the rule of choose.c. Looking one up takes no lock. */
 #ifndef QL_CUDA_CHOICES_H
 #define QL_CUDA_CHOICES_H
 

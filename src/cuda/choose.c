@@ -12,19 +12,14 @@
 /* In the order of preference among those meant for the rows at hand. */
 static const ql_cuda_product_engine *const engines[] = {&ql_cuda_decode, &ql_cuda_wgmma, &ql_cuda_mma, NULL};
 
-/* The most rows for which the decode kernels beat wgmma, by code, for K up to 8192, up to 16384 and beyond, where x is
- * spread over ever larger clusters. An H200's us, decode at 8 and at 16 rows / wgmma at 32: 4 bit 4096x6144 9.2, 13.3 /
- * 10.0, 4096x28672 20.7, 28.7 / 27.0. */
-static const int8_t decode_rows[QL_CODE_COUNT][3] = {
-    [QL_CODE_INT2] = {8, 8, 4}, [QL_CODE_INT3] = {8, 8, 4},   [QL_CODE_INT4] = {8, 8, 4},
-    [QL_CODE_INT8] = {8, 8, 4}, [QL_CODE_TABLE4] = {8, 8, 4}, [QL_CODE_E4M3] = {0, 0, 0},
-};
+/* The most rows for which the decode kernels beat wgmma: x is spread over ever larger clusters as K grows. An H200's us,
+ * decode at 8 and at 16 rows / wgmma at 32: 4 bit 4096x6144 9.2, 13.3 / 10.0, 4096x28672 20.7, 28.7 / 27.0. */
+static int64_t decode_rows(int64_t k) { return k > 16384 ? 4 : 8; }
 
-/* Whether the table gives the problem to this engine, if it takes it. */
+/* Whether the problem is given to this engine, if it takes it. */
 static bool is_meant(int engine, const ql_cuda_device *device, const ql_cuda_problem *problem) {
-    if (engines[engine] == &ql_cuda_decode && device->properties.major == 9)
-        return problem->m <= decode_rows[problem->code][(problem->k > 8192) + (problem->k > 16384)];
-    return problem->m <= engines[engine]->most_rows;
+    const bool beside_wgmma = engines[engine] == &ql_cuda_decode && device->properties.major == 9;
+    return problem->m <= (beside_wgmma ? decode_rows(problem->k) : engines[engine]->most_rows);
 }
 
 static bool base_wanted;
@@ -62,48 +57,50 @@ static bool preferred(ql_cuda_choice *choice, int engine, const ql_cuda_device *
 /* What a row of arranged x takes: whole pieces of 16 bytes. */
 static int64_t arranged_stride(int64_t k) { return (k + 7) / 8 * 8; }
 
-/* The product once x is arranged at `x`. */
-static ql_packed_params arranged(const ql_packed_params *params, const void *x) {
+/* Scratch is aligned to more than any engine asks for, so any such address stands for it. */
+static ql_packed_params arranged(const ql_packed_params *params) {
     ql_packed_params result = *params;
-    result.x = x;
+    result.x = (const void *)(uintptr_t)QL_ARRANGE_ALIGNMENT;
     result.x_stride = arranged_stride(params->k);
     result.order = NULL;
     return result;
 }
 
-/* A plan with an engine, or with none where it does not take the product. */
-static ql_cuda_plan plan_with(const ql_cuda_product_engine *engine, const ql_cuda_device *device,
-                              const ql_packed_params *params, ql_cuda_choice choice) {
-    ql_cuda_plan plan = {0};
-    ql_packed_params taken = *params;
-    if (!engine->takes(device, &taken, choice)) {
-        /* Scratch is aligned to more than any engine asks for, so any such address stands for it. */
-        taken = arranged(params, (const void *)(uintptr_t)QL_ARRANGE_ALIGNMENT);
-        if (!engine->takes(device, &taken, choice)) return plan;
-        if (__builtin_mul_overflow(params->m, taken.x_stride * 2, &plan.arranged_bytes) ||
-            __builtin_add_overflow(plan.arranged_bytes, QL_ARRANGE_ALIGNMENT - 1, &plan.arranged_bytes))
-            return (ql_cuda_plan){0};
-        plan.arranged_bytes -= plan.arranged_bytes % QL_ARRANGE_ALIGNMENT;
-    }
-    const int64_t scratch = engine->scratch(device, &taken, choice);
-    if (scratch < 0 || __builtin_add_overflow(plan.arranged_bytes, scratch, &plan.scratch_bytes))
-        return (ql_cuda_plan){0};
-    plan.choice = choice;
-    plan.engine = engine;
-    return plan;
+/* The bytes of x once it is arranged, a multiple of QL_ARRANGE_ALIGNMENT, or -1 where they do not fit int64. */
+static int64_t arranged_size(const ql_packed_params *params) {
+    int64_t bytes;
+    if (__builtin_mul_overflow(params->m, arranged_stride(params->k) * 2, &bytes) ||
+        __builtin_add_overflow(bytes, QL_ARRANGE_ALIGNMENT - 1, &bytes))
+        return -1;
+    return bytes - bytes % QL_ARRANGE_ALIGNMENT;
 }
 
-ql_cuda_plan ql_cuda_choose(const ql_cuda_device *device, const ql_packed_params *params) {
-    ql_cuda_plan plan = {0};
-    if (ql_cuda_base_wanted() || params->x_type == QL_VALUE_F32) return plan;
+/* Plans the product with an engine; false where that does not take it, with x as it is or arranged. */
+static bool plan_with(ql_cuda_plan *plan, const ql_cuda_product_engine *engine, const ql_cuda_device *device,
+                      const ql_packed_params *params, ql_cuda_choice choice) {
+    plan->arranged_bytes = 0;
+    if (!engine->prepare(&plan->prepared, device, params, choice)) {
+        const ql_packed_params taken = arranged(params);
+        plan->arranged_bytes = arranged_size(params);
+        if (plan->arranged_bytes < 0 || !engine->prepare(&plan->prepared, device, &taken, choice)) return false;
+    }
+    if (__builtin_add_overflow(plan->arranged_bytes, plan->prepared.scratch_bytes, &plan->scratch_bytes)) return false;
+    plan->engine = engine;
+    return true;
+}
+
+void ql_cuda_choose(ql_cuda_plan *plan, const ql_cuda_device *device, const ql_packed_params *params) {
+    plan->engine = NULL;
+    if (ql_cuda_base_wanted() || params->x_type == QL_VALUE_F32) return;
     const ql_cuda_problem problem = problem_of(params);
     ql_cuda_choice choice = {0};
     if (ql_cuda_choice_find(&choice, device->ordinal, &problem))
-        for (int i = 0; engines[i] && !plan.engine; i++) plan = plan_with(engines[i], device, params, choice);
-    for (int i = 0; engines[i] && !plan.engine; i++)
-        if (is_meant(i, device, &problem) && preferred(&choice, i, device, &problem))
-            plan = plan_with(engines[i], device, params, choice);
-    return plan;
+        for (int i = 0; engines[i]; i++)
+            if (plan_with(plan, engines[i], device, params, choice)) return;
+    for (int i = 0; engines[i]; i++)
+        if (is_meant(i, device, &problem) && preferred(&choice, i, device, &problem) &&
+            plan_with(plan, engines[i], device, params, choice))
+            return;
 }
 
 static int launch_arrange(const ql_cuda_guard *guard, void *stream, void *out, const ql_packed_params *params,
@@ -128,12 +125,12 @@ static int launch_arrange(const ql_cuda_guard *guard, void *stream, void *out, c
     return ql_cuda_launch(guard, QL_KERNEL_ql_arrange, stream, &grid, &p, message);
 }
 
-int ql_cuda_run(const ql_cuda_guard *guard, void *stream, const ql_cuda_plan *plan, const ql_packed_params *params,
+int ql_cuda_run(const ql_cuda_guard *guard, void *stream, ql_cuda_plan *plan, const ql_packed_params *params,
                 void *scratch, char message[QL_CUDA_MESSAGE]) {
-    if (!plan->arranged_bytes) return plan->engine->launch(guard, stream, params, plan->choice, scratch, message);
+    if (!plan->arranged_bytes) return plan->engine->launch(guard, stream, &plan->prepared, params->x, scratch, message);
     if (launch_arrange(guard, stream, scratch, params, message) < 0) return -1;
-    const ql_packed_params taken = arranged(params, scratch);
-    return plan->engine->launch(guard, stream, &taken, plan->choice, (char *)scratch + plan->arranged_bytes, message);
+    return plan->engine->launch(guard, stream, &plan->prepared, scratch, (char *)scratch + plan->arranged_bytes,
+                                message);
 }
 
 int ql_cuda_candidates(ql_cuda_choice out[QL_CUDA_MOST_CANDIDATES], const ql_cuda_device *device,

@@ -202,7 +202,8 @@ static bool scales_fit(const ql_packed_params *p, int groups) {
                                 p->groups % (groups ? groups : 1) == 0);
 }
 
-static bool takes(const ql_cuda_device *device, const ql_packed_params *p, ql_cuda_choice choice) {
+static bool prepare(ql_cuda_prepared *prepared, const ql_cuda_device *device, const ql_packed_params *p,
+                    ql_cuda_choice choice) {
     const int warps = choice.parameter % 32, cluster_shift = choice.parameter / 32;
     if (warps < 1 || warps > QL_DECODE_THREADS / 32 || cluster_shift < 0 || cluster_shift > MOST_CLUSTER_SHIFT ||
         !sizes_fit(p))
@@ -215,33 +216,28 @@ static bool takes(const ql_cuda_device *device, const ql_packed_params *p, ql_cu
                                      .x_type = p->x_type};
     if (kernel_of(&problem) != (int)choice.kernel) return false;
     if (!scales_fit(p, groups_of_batch(p->code, p->k, problem.group_size))) return false;
-    ql_decode_params params;
-    if (cut(&params, p, &device->properties, warps, cluster_shift) > device->properties.shared_bytes) return false;
+    ql_decode_params *params = &prepared->decode;
+    const int bytes = cut(params, p, &device->properties, warps, cluster_shift);
+    if (bytes > device->properties.shared_bytes) return false;
     /* Columns out of global memory, one by one, are for one row. */
-    return p->m == 1 || params.x_aligned || params.stage_at >= 0;
+    if (p->m > 1 && !params->x_aligned && params->stage_at < 0) return false;
+    prepared->kernel = choice.kernel;
+    prepared->grid = (ql_cuda_grid){.x = (int64_t)params->blocks << cluster_shift,
+                                    .y = 1,
+                                    .threads = params->teams * warps * 32,
+                                    .shared_bytes = bytes,
+                                    .cluster = 1 << cluster_shift,
+                                    .overlaps = true};
+    prepared->scratch_bytes = 0;
+    return true;
 }
 
-static int64_t scratch(const ql_cuda_device *device, const ql_packed_params *p, ql_cuda_choice choice) {
-    (void)device;
-    (void)p;
-    (void)choice;
-    return 0;
-}
-
-static int launch(const ql_cuda_guard *guard, void *stream, const ql_packed_params *p, ql_cuda_choice choice,
-                  void *nothing, char message[QL_CUDA_MESSAGE]) {
+static int launch(const ql_cuda_guard *guard, void *stream, ql_cuda_prepared *prepared, const void *x, void *nothing,
+                  char message[QL_CUDA_MESSAGE]) {
     (void)nothing;
-    ql_decode_params params;
-    const int warps = choice.parameter % 32, cluster_shift = choice.parameter / 32;
-    const int bytes = cut(&params, p, guard->properties, warps, cluster_shift);
-    const ql_cuda_grid grid = {.x = (int64_t)params.blocks << cluster_shift,
-                               .y = 1,
-                               .threads = params.teams * warps * 32,
-                               .shared_bytes = bytes,
-                               .cluster = 1 << cluster_shift,
-                               .overlaps = true};
-    return ql_cuda_launch(guard, choice.kernel, stream, &grid, &params, message);
+    prepared->decode.x = prepared->decode.product.x = x;
+    return ql_cuda_launch(guard, prepared->kernel, stream, &prepared->grid, &prepared->decode, message);
 }
 
 const ql_cuda_product_engine ql_cuda_decode = {
-    .most_rows = MOST_ROWS, .candidates = candidates, .takes = takes, .scratch = scratch, .launch = launch};
+    .most_rows = MOST_ROWS, .candidates = candidates, .prepare = prepare, .launch = launch};

@@ -185,7 +185,7 @@ static int launch_base(const ql_cuda_guard *guard, void *stream, const ql_linear
 }
 
 static int launch_w8a8(const ql_cuda_guard *guard, void *stream, const ql_cuda_product *product,
-                       const ql_cuda_product_plan *plan, void *scratch, char message[QL_CUDA_MESSAGE]) {
+                       ql_cuda_product_plan *plan, void *scratch, char message[QL_CUDA_MESSAGE]) {
     ql_w8a8_params filled;
     if (ql_cuda_w8a8_run(&filled, guard, stream, &plan->w8a8.plan, &plan->w8a8.product, scratch, message) < 0)
         return -1;
@@ -214,7 +214,7 @@ int ql_cuda_linear_plan(ql_cuda_product_plan *plan, const ql_cuda_place *place, 
     if (!device) return -1;
     if (is_packed) {
         plan->packed.product = packed_params(product);
-        plan->packed.plan = ql_cuda_choose(device, &plan->packed.product);
+        ql_cuda_choose(&plan->packed.plan, device, &plan->packed.product);
         if (!plan->packed.plan.engine) return 0;
         plan->kind = QL_CUDA_PLAN_PACKED;
         plan->scratch_bytes = plan->packed.plan.scratch_bytes;
@@ -228,7 +228,7 @@ int ql_cuda_linear_plan(ql_cuda_product_plan *plan, const ql_cuda_place *place, 
 }
 
 static int launch_plan(const ql_cuda_guard *guard, void *stream, const ql_cuda_product *product,
-                       const ql_cuda_product_plan *plan, void *scratch, char message[QL_CUDA_MESSAGE]) {
+                       ql_cuda_product_plan *plan, void *scratch, char message[QL_CUDA_MESSAGE]) {
     if (plan->kind == QL_CUDA_PLAN_PACKED)
         return ql_cuda_run(guard, stream, &plan->packed.plan, &plan->packed.product, scratch, message);
     if (plan->kind == QL_CUDA_PLAN_W8A8) return launch_w8a8(guard, stream, product, plan, scratch, message);
@@ -236,7 +236,7 @@ static int launch_plan(const ql_cuda_guard *guard, void *stream, const ql_cuda_p
     return launch_base(guard, stream, &p, message);
 }
 
-int ql_cuda_linear(const ql_cuda_place *place, const ql_cuda_product *product, const ql_cuda_product_plan *plan,
+int ql_cuda_linear(const ql_cuda_place *place, const ql_cuda_product *product, ql_cuda_product_plan *plan,
                    void *scratch, char message[QL_CUDA_MESSAGE]) {
     ql_cuda_guard guard;
     if (ql_cuda_enter(&guard, place->device, message) < 0) return -1;

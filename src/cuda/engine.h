@@ -45,8 +45,8 @@ typedef struct ql_cuda_product_plan {
 int ql_cuda_linear_plan(ql_cuda_product_plan *plan, const ql_cuda_place *place, const ql_cuda_product *product,
                         char message[QL_CUDA_MESSAGE]);
 
-/* Launches the product by its plan. */
-int ql_cuda_linear(const ql_cuda_place *place, const ql_cuda_product *product, const ql_cuda_product_plan *plan,
+/* Launches the product by its plan, which takes in where scratch is. */
+int ql_cuda_linear(const ql_cuda_place *place, const ql_cuda_product *product, ql_cuda_product_plan *plan,
                    void *scratch, char message[QL_CUDA_MESSAGE]);
 
 /* out[m][k] = g @ W. */

@@ -81,52 +81,46 @@ static int candidates(ql_cuda_choice *out, int room, const ql_cuda_device *devic
     return count;
 }
 
-static bool takes(const ql_cuda_device *device, const ql_packed_params *p, ql_cuda_choice choice) {
+/* fp32 sums of every split but the last of each tile, then a flag for each of them; false where they do not fit int64. */
+static bool add_scratch(ql_cuda_prepared *prepared, const ql_packed_params *p, int splits, int tokens) {
+    int64_t parts, flags;
+    return !__builtin_mul_overflow(ql_ceil_div(p->n, QL_MMA_ROWS), ql_ceil_div(p->m, tokens), &parts) &&
+           !__builtin_mul_overflow(parts, splits - 1, &parts) &&
+           !__builtin_mul_overflow(parts, (int64_t)QL_MMA_ROWS * tokens * 4, &prepared->flags_at) &&
+           !__builtin_mul_overflow(parts, 8, &flags) &&
+           !__builtin_add_overflow(prepared->flags_at, flags, &prepared->scratch_bytes);
+}
+
+static bool prepare(ql_cuda_prepared *prepared, const ql_cuda_device *device, const ql_packed_params *p,
+                    ql_cuda_choice choice) {
     (void)device;
-    if (tile_of(p, choice) == UNWANTED || choice.parameter < 1 || choice.parameter > stages(p->k, p->code))
-        return false;
+    const int tile = tile_of(p, choice);
+    if (tile == UNWANTED || choice.parameter < 1 || choice.parameter > stages(p->k, p->code)) return false;
     const bool aligned = (uintptr_t)p->x % 16 == 0 && (p->x_stride % 8 == 0 || p->m == 1);
-    return aligned && !p->order && p->m > 0;
-}
-
-/* fp32 sums of every split but the last of each tile, then a flag for each of them. */
-static int64_t scratch_parts(int64_t *flags_at, const ql_packed_params *p, ql_cuda_choice choice) {
-    const int tokens = tile_tokens[tile_of(p, choice)];
-    int64_t parts, bytes, flags;
-    if (__builtin_mul_overflow(ql_ceil_div(p->n, QL_MMA_ROWS), ql_ceil_div(p->m, tokens), &parts) ||
-        __builtin_mul_overflow(parts, choice.parameter - 1, &parts) ||
-        __builtin_mul_overflow(parts, (int64_t)QL_MMA_ROWS * tokens * 4, flags_at) ||
-        __builtin_mul_overflow(parts, 8, &flags) || __builtin_add_overflow(*flags_at, flags, &bytes))
-        return -1;
-    return bytes;
-}
-
-static int64_t scratch_bytes(const ql_cuda_device *device, const ql_packed_params *p, ql_cuda_choice choice) {
-    (void)device;
-    int64_t flags_at;
-    return scratch_parts(&flags_at, p, choice);
-}
-
-static int launch(const ql_cuda_guard *guard, void *stream, const ql_packed_params *p, ql_cuda_choice choice,
-                  void *scratch, char message[QL_CUDA_MESSAGE]) {
-    const int tile = tile_of(p, choice), tokens = tile_tokens[tile];
+    if (!aligned || p->order || p->m < 1) return false;
+    const int tokens = tile_tokens[tile];
     const bool wide = p->x_type == QL_VALUE_F16 && p->scales_type != QL_VALUE_F16;
-    const ql_cuda_kernel kernel = wide ? (ql_cuda_kernel)kernels[p->code][tile][1] : choice.kernel;
-    int64_t flags_at;
-    if (scratch_parts(&flags_at, p, choice) < 0) flags_at = 0;
-    const ql_split_params params = {.product = *p,
-                                    .partial = scratch,
-                                    .flags = (uint64_t *)(void *)((char *)scratch + flags_at),
-                                    .nonce = ql_cuda_nonce(),
-                                    .splits = choice.parameter};
-    const ql_cuda_grid grid = {.x = ql_ceil_div(p->n, QL_MMA_ROWS) * ql_ceil_div(p->m, tokens) * choice.parameter,
-                               .y = 1,
-                               .threads = QL_MMA_THREADS,
-                               .shared_bytes = QL_MMA_STAGES(p->code, tokens) * QL_MMA_STAGE_BYTES(p->code, tokens) +
-                                               QL_MMA_TABLE_BYTES,
-                               .overlaps = true};
-    return ql_cuda_launch(guard, kernel, stream, &grid, &params, message);
+    if (!add_scratch(prepared, p, choice.parameter, tokens)) return false;
+    prepared->kernel = wide ? (ql_cuda_kernel)kernels[p->code][tile][1] : choice.kernel;
+    prepared->grid = (ql_cuda_grid){
+        .x = ql_ceil_div(p->n, QL_MMA_ROWS) * ql_ceil_div(p->m, tokens) * choice.parameter,
+        .y = 1,
+        .threads = QL_MMA_THREADS,
+        .shared_bytes = QL_MMA_STAGES(p->code, tokens) * QL_MMA_STAGE_BYTES(p->code, tokens) + QL_MMA_TABLE_BYTES,
+        .overlaps = true};
+    prepared->split = (ql_split_params){.product = *p, .splits = choice.parameter};
+    return true;
+}
+
+static int launch(const ql_cuda_guard *guard, void *stream, ql_cuda_prepared *prepared, const void *x, void *scratch,
+                  char message[QL_CUDA_MESSAGE]) {
+    ql_split_params *params = &prepared->split;
+    params->product.x = x;
+    params->partial = scratch;
+    params->flags = (uint64_t *)(void *)((char *)scratch + prepared->flags_at);
+    params->nonce = ql_cuda_nonce();
+    return ql_cuda_launch(guard, prepared->kernel, stream, &prepared->grid, params, message);
 }
 
 const ql_cuda_product_engine ql_cuda_mma = {
-    .most_rows = INT64_MAX, .candidates = candidates, .takes = takes, .scratch = scratch_bytes, .launch = launch};
+    .most_rows = INT64_MAX, .candidates = candidates, .prepare = prepare, .launch = launch};

@@ -91,28 +91,58 @@ static int candidates(ql_cuda_choice *out, int room, const ql_cuda_device *devic
     return count;
 }
 
-static bool takes(const ql_cuda_device *device, const ql_packed_params *p, ql_cuda_choice choice) {
+/* The variant that runs the product so, or NULL. */
+static const variant *taking(const ql_cuda_device *device, const ql_packed_params *p, ql_cuda_choice choice) {
     const variant *v = variant_of(choice.kernel);
-    if (!v || v->wide || p->order || p->m < 1 || choice.parameter < 1) return false;
-    const variant *fitting = variant_for(v, p);
-    if (!fitting || !device->kernels[fitting->kernel]) return false;
-    if (v->code != p->code || v->type != p->x_type || !fits_groups(v, p->groups == 1, p->group_size)) return false;
-    if (p->nested_table && (p->nested_blocksize & (p->nested_blocksize - 1))) return false;
-    if (v->code == QL_CODE_TABLE4 && p->n > INT_MAX / p->groups - 256)
-        return false; /* entries are counted in 32 bits */
-    if (p->k > MOST_K || p->n > INT_MAX - 256 || p->m > INT_MAX - 128) return false;
-    if (ql_ceil_div(p->n, v->rows) * ql_ceil_div(p->m, v->tokens) > INT_MAX / 2) return false;
-    return (uintptr_t)p->x % 16 == 0 && (p->x_stride % 8 == 0 || p->m == 1);
+    if (!v || v->wide || p->order || p->m < 1 || choice.parameter < 1) return NULL;
+    if (v->code != p->code || v->type != p->x_type || !fits_groups(v, p->groups == 1, p->group_size)) return NULL;
+    if (p->nested_table && (p->nested_blocksize & (p->nested_blocksize - 1))) return NULL;
+    if (v->code == QL_CODE_TABLE4 && p->n > INT_MAX / p->groups - 256) return NULL; /* entries are counted in 32 bits */
+    if (p->k > MOST_K || p->n > INT_MAX - 256 || p->m > INT_MAX - 128) return NULL;
+    if (ql_ceil_div(p->n, v->rows) * ql_ceil_div(p->m, v->tokens) > INT_MAX / 2) return NULL;
+    if ((uintptr_t)p->x % 16 || (p->x_stride % 8 && p->m != 1)) return NULL;
+    v = variant_for(v, p);
+    return v && device->kernels[v->kernel] ? v : NULL;
 }
 
-/* Sums of a range's first, broken tile, then a flag for each of its warps. */
-static int64_t partial_bytes(const variant *v, int64_t grid) { return grid * v->rows * v->tokens * 4; }
+/* What streamk.cuh divides by. */
+static uint32_t inverse(int32_t value) {
+    return value == 1 ? UINT32_MAX : (uint32_t)(((uint64_t)1 << 32) / (uint64_t)value);
+}
 
-static int64_t scratch(const ql_cuda_device *device, const ql_packed_params *p, ql_cuda_choice choice) {
-    (void)device;
-    (void)p;
-    return partial_bytes(variant_of(choice.kernel), choice.parameter) +
-           (int64_t)choice.parameter * QL_STREAMK_WARPS * (int64_t)sizeof(uint64_t);
+static bool prepare(ql_cuda_prepared *prepared, const ql_cuda_device *device, const ql_packed_params *p,
+                    ql_cuda_choice choice) {
+    const variant *v = taking(device, p, choice);
+    if (!v) return false;
+    ql_streamk_params *params = &prepared->streamk;
+    *params = (ql_streamk_params){.product = *p};
+    params->row_tiles = (int32_t)ql_ceil_div(p->n, v->rows);
+    params->token_tiles = (int32_t)ql_ceil_div(p->m, v->tokens);
+    params->k_blocks = (int32_t)ql_ceil_div(p->k, v->stage_k);
+    params->k_blocks_inverse = inverse(params->k_blocks);
+    params->group_blocks = v->groups == 1 ? (int32_t)(p->group_size / v->stage_k) : 1;
+    params->group_blocks_inverse = inverse(params->group_blocks);
+    const int64_t tiles = (int64_t)params->row_tiles * params->token_tiles, all = tiles * params->k_blocks;
+    const int32_t grid = all < choice.parameter ? (int32_t)all : choice.parameter;
+    /* What is left over whole waves is split together with one of them, so that no range is short. */
+    params->split_tiles = (int32_t)(tiles % grid == 0 ? 0 : tiles < grid ? tiles : tiles % grid + grid);
+    const int32_t units = params->split_tiles * params->k_blocks;
+    params->range = units / grid;
+    params->longer_ranges = units % grid;
+    params->stages = stages_of(v, device->properties.shared_bytes);
+    while (p->nested_blocksize >> (params->nested_shift + 1)) params->nested_shift++;
+    prepared->kernel = v->kernel;
+    prepared->grid =
+        (ql_cuda_grid){.x = grid,
+                       .y = 1,
+                       .threads = QL_STREAMK_THREADS,
+                       .shared_bytes = QL_STREAMK_HEAD_BYTES(v->code, v->tokens) + params->stages * stage_bytes(v),
+                       .overlaps = true};
+    /* Sums of a range's first, broken tile, then a flag for each of its warps. */
+    prepared->flags_at = (int64_t)choice.parameter * v->rows * v->tokens * 4;
+    prepared->scratch_bytes =
+        prepared->flags_at + (int64_t)choice.parameter * QL_STREAMK_WARPS * (int64_t)sizeof(uint64_t);
+    return true;
 }
 
 /* x as boxes of 64 columns by a tile's tokens. */
@@ -139,49 +169,25 @@ static ql_cu_result map_codes(void *map, const ql_cuda_driver *driver, const ql_
                                            QL_CU_TENSOR_L2_256B, 0);
 }
 
-/* What streamk.cuh divides by. */
-static uint32_t inverse(int32_t value) {
-    return value == 1 ? UINT32_MAX : (uint32_t)(((uint64_t)1 << 32) / (uint64_t)value);
-}
-
-static int launch(const ql_cuda_guard *guard, void *stream, const ql_packed_params *p, ql_cuda_choice choice,
-                  void *scratch_bytes, char message[QL_CUDA_MESSAGE]) {
-    const variant *v = variant_for(variant_of(choice.kernel), p);
-    ql_streamk_params params = {.product = *p};
-    params.row_tiles = (int32_t)ql_ceil_div(p->n, v->rows);
-    params.token_tiles = (int32_t)ql_ceil_div(p->m, v->tokens);
-    params.k_blocks = (int32_t)ql_ceil_div(p->k, v->stage_k);
-    params.k_blocks_inverse = inverse(params.k_blocks);
-    params.group_blocks = v->groups == 1 ? (int32_t)(p->group_size / v->stage_k) : 1;
-    params.group_blocks_inverse = inverse(params.group_blocks);
-    const int64_t tiles = (int64_t)params.row_tiles * params.token_tiles, all = tiles * params.k_blocks;
-    const int32_t grid = all < choice.parameter ? (int32_t)all : choice.parameter;
-    /* What is left over whole waves is split together with one of them, so that no range is short. */
-    params.split_tiles = (int32_t)(tiles % grid == 0 ? 0 : tiles < grid ? tiles : tiles % grid + grid);
-    const int32_t units = params.split_tiles * params.k_blocks;
-    params.range = units / grid;
-    params.longer_ranges = units % grid;
-    params.stages = stages_of(v, guard->properties->shared_bytes);
-    while (p->nested_blocksize >> (params.nested_shift + 1)) params.nested_shift++;
-    params.partials = scratch_bytes;
-    params.flags = (uint64_t *)(void *)((char *)scratch_bytes + partial_bytes(v, choice.parameter));
-    params.nonce = ql_cuda_nonce();
-    ql_cu_result result = map_x(params.x_map, guard->driver, p, v);
-    if (result == QL_CU_SUCCESS) result = map_codes(params.codes_map, guard->driver, p, v);
+static int launch(const ql_cuda_guard *guard, void *stream, ql_cuda_prepared *prepared, const void *x, void *scratch,
+                  char message[QL_CUDA_MESSAGE]) {
+    const variant *v = variant_of(prepared->kernel);
+    ql_streamk_params *params = &prepared->streamk;
+    const ql_packed_params *p = &params->product;
+    params->product.x = x;
+    params->partials = scratch;
+    params->flags = (uint64_t *)(void *)((char *)scratch + prepared->flags_at);
+    params->nonce = ql_cuda_nonce();
+    ql_cu_result result = map_x(params->x_map, guard->driver, p, v);
+    if (result == QL_CU_SUCCESS) result = map_codes(params->codes_map, guard->driver, p, v);
     if (result != QL_CU_SUCCESS) {
         snprintf(message, QL_CUDA_MESSAGE, "%s: x of %lld by %lld could not be described to the GPU: %s.",
                  ql_cuda_kernel_name(v->kernel), (long long)p->m, (long long)p->k,
                  ql_cuda_error(guard->driver, result));
         return -1;
     }
-    const ql_cuda_grid launched = {.x = grid,
-                                   .y = 1,
-                                   .threads = QL_STREAMK_THREADS,
-                                   .shared_bytes =
-                                       QL_STREAMK_HEAD_BYTES(v->code, v->tokens) + params.stages * stage_bytes(v),
-                                   .overlaps = true};
-    return ql_cuda_launch(guard, v->kernel, stream, &launched, &params, message);
+    return ql_cuda_launch(guard, v->kernel, stream, &prepared->grid, params, message);
 }
 
 const ql_cuda_product_engine ql_cuda_wgmma = {
-    .most_rows = INT64_MAX, .candidates = candidates, .takes = takes, .scratch = scratch, .launch = launch};
+    .most_rows = INT64_MAX, .candidates = candidates, .prepare = prepare, .launch = launch};

@@ -83,6 +83,27 @@ def test_an_error_in_the_middle_leaves_the_model_as_it_was(tmp_path, monkeypatch
     assert all(after[name][0] == identity for name, (identity, _) in before.items())
 
 
+def test_an_interrupt_while_tensors_are_put_in_their_places_leaves_them_all(tmp_path):
+    class Interrupted(dict):
+        told = False
+
+        def __setitem__(self, key, value):
+            if not self.told:
+                self.told = True
+                raise KeyboardInterrupt
+            super().__setitem__(key, value)
+
+    _, directory = written(tmp_path)
+    model = real()
+    model.norm.__dict__["_parameters"] = Interrupted(model.norm._parameters)
+    modules, before = held(model)
+    with pytest.raises(KeyboardInterrupt):
+        load_checkpoint(model, directory)
+    now, after = held(model)
+    assert now == modules
+    assert all(after[name][0] == identity for name, (identity, _) in before.items())
+
+
 def test_a_model_with_memory_of_its_own_is_loaded_too(tmp_path):
     dense, directory = written(tmp_path)
     model = Small().train()

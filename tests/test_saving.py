@@ -296,6 +296,15 @@ def test_tied_tensors_are_written_once_under_the_name_that_is_no_copys(tmp_path)
     assert torch.equal(again.head.weight, model.head.weight)
 
 
+def test_a_weight_and_its_transpose_are_two_tensors(tmp_path):
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(8, 8, bias=False) for name in ("one", "other")})
+    model["other"].weight = torch.nn.Parameter(model["one"].weight.detach().t())
+    qlinear.save_pretrained(model, tmp_path)
+    saved = Shards(tmp_path)
+    assert set(saved) == {"one.weight", "other.weight"}
+    assert torch.equal(saved.tensor("other.weight"), saved.tensor("one.weight").t())
+
+
 def test_a_changed_layer_is_saved_as_it_is_now(tmp_path):
     """Symmetric once, not so any more: the config and the storage that it had would not do."""
     model = loaded(tmp_path, "awq-marlin")

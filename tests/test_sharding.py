@@ -133,6 +133,43 @@ def test_double_quantization_stays_where_blocks_of_32_absmax_follow_each_other()
     assert exact(weight(part), weight(layer)[:, 64:192])
 
 
+def test_double_quantization_of_rows_that_cross_its_blocks():
+    """160 blocks a row, of which the part's 64 begin anywhere in the 256 that share an outer absmax."""
+    layer = qlinear.Linear4bit(torch.randn(8, 10240), None, "nf4")
+    part = sharding.row_part(layer, 2048, 6144, False)
+    assert part.nested_blocksize == 32
+    assert exact(weight(part), weight(layer)[:, 2048:6144])
+
+
+def test_groups_that_are_counted_from_the_end():
+    split = next(split for split in SPLITS if split.name == "gptq-4-act-order")
+    layer, _ = split.layer(48, 256, 32)
+    index = layer.g_idx.clone()
+    index[::3] -= len(layer.scales)
+    layer.g_idx = index
+    for begin, end in ((0, 64), (64, 160), (160, 256)):
+        assert exact(weight(sharding.row_part(layer, begin, end, False)), weight(layer)[:, begin:end])
+    # The groups follow each other, whichever end they are counted from.
+    layer.g_idx = torch.arange(256, dtype=torch.int32) // 32 - 8
+    assert sharding.row_part(layer, 64, 160, False).groupsize == 32
+
+
+def test_scales_of_outputs_in_a_row():
+    codes = torch.randn(16, 64).to(torch.float8_e4m3fn)
+    layer = qlinear.Fp8Linear(codes, None, torch.rand(1, 16) + 0.5, None)
+    part = sharding.column_part(layer, 4, 12)
+    assert part.weight_scale.shape == (1, 8)
+    assert exact(weight(part), weight(layer)[4:12])
+
+
+def test_one_block_of_several_still_quantizes_its_inputs_by_groups():
+    codes = torch.randn(256, 256).to(torch.float8_e4m3fn)
+    layer = qlinear.Fp8Linear(codes, None, torch.rand(2, 2) + 0.5, None)
+    part = sharding.row_part(sharding.column_part(layer, 0, 128), 128, 256, False)
+    assert part.weight_scale.numel() == 1
+    assert all("activation=group" in repr(one) for one in (layer, part))
+
+
 def test_zeros_that_tell_their_format_tell_it_for_every_part():
     split = next(split for split in SPLITS if split.name == "gptq-4")
     layer, _ = split.layer(48, 256, 128)
@@ -180,3 +217,5 @@ def test_what_is_chosen_beside_a_weight_goes_with_it():
     layer.promoted = True
     assert sharding.column_part(layer, 0, 16).promoted
     assert sharding.row_part(layer, 0, 64, False).promoted
+    layer = qlinear.Linear8bitLt(torch.randn(16, 64), None, has_fp16_weights=False, index=3)
+    assert sharding.column_part(layer, 0, 8).index == sharding.row_part(layer, 0, 32, False).index == 3

@@ -186,6 +186,43 @@ def test_opcheck_of_the_quantizer_of_learning_weights(layout):
     torch.library.opcheck(ops.quantize_int8_weight, (weight,))
 
 
+# ---- derivatives ----
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_second_and_third_derivatives_are_those_of_the_dequantized_weight(case, dtype):
+    """A gradient penalty; whatever quantizes activations, the gradient and its own are those of the weight."""
+    layer, x = make(case), inputs(3, K, dtype=dtype).requires_grad_()
+    W = layer.dequantize(torch.float32).double()
+    out = layer(x)
+    weights = torch.randn(3, N, generator=torch.Generator().manual_seed(2)).to(dtype)
+    (first,) = torch.autograd.grad((out**3 * weights).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x, create_graph=True)
+    (third,) = torch.autograd.grad(second.sum(), x)
+    y, weights, ones = out.detach().double(), weights.double(), torch.ones(3, K, dtype=torch.float64)
+    bound = 2e-4 if dtype == torch.float32 else 5e-2
+    for seen, factor in ((second, 6 * y * (ones @ W.T)), (third, 6 * (ones @ W.T) ** 2)):
+        exact = (weights * factor) @ W
+        assert (seen.double() - exact).abs().max() <= bound * ((weights * factor).abs() @ W.abs()).max()
+        assert exact.abs().max() > 0
+
+
+def test_second_derivatives_of_weights_that_learn_and_of_matmul248():
+    learning = qlinear.Linear8bitLt(torch.randn(N, K), None)
+    gptq = qlinear.QuantLinear.quantize(torch.randn(N, K), None, group_size=32)
+    operands = (gptq.qweight, gptq.scales, gptq.qzeros, gptq.g_idx, 4, 15)
+    for product, W, tolerance in (
+        (learning, learning.weight.detach(), 0.02),
+        (lambda x: qlinear.QuantLinearFunction.apply(x, *operands), gptq.dequantize(), 1e-4),
+    ):
+        x = inputs(3, K).requires_grad_()
+        (first,) = torch.autograd.grad(product(x).square().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), x)
+        exact = 2 * torch.ones(3, K) @ W.T @ W
+        assert (second - exact).abs().max() <= tolerance * exact.abs().max()
+
+
 # ---- export ----
 
 

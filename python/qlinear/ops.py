@@ -8,7 +8,7 @@ operators of a format take the same arguments after the first: the checkpoint's 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -56,11 +56,23 @@ class Format(NamedTuple):
     make: Callable[..., Any]
     features: Callable[..., tuple[int, int]]
 
+    @property
+    def names(self) -> list[str]:
+        return [said.split()[-1] for said in self.schema.split(", ")]
+
     def check_data(self, arguments: tuple) -> None:
         """ValueError where one of the tensors is on the meta device: a product of it would be whatever memory held."""
-        for said, argument in zip(self.schema.split(", "), arguments, strict=False):
+        for name, argument in zip(self.names, arguments, strict=False):
             if isinstance(argument, Tensor) and argument.device.type == "meta":
-                raise ValueError(f"{said.split()[-1]} is on the meta device, it has no data: load it first")
+                raise ValueError(f"{name} is on the meta device, it has no data: load it first")
+
+    def linear_arguments(self, arguments: Sequence[Any]) -> list[Any]:
+        """Those of the product with x as it is, and without the bias."""
+        return [_LINEAR.get(name, argument) for name, argument in zip(self.names, arguments, strict=True)]
+
+
+# With the least threshold that there is every column of LLM.int8() is an outlier, which is not quantized.
+_LINEAR = {"bias": None, "threshold": 2.0**-149, "activation": "none", "input_scale": None, "input_scale_ub": None}
 
 
 def _make_gptq(qweight, qzeros, scales, g_idx, bias, bits, group_size, zero_format, in_features, out_features):
@@ -273,8 +285,21 @@ def product(name: str, x: Tensor, arguments: tuple) -> Tensor:
 
 
 def gradient(name: str, grad_output: Tensor, arguments: tuple) -> Tensor:
-    """grad_output [..., N] times the weight: the gradient with respect to x [..., K]."""
+    """grad_output [..., N] times the weight: the gradient with respect to x [..., K], which has one of its own."""
+    if torch.is_grad_enabled() and grad_output.requires_grad and not _is_compiling():
+        return _Gradient.apply(grad_output, name, *arguments)
     return _OPERATORS[name][1](grad_output, *arguments)
+
+
+def _save(ctx: Any, arguments: Sequence[Any]) -> None:
+    """Keeps an operator's arguments for _saved, tensors among them."""
+    ctx.save_for_backward(*(argument for argument in arguments if isinstance(argument, Tensor)))
+    ctx.numbers = [None if isinstance(argument, Tensor) else (argument,) for argument in arguments]
+
+
+def _saved(ctx: Any) -> list[Any]:
+    tensors = iter(ctx.saved_tensors)
+    return [next(tensors) if number is None else number[0] for number in ctx.numbers]
 
 
 class _Linear(torch.autograd.Function):
@@ -289,14 +314,32 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         _, ctx.name, *arguments = inputs
-        ctx.save_for_backward(*(argument for argument in arguments if isinstance(argument, Tensor)))
-        ctx.numbers = [None if isinstance(argument, Tensor) else (argument,) for argument in arguments]
+        _save(ctx, arguments)
 
     @staticmethod
     def backward(ctx, grad_output):
-        tensors = iter(ctx.saved_tensors)
-        arguments = [next(tensors) if number is None else number[0] for number in ctx.numbers]
+        arguments = _saved(ctx)
         return gradient(ctx.name, grad_output, arguments), None, *(None for _ in arguments)
+
+
+class _Gradient(torch.autograd.Function):
+    """The gradient with its own with respect to grad_output: a product with the weight."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad_output, name, *arguments):
+        return _OPERATORS[name][1](grad_output, *arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.name, *arguments = inputs
+        _save(ctx, FORMATS[ctx.name].linear_arguments(arguments))
+
+    @staticmethod
+    def backward(ctx, grad):
+        arguments = _saved(ctx)
+        return _Linear.apply(grad, ctx.name, *arguments), None, *(None for _ in arguments)
 
 
 def is_plain(x: Any) -> bool:

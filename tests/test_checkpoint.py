@@ -113,6 +113,9 @@ def test_a_model_with_memory_of_its_own_is_loaded_too(tmp_path):
     assert not model.embed.weight.requires_grad
     assert model.norm.weight.requires_grad
     agree(model.eval(), dense, 1e-5)
+    model = real()
+    load_checkpoint(model, directory)
+    assert not any(module.training for module in model.modules())
 
 
 def test_dtype_is_that_of_biases_and_of_what_is_not_quantized(tmp_path):

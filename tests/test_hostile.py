@@ -2,9 +2,12 @@
 
 import gc
 import os
+import resource
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -263,3 +266,45 @@ def test_a_g_idx_that_changed_after_it_was_checked(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     done = subprocess.run([program], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+# ---- a layer that several threads call ----
+
+
+def test_scales_that_change_while_a_product_runs():
+    """Scales that are not fp32 are converted at each call: one that runs goes on with those that it began with."""
+    n, k = 512, 1024
+    scale = torch.ones(n, 1, dtype=torch.bfloat16)
+    layer = _qlinear.Fp8Linear(torch.full((n, k), 0x38, dtype=torch.uint8), scale, activation="none")
+    x, row = torch.ones(8192, k), torch.ones(1, k)
+    results, threads = [], torch.get_num_threads()
+
+    def long_product():
+        torch.set_num_threads(1)
+        results.append(layer(x))
+
+    thread = threading.Thread(target=long_product)
+    thread.start()
+    time.sleep(0.01)
+    changed = 0
+    while thread.is_alive():
+        changed += 1
+        scale.fill_(2.0 ** (changed % 8))
+        assert (layer(row) == k * 2.0 ** (changed % 8)).all()
+    thread.join()
+    torch.set_num_threads(threads)
+    assert changed > 2
+    assert (results[0] == results[0][0, 0]).all()
+
+
+@pytest.mark.skipif("ASAN_OPTIONS" in os.environ, reason="a sanitized build keeps freed memory")
+def test_layers_bound_anew_keep_no_memory_of_before():
+    k = 1 << 20
+    g_idx = torch.arange(k, dtype=torch.int32) % (k // 32)
+    words = torch.zeros(k // 8, 8, dtype=torch.int32), torch.zeros(k // 32, 1, dtype=torch.int32)
+    layer = _qlinear.QuantLinear(*words, torch.ones(k // 32, 8), g_idx, bits=4, group_size=32)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for shift in range(1, 41):
+        g_idx.data = torch.roll(g_idx, shift)
+        layer(torch.ones(0, k))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20 * k * 4 // 1024

@@ -99,7 +99,7 @@ static void ql_rows_release(ql_rows *rows) {
 /* What a product is made of. The weight is a copy: while the GIL is away another thread may bind the layer anew. */
 typedef struct ql_call {
     ql_weight weight;
-    const ql_layer *layer;
+    ql_layer *layer;
     PyObject *object;
     const ql_tensor *x;
     const ql_rows *rows;
@@ -136,20 +136,24 @@ static int ql_run_cpu_linear(const ql_call *call) {
     float *copy;
     if (ql_call_bias(&bias, &copy, call) < 0) return -1;
     int result;
+    call->layer->running++;
     Py_BEGIN_ALLOW_THREADS
     result = ql_cpu_linear(call->output->view.data, call->rows->data, call->rows->stride, call->x->dtype,
                            call->rows->rows, &call->weight, bias);
     Py_END_ALLOW_THREADS
+    call->layer->running--;
     free(copy);
     return ql_cpu_failed(result);
 }
 
 static int ql_run_cpu_grad(const ql_call *call) {
     int result;
+    call->layer->running++;
     Py_BEGIN_ALLOW_THREADS
     result = ql_cpu_linear_grad(call->output->view.data, call->rows->data, call->rows->stride, call->x->dtype,
                                 call->rows->rows, &call->weight);
     Py_END_ALLOW_THREADS
+    call->layer->running--;
     return ql_cpu_failed(result);
 }
 
@@ -256,12 +260,14 @@ PyObject *ql_call_grad(ql_layer *layer, PyObject *grad_output) {
     return result;
 }
 
-static int ql_dequantize_cpu(const ql_layer *layer, ql_tensor *out) {
+static int ql_dequantize_cpu(ql_layer *layer, ql_tensor *out) {
     ql_weight weight = layer->weight;
     int result;
+    layer->running++;
     Py_BEGIN_ALLOW_THREADS
     result = ql_cpu_dequantize(out->data, out->dtype, &weight);
     Py_END_ALLOW_THREADS
+    layer->running--;
     return ql_cpu_failed(result);
 }
 

@@ -25,16 +25,7 @@ typedef struct fp8_extra {
     bool promoted;
     float upper_bound; /* where it came as a number; infinity where none */
     int64_t block_n, block_k;
-    /* weight_scale in fp32, where the tensor itself will not do. Two, so that a bind never writes what the weight bound
-     * before reads: it may have to be bound again, or be in use by another thread. */
-    float *copy[2];
-    int64_t copied[2];
 } fp8_extra;
-
-static void fp8_clear(ql_layer *layer) {
-    fp8_extra *extra = layer->extra;
-    for (int i = 0; i < 2; i++) free(extra->copy[i]);
-}
 
 /* The scales as a matrix, and what one of them is for. A shape that is both [1, N] and the grid of blocks is a channel's,
  * unless the activations come in groups or the blocks are not the usual ones; a grid may be larger than needed, the rest
@@ -65,18 +56,14 @@ static int view_weight_scale(ql_matrix *scales, ql_fp8 *weight, const ql_tensor 
     return -1;
 }
 
-/* The scales in fp32: those that the layer reads now, where nothing changed. */
-static const float *converted_scales(fp8_extra *extra, const float *now, const ql_matrix *scales) {
-    int spare = now && now == extra->copy[0] ? 1 : 0;
-    int64_t count = scales->rows * scales->cols;
-    float *copy = alloc_floats(extra->copy[spare], scales->rows, scales->cols);
-    if (!copy) return NULL;
-    extra->copy[spare] = copy;
-    extra->copied[spare] = count;
-    convert_scales(copy, scales);
-    bool is_same = now && now == extra->copy[1 - spare] && extra->copied[1 - spare] == count &&
-                   memcmp(now, copy, (size_t)count * sizeof *copy) == 0;
-    return is_same ? now : copy;
+/* The scales in fp32, for a weight that cannot read the tensor itself. */
+static const float *converted_scales(ql_layer *layer, const ql_matrix *scales) {
+    int64_t bytes;
+    if (floats_bytes(&bytes, scales->rows, scales->cols) < 0) return NULL;
+    ql_kept *made = ql_kept_new((size_t)bytes);
+    if (!made) return NULL;
+    convert_scales((float *)(void *)made->data, scales);
+    return ql_layer_keep(layer, made);
 }
 
 /* The value of a scale of one element, whatever its rank; nothing where it is absent. */
@@ -102,18 +89,16 @@ static int bind_activation(ql_fp8 *weight, const ql_layer *layer) {
 }
 
 static int fp8_bind(ql_layer *layer) {
-    fp8_extra *extra = layer->extra;
+    const fp8_extra *extra = layer->extra;
     const ql_tensor *bytes = ql_layer_tensor(layer, HELD_WEIGHT);
     const ql_tensor *tensor = ql_layer_tensor(layer, HELD_WEIGHT_SCALE);
     ql_matrix scales;
-    ql_weight weight;
-    memset(&weight, 0, sizeof weight);
+    ql_weight weight = {.format = QL_FORMAT_FP8};
     ql_fp8 *fp8 = &weight.fp8;
     if (check_bytes(bytes, "weight") < 0 || check_not_empty(bytes, "weight") < 0 ||
         check_scale(tensor, "weight_scale") < 0 || bind_activation(fp8, layer) < 0 ||
         view_weight_scale(&scales, fp8, tensor, bytes->shape[0], bytes->shape[1], extra) < 0)
         return -1;
-    weight.format = QL_FORMAT_FP8;
     weight.n = bytes->shape[0];
     weight.k = bytes->shape[1];
     fp8->weight = bytes->data;
@@ -128,12 +113,11 @@ static int fp8_bind(ql_layer *layer) {
                          ql_dtype_name(scale_dtype(tensor)));
             return -1;
         }
-        fp8->scale = converted_scales(extra, layer->weight.fp8.scale, &scales);
+        fp8->scale = converted_scales(layer, &scales);
         fp8->scale_stride = scales.cols;
         if (!fp8->scale) return -1;
     }
-    /* This runs at each call, and other threads may be reading the weight: what is the same is not written. */
-    if (memcmp(&layer->weight, &weight, sizeof weight) != 0) layer->weight = weight;
+    layer->weight = weight;
     /* On a GPU reading a value back would wait for the stream at each call, and no graph could capture it. */
     layer->copies_values =
         tensor->device_type == QL_DEVICE_CPU && (!is_direct(&scales) || ql_layer_tensor(layer, HELD_INPUT_SCALE) ||
@@ -210,7 +194,6 @@ static PyObject *fp8_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     ql_layer *layer = ql_layer_alloc(type, fp8_bind, sizeof extra);
     if (!layer) return NULL;
     *(fp8_extra *)layer->extra = extra;
-    layer->clear = fp8_clear;
     if (ql_layer_hold_required(layer, values[WEIGHT], "weight") >= 0 &&
         ql_layer_hold_required(layer, values[WEIGHT_SCALE], "weight_scale") >= 0 &&
         ql_layer_hold(layer, values[INPUT_SCALE], "input_scale") >= 0 &&
@@ -301,7 +284,7 @@ static int scales_shape(int64_t *shape, const quantize_task *task, const ql_tens
 static int quantize_on_cpu(quantize_task *task, const ql_tensor *x) {
     task->x = ql_matrix_of(x);
     if (task->mode == MODE_STATIC) task->scales[0] = task->scale.value;
-    if (task->mode == MODE_TENSOR && task->x.rows && !(task->absmax = alloc_floats(NULL, task->x.rows, 1))) return -1;
+    if (task->mode == MODE_TENSOR && task->x.rows && !(task->absmax = alloc_floats(task->x.rows, 1))) return -1;
     Py_BEGIN_ALLOW_THREADS
     run_quantize(task);
     Py_END_ALLOW_THREADS
@@ -481,7 +464,7 @@ static int contiguous_floats(const float **floats, float **copy, const ql_matrix
     *floats = vector->data;
     *copy = NULL;
     if (vector->dtype == QL_F32 && (vector->rows == 1 || vector->row_stride == 1)) return 0;
-    if (!(*copy = alloc_floats(NULL, vector->rows, 1))) return -1;
+    if (!(*copy = alloc_floats(vector->rows, 1))) return -1;
     convert_scales(*copy, vector);
     *floats = *copy;
     return 0;
@@ -537,8 +520,8 @@ static PyObject *matmul_checked(PyObject *object, matmul_task *task, ql_dtype dt
     int64_t m = task->a.rows, shape[2] = {m, task->weight.n}, panel = m < PANEL ? m : PANEL;
     if (ql_output_begin(&task->output, object, dtype, 2, shape) < 0) return NULL;
     if (m == 0) return ql_output_finish(&task->output);
-    task->x = alloc_floats(NULL, panel, task->weight.k);
-    if (task->x && dtype != QL_F32) task->y = alloc_floats(NULL, panel, task->weight.n);
+    task->x = alloc_floats(panel, task->weight.k);
+    if (task->x && dtype != QL_F32) task->y = alloc_floats(panel, task->weight.n);
     int result = task->x && (task->y || dtype == QL_F32) ? 0 : -1;
     if (result == 0) {
         Py_BEGIN_ALLOW_THREADS

@@ -16,30 +16,12 @@ enum { QWEIGHT, QZEROS, SCALES, G_IDX };
 typedef enum ql_zero_format { QL_ZEROS_AUTO, QL_ZEROS_V1, QL_ZEROS_V2 } ql_zero_format;
 static const char *const ql_zero_formats[] = {"auto", "gptq", "gptq_v2", NULL};
 
-/* A resolved g_idx. One that a rebind replaced stays linked until the layer goes, since a product on another thread may
- * still read it. */
-typedef struct ql_g_idx_copy {
-    struct ql_g_idx_copy *older;
-    int64_t k;
-    int32_t group[];
-} ql_g_idx_copy;
-
 typedef struct ql_gptq_config {
     int bits;
     int64_t group_size;  /* as given: -1 or at least 1 */
     int64_t in_features; /* 0: not given */
     ql_zero_format zero_format;
-    ql_g_idx_copy *g_idx; /* the newest first */
 } ql_gptq_config;
-
-static void ql_gptq_clear(ql_layer *layer) {
-    ql_gptq_config *config = layer->extra;
-    while (config->g_idx) {
-        ql_g_idx_copy *older = config->g_idx->older;
-        free(config->g_idx);
-        config->g_idx = older;
-    }
-}
 
 /* ------------------------------------------------------------------------------------------------------------------
  * From tensors to a weight */
@@ -85,20 +67,16 @@ static int ql_gptq_check(const ql_layer *layer) {
                : 0;
 }
 
-/* The resolved g_idx in *copy for the caller to own, NULL where it is trivial; contents: its elements on the host. */
-static int ql_gptq_copy_g_idx(ql_g_idx_copy **copy, const void *contents, const ql_tensor *g_idx, const ql_gptq *gptq,
+/* The resolved g_idx, int32 [k], in *copy for the caller to own, NULL where it is trivial; contents: its elements on the
+ * host. */
+static int ql_gptq_copy_g_idx(ql_kept **copy, const void *contents, const ql_tensor *g_idx, const ql_gptq *gptq,
                               int64_t k) {
     *copy = NULL;
-    ql_g_idx_copy *resolved = malloc(sizeof *resolved + (size_t)k * sizeof resolved->group[0]);
-    if (!resolved) {
-        PyErr_NoMemory();
-        return -1;
-    }
-    resolved->older = NULL;
-    resolved->k = k;
+    ql_kept *resolved = ql_kept_new((size_t)k * sizeof(int32_t));
+    if (!resolved) return -1;
     int64_t position = 0;
-    ql_g_idx kind = ql_gptq_resolve_g_idx(resolved->group, &position, contents, g_idx->dtype, g_idx->stride[0], k,
-                                          gptq->groups, gptq->group_size);
+    ql_g_idx kind = ql_gptq_resolve_g_idx((int32_t *)(void *)resolved->data, &position, contents, g_idx->dtype,
+                                          g_idx->stride[0], k, gptq->groups, gptq->group_size);
     if (kind == QL_G_IDX_GENERAL) {
         *copy = resolved;
         return 0;
@@ -112,20 +90,6 @@ static int ql_gptq_copy_g_idx(ql_g_idx_copy **copy, const void *contents, const 
     return -1;
 }
 
-/* Makes the copy the newest of the layer's, or drops it for an equal one; the groups to use. */
-static const int32_t *ql_gptq_keep_g_idx(ql_gptq_config *config, ql_g_idx_copy *copy) {
-    size_t bytes = (size_t)copy->k * sizeof copy->group[0];
-    for (ql_g_idx_copy *kept = config->g_idx; kept; kept = kept->older) {
-        if (kept->k == copy->k && memcmp(kept->group, copy->group, bytes) == 0) {
-            free(copy);
-            return kept->group;
-        }
-    }
-    copy->older = config->g_idx;
-    config->g_idx = copy;
-    return copy->group;
-}
-
 static void ql_gptq_summarize(ql_layer *layer, const ql_gptq_config *config) {
     snprintf(layer->summary, sizeof layer->summary, "bits=%d, group_size=%lld, zero_format='%s'%s", config->bits,
              (long long)config->group_size, ql_zero_formats[layer->weight.gptq.zero_offset ? QL_ZEROS_V1 : QL_ZEROS_V2],
@@ -134,7 +98,7 @@ static void ql_gptq_summarize(ql_layer *layer, const ql_gptq_config *config) {
 
 /* What bind takes of g_idx: a new copy in *copy on the CPU; on a GPU its own memory in gptq->g_idx, if nothing in it has to
  * be resolved. Neither where it is trivial. */
-static int ql_gptq_bind_g_idx(ql_g_idx_copy **copy, ql_gptq *gptq, const ql_layer *layer, int64_t k) {
+static int ql_gptq_bind_g_idx(ql_kept **copy, ql_gptq *gptq, const ql_layer *layer, int64_t k) {
     const ql_tensor *g_idx = ql_gptq_g_idx_tensor(layer);
     *copy = NULL;
     if (!g_idx) return 0;
@@ -142,7 +106,7 @@ static int ql_gptq_bind_g_idx(ql_g_idx_copy **copy, ql_gptq *gptq, const ql_laye
     const void *contents = ql_layer_contents(layer, G_IDX, &read);
     int result = contents ? ql_gptq_copy_g_idx(copy, contents, g_idx, gptq, k) : -1;
     if (result == 0 && *copy && g_idx->device_type != QL_DEVICE_CPU) {
-        if (g_idx->dtype == QL_I32 && memcmp(contents, (*copy)->group, (size_t)k * sizeof(int32_t)) == 0) {
+        if (g_idx->dtype == QL_I32 && memcmp(contents, (*copy)->data, (*copy)->bytes) == 0) {
             gptq->g_idx = g_idx->data;
         } else {
             PyErr_SetString(PyExc_NotImplementedError,
@@ -173,7 +137,7 @@ static int ql_gptq_bind_zeros(ql_gptq *gptq, const ql_layer *layer, int64_t n) {
 /* On the CPU g_idx is checked and copied here, once: the engine indexes with entries that nobody can change any more. So a
  * change of its contents in place is not seen, and neither is one of qzeros by zero_format "auto". */
 static int ql_gptq_bind(ql_layer *layer) {
-    ql_gptq_config *config = layer->extra;
+    const ql_gptq_config *config = layer->extra;
     const ql_tensor *qweight = &layer->held[QWEIGHT].tensor;
     const ql_tensor *qzeros = &layer->held[QZEROS].tensor;
     const ql_tensor *scales = &layer->held[SCALES].tensor;
@@ -199,9 +163,9 @@ static int ql_gptq_bind(ql_layer *layer) {
         .group_size = group_size,
         .groups = groups,
     };
-    ql_g_idx_copy *copy;
+    ql_kept *copy;
     if (ql_gptq_bind_zeros(&gptq, layer, n) < 0 || ql_gptq_bind_g_idx(&copy, &gptq, layer, k) < 0) return -1;
-    if (copy) gptq.g_idx = ql_gptq_keep_g_idx(config, copy);
+    if (copy) gptq.g_idx = ql_layer_keep(layer, copy);
     layer->weight = (ql_weight){.format = QL_FORMAT_GPTQ, .n = n, .k = k, .gptq = gptq};
     ql_gptq_summarize(layer, config);
     return 0;
@@ -239,7 +203,6 @@ static PyObject *ql_gptq_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
     if (ql_args_tuple(values, &signature, args, kwargs) < 0) return NULL;
     ql_layer *layer = ql_layer_alloc(type, ql_gptq_bind, sizeof(ql_gptq_config));
     if (!layer) return NULL;
-    layer->clear = ql_gptq_clear;
     if (ql_gptq_configure(layer->extra, values[5], values[6], values[7], values[8]) == 0 &&
         ql_layer_hold_required(layer, values[0], names[0]) == QWEIGHT &&
         ql_layer_hold_required(layer, values[1], names[1]) == QZEROS &&
@@ -407,8 +370,7 @@ static PyObject *ql_gptq_pack_tensors(ql_gptq_job *job, const ql_tensor *tensors
 }
 
 /* Checks gptq_pack's g_idx and resolves it on the host, on a GPU as well: only there an entry out of range can be told. */
-static int ql_gptq_read_g_idx(ql_g_idx_copy **copy, PyObject *object, const ql_tensor *g_idx, int64_t group_size,
-                              int64_t k) {
+static int ql_gptq_read_g_idx(ql_kept **copy, PyObject *object, const ql_tensor *g_idx, int64_t group_size, int64_t k) {
     static const ql_dtype index[] = {QL_I32, QL_I64};
     ql_gptq gptq = {.group_size = group_size, .groups = ql_group_count(k, group_size)};
     if (ql_check_dtype(g_idx, "g_idx", 2, index) < 0 || ql_check_shape(g_idx, "g_idx", 1, &k) < 0) return -1;
@@ -424,11 +386,11 @@ static int ql_gptq_read_g_idx(ql_g_idx_copy **copy, PyObject *object, const ql_t
 static PyObject *ql_gptq_pack_indexed(ql_gptq_job *job, const ql_tensor *tensors, PyObject *like,
                                       const ql_tensor *g_idx, PyObject *object) {
     if (!g_idx) return ql_gptq_pack_tensors(job, tensors, like);
-    ql_g_idx_copy *copy = NULL;
+    ql_kept *copy = NULL;
     PyObject *result = NULL;
     if (ql_check_aligned(g_idx, "g_idx") == 0 && ql_check_same_device(g_idx, "g_idx", &tensors[0], "weight") == 0 &&
         ql_gptq_read_g_idx(&copy, object, g_idx, job->group_size, tensors[0].shape[1]) == 0) {
-        job->g_idx = copy ? copy->group : NULL;
+        job->g_idx = copy ? (const int32_t *)(const void *)copy->data : NULL;
         job->device_g_idx = copy ? g_idx : NULL;
         result = ql_gptq_pack_tensors(job, tensors, like);
     }

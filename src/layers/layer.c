@@ -59,6 +59,42 @@ static int ql_layer_check_bias(const ql_layer *layer) {
     return ql_check_shape(bias, "bias", 1, &layer->weight.n);
 }
 
+ql_kept *ql_kept_new(size_t bytes) {
+    ql_kept *made = malloc(sizeof *made + bytes);
+    if (!made) {
+        PyErr_NoMemory();
+        return NULL;
+    }
+    *made = (ql_kept){.bytes = bytes};
+    return made;
+}
+
+const void *ql_layer_keep(ql_layer *layer, ql_kept *made) {
+    ql_kept *newest = layer->kept;
+    if (newest && newest->bytes == made->bytes && memcmp(newest->data, made->data, made->bytes) == 0) {
+        free(made);
+        return newest->data;
+    }
+    made->older = newest;
+    layer->kept = made;
+    return made->data;
+}
+
+static void ql_kept_free(ql_kept *kept) {
+    while (kept) {
+        ql_kept *older = kept->older;
+        free(kept);
+        kept = older;
+    }
+}
+
+/* After a bind, whose weight reads the newest if any. */
+static void ql_layer_drop_older(ql_layer *layer) {
+    if (!layer->kept || layer->running) return;
+    ql_kept_free(layer->kept->older);
+    layer->kept->older = NULL;
+}
+
 /* A producer that was read later ran Python code, which may have replaced the storage of what was borrowed before. */
 static int ql_layer_read_again(ql_layer *layer) {
     for (int i = 0; i < layer->held_count; i++) {
@@ -104,7 +140,10 @@ int ql_layer_refresh(ql_layer *layer) {
     if (result == 0) result = ql_layer_check_devices(layer);
     if (result == 0) result = layer->bind(layer);
     if (result == 0) result = ql_layer_check_bias(layer);
-    if (result == 0) return 0;
+    if (result == 0) {
+        ql_layer_drop_older(layer);
+        return 0;
+    }
     layer->weight = weight;
     for (int i = 0; i < layer->held_count; i++)
         if (changed & 1u << i) layer->held[i].tensor = before[i];
@@ -195,7 +234,7 @@ static void ql_layer_dealloc(PyObject *self) {
         if (layer->held[i].object) ql_tensor_release(&layer->held[i].tensor);
         Py_CLEAR(layer->held[i].object);
     }
-    if (layer->clear) layer->clear(layer);
+    ql_kept_free(layer->kept);
     free(layer->extra);
     QL_FROM_SLOT(freefunc, PyType_GetSlot(type, Py_tp_free))(self);
     Py_DECREF(type);

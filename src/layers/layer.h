@@ -17,16 +17,25 @@ typedef struct ql_held {
     ql_tensor tensor;
 } ql_held;
 
+/* What bind made out of tensors for the weight to read. One that a later bind replaced stays until no product runs, as
+ * one on another thread may still read it. */
+typedef struct ql_kept {
+    struct ql_kept *older;
+    size_t bytes;
+    _Alignas(8) unsigned char data[];
+} ql_kept;
+
 typedef struct ql_layer ql_layer;
 
 struct ql_layer {
     PyObject_HEAD
     PyObject *weakrefs;
-    int (*bind)(ql_layer *layer);   /* fills weight from held; -1 with an exception, nothing changed then */
-    void (*clear)(ql_layer *layer); /* frees `extra`; may be NULL */
-    char summary[96];               /* of the repr, after the sizes: "bits=4, group_size=128", or empty */
-    void *extra;                    /* the type's own configuration, malloc'ed, freed by ql_layer's dealloc */
+    int (*bind)(ql_layer *layer); /* fills weight from held; -1 with an exception, nothing changed then */
+    char summary[96];             /* of the repr, after the sizes: "bits=4, group_size=128", or empty */
+    void *extra;                  /* the type's own configuration, malloc'ed, freed by ql_layer's dealloc */
     ql_weight weight;
+    ql_kept *kept;      /* the newest first */
+    int running;        /* calls that read a copy of weight without the GIL */
     bool copies_values; /* weight has values read out of tensors: bound anew at each call, to see them change */
     int bias;           /* index into held, or -1 */
     int held_count;
@@ -43,6 +52,11 @@ int ql_layer_hold(ql_layer *layer, PyObject *object, const char *name);
 
 /* Holds the bias, binds, and checks that all tensors share a device and that the bias is a float [n]. 0, or -1. */
 int ql_layer_ready(ql_layer *layer, PyObject *bias);
+
+/* Room of `bytes` for bind, to be filled and then kept or freed; NULL with MemoryError. */
+ql_kept *ql_kept_new(size_t bytes);
+/* Gives it to the layer, or frees it where the newest has the same contents; what the weight is to read. */
+const void *ql_layer_keep(ql_layer *layer, ql_kept *made);
 
 /* A tensor's storage can be replaced under the object that is held (`weight.data = ...`, resize_), so what was borrowed is
  * read again before each call; a change binds anew, and one that does not fit leaves the layer as it was. 0, or -1. */

@@ -58,7 +58,7 @@ static int describe(ql_packed_spec *spec, ql_layer *layer, char reason[QL_PACKED
     return result;
 }
 
-static int run_pack(uint8_t *data, const ql_packed_spec *spec, const ql_packed_layout *layout, const ql_layer *layer) {
+static int run_pack(uint8_t *data, const ql_packed_spec *spec, const ql_packed_layout *layout, ql_layer *layer) {
     const ql_held *first = &layer->held[0];
     ql_weight weight = layer->weight;
     ql_cuda_place place = {0};
@@ -66,12 +66,14 @@ static int run_pack(uint8_t *data, const ql_packed_spec *spec, const ql_packed_l
     bool on_cpu = first->tensor.device_type == QL_DEVICE_CPU;
     int result = 0;
     if (!on_cpu && ql_place_of(&place, first->object, &first->tensor) < 0) return -1;
+    layer->running++;
     Py_BEGIN_ALLOW_THREADS
     if (on_cpu)
         ql_packed_pack(data, spec, layout, &weight);
     else
         result = ql_cuda_pack(&place, data, spec, layout, &weight, message);
     Py_END_ALLOW_THREADS
+    layer->running--;
     return result < 0 ? ql_cuda_failed(message) : 0;
 }
 

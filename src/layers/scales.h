@@ -77,12 +77,19 @@ static inline void convert_scales(float *out, const ql_matrix *scales) {
             out[row * scales->cols + col] = ql_matrix_f32(scales, row, col);
 }
 
-/* rows * cols floats, or NULL with MemoryError, also where their bytes do not fit int64. */
-static inline float *alloc_floats(float *before, int64_t rows, int64_t cols) {
+/* The bytes of rows * cols floats; -1 with MemoryError where they do not fit int64. */
+static inline int floats_bytes(int64_t *bytes, int64_t rows, int64_t cols) {
+    if (!__builtin_mul_overflow(rows, cols, bytes) && !__builtin_mul_overflow(*bytes, (int64_t)sizeof(float), bytes))
+        return 0;
+    PyErr_NoMemory();
+    return -1;
+}
+
+/* rows * cols floats, or NULL with MemoryError. */
+static inline float *alloc_floats(int64_t rows, int64_t cols) {
     int64_t bytes;
-    float *floats = NULL;
-    if (!__builtin_mul_overflow(rows, cols, &bytes) && !__builtin_mul_overflow(bytes, (int64_t)sizeof(float), &bytes))
-        floats = realloc(before, (size_t)bytes);
+    if (floats_bytes(&bytes, rows, cols) < 0) return NULL;
+    float *floats = malloc((size_t)bytes);
     if (!floats) PyErr_NoMemory();
     return floats;
 }

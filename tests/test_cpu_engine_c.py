@@ -38,7 +38,7 @@ def compiled(folder: Path, flags: list[str]) -> Path:
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    return compiled(tmp_path_factory.mktemp("engine"), ["-O2"])
+    return compiled(tmp_path_factory.mktemp("engine"), ["-O3"])
 
 
 def passes(program: Path, isa: str, *arguments: str) -> None:

@@ -6,16 +6,13 @@
 #ifndef QL_KERNELS_CODE_EXACT_CUH
 #define QL_KERNELS_CODE_EXACT_CUH
 
-#include "packed.h"
-#include "ptx.cuh"
-
-static __device__ __forceinline__ uint32_t twice(uint32_t bits) { return bits * 0x00010001u; }
+#include "code_bits.cuh"
 
 /* What subtracts zero `z` from codes that stand at bit `at` of the mantissa, as a pair: -(2^10 / 2^at + z) in fp16,
  * -(2^7 / 2^at + z) in bf16. */
 static __device__ __forceinline__ uint32_t minus_pair(uint32_t z, int at, int type) {
-    return type == QL_VALUE_F16 ? (z << at) * 0x00010001u + twice(0xe400u - ((uint32_t)at << 10))
-                                : (z << at) * 0x00010001u + twice(0xc300u - ((uint32_t)at << 7));
+    return type == QL_VALUE_F16 ? twice(z << at) + twice(0xe400u - ((uint32_t)at << 10))
+                                : twice(z << at) + twice(0xc300u - ((uint32_t)at << 7));
 }
 
 /* bits << at taken as part of a power of two; divided by 2^at and the power and zero subtracted. */
@@ -34,11 +31,6 @@ static __device__ __forceinline__ uint32_t zero_word(uint32_t zero, int code, in
     return zero;
 }
 
-/* Bit of a code's lowest bit within 16: step s of a tile, row g + 8 * h; columns 8 further on are 8 bits higher. */
-static __device__ __forceinline__ int code_bit(int code, int s, int h) {
-    return code == QL_CODE_INT4 ? 4 * h : 4 * (s % 2) + 2 * h;
-}
-
 /* (word & mask) | rest in one instruction: the compiler makes two of it where both are constants. */
 static __device__ __forceinline__ uint32_t masked_or(uint32_t word, uint32_t mask, uint32_t rest) {
     uint32_t result;
@@ -46,24 +38,22 @@ static __device__ __forceinline__ uint32_t masked_or(uint32_t word, uint32_t mas
     return result;
 }
 
-/* Two 2-, 3- or 4-bit codes of a row less its zero: `word` has them at bit `from` of each half. */
+/* Two 2-, 3- or 4-bit codes of a row less its zero. */
 static __device__ __forceinline__ uint32_t small_codes(uint32_t word, uint32_t high, int code, int s, int p, int h,
                                                        uint32_t zero, int type) {
-    const int bits = code == QL_CODE_INT2 ? 2 : code == QL_CODE_INT3 ? 3 : 4;
+    const int bits = QL_CODE_BITS(code);
     const int from = code_bit(code, s, h), room = type == QL_VALUE_F16 ? 10 : 7;
     /* Where the mantissa has no room for the code in its place, it comes down. */
     const int at = from + bits <= room ? from : from - (code == QL_CODE_INT4 ? 4 : 2);
     const uint32_t low_mask = twice((code == QL_CODE_INT4 ? 15u : 3u) << at);
     uint32_t magic = twice(type == QL_VALUE_F16 ? 0x6400u : 0x4300u);
-    if (code == QL_CODE_INT3)
-        magic = masked_or(shifted(high, 8 * p + 2 * (s % 4) + h - (at + 2)), twice(4u << at), magic);
+    if (code == QL_CODE_INT3) magic = masked_or(shifted(high, high_bit(s, p, h) - (at + 2)), twice(4u << at), magic);
     return take_away(masked_or(word >> (8 * p + from - at), low_mask, magic), at, minus_pair(zero, at, type), type);
 }
 
 /* Two 8-bit codes less their zero: bytes h and h + 2 of the word. */
 static __device__ __forceinline__ uint32_t byte_codes(uint32_t word, int h, uint32_t zero, int type, int has_zeros) {
-    if (type == QL_VALUE_F16)
-        return add_half2(__byte_perm(word, 0x64646464u, h ? 0x4341 : 0x4240), minus_pair(zero, 0, type));
+    if (type == QL_VALUE_F16) return add_half2(half_bytes(word, h), minus_pair(zero, 0, type));
     /* bf16 has room for seven bits: 128 + (q & 127), less 128 with or without 128 by the highest bit, is q - 128. */
     const uint32_t in_place = word >> (8 * h);
     const uint32_t low = masked_or(in_place, 0x007f007fu, 0x43004300u);

@@ -7,8 +7,8 @@
 #ifndef QL_KERNELS_CODE_RAW_CUH
 #define QL_KERNELS_CODE_RAW_CUH
 
+#include "code_bits.cuh"
 #include "decode.h"
-#include "ptx.cuh"
 
 /* A lane's codes of a batch. */
 typedef struct ql_batch_codes {
@@ -56,16 +56,14 @@ static __device__ __forceinline__ void raw_fragment(uint32_t a[4], const ql_batc
             else
                 a[i] = (shifted(word, 8 * p + 4 * h) & 0x000f000fu) | 0x43004300u;
         } else {
-            const int place = 4 * (step % 2) + 2 * h;
             /* Where the code's lowest bit is to stand. */
             const int to = type != QL_VALUE_F16 ? 0 : 2 * h;
-            const uint32_t mask = (3u << to) * 0x00010001u;
             uint32_t word = word_of(codes->low[block / 2], block % 2 * 2 + step / 2);
-            a[i] = shifted(word, 8 * p + place - to) & mask;
+            a[i] = shifted(word, 8 * p + code_bit(code, step, h) - to) & twice(3u << to);
             if (type != QL_VALUE_F16) a[i] |= 0x43004300u;
             if (code == QL_CODE_INT3) {
                 uint32_t high = block % 2 ? codes->high[block / 2].y : codes->high[block / 2].x;
-                a[i] |= shifted(high, 8 * p + 2 * step + h - to - 2) & ((4u << to) * 0x00010001u);
+                a[i] |= shifted(high, high_bit(step, p, h) - (to + 2)) & twice(4u << to);
             }
         }
     }

@@ -452,9 +452,9 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     if (p->cluster_shift) finish_cluster(p, type, block, rank);
 }
 
-#define QL_DEFINE_DECODE(name, source, code, type, tokens, groups)                                                     \
+#define KERNEL(name, source, code, type, tokens, groups)                                                               \
     extern "C" __global__ void __launch_bounds__(QL_DECODE_THREADS, 1)                                                 \
         name(const __grid_constant__ ql_decode_params params) {                                                        \
         decode(&params, code, type, tokens, groups);                                                                   \
     }
-QL_DECODE_VARIANTS(QL_DEFINE_DECODE)
+QL_DECODE_VARIANTS(KERNEL)

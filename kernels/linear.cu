@@ -64,11 +64,11 @@ static __device__ __forceinline__ void product(const ql_linear_params *p, bool t
     }
 }
 
-#define QL_DEFINE_LINEAR(name, source, transposed, tokens)                                                             \
+#define KERNEL(name, source, transposed, tokens)                                                                       \
     extern "C" __global__ void __launch_bounds__(THREADS) name(const __grid_constant__ ql_linear_params params) {      \
         product(&params, transposed, tokens);                                                                          \
     }
-QL_LINEAR_VARIANTS(QL_DEFINE_LINEAR)
+QL_LINEAR_VARIANTS(KERNEL)
 
 /* out[row][col] = W, a thread an element. */
 extern "C" __global__ void __launch_bounds__(THREADS) ql_dequantize(const __grid_constant__ ql_linear_params p) {

@@ -1,7 +1,6 @@
 /* The product with a packed weight on mma.sync: every GPU from sm_80 on that has no wgmma, from a few tokens up.
  *
- * A block of 8 warps makes 128 outputs of TOKENS tokens over a part of K ("split"). x and the codes of its
- * strips come to shared memory by cp.async, some stages ahead: x in rows of 128 bytes whose 16-byte pieces are swizzled by
+ * A block of 8 warps makes 128 outputs of some tokens over a part of K ("split"). x and the codes of its strips come to shared memory by cp.async, some stages ahead: x in rows of 128 bytes whose 16-byte pieces are swizzled by
  * the row, codes as they are. A warp makes 16-bit fragments of its strips' codes in registers. Where K is split, the
  * blocks of all parts but the last leave fp32 sums in scratch and the last adds them in order: the same bits each time.
  * It has the highest index of its tile, so what it waits for was started before it. */
@@ -282,9 +281,9 @@ static __device__ __forceinline__ void product(const ql_split_params *q, int cod
     store_tile(p, shared, sum, row_tile, token, first_strip, first_token, type, tokens);
 }
 
-#define QL_DEFINE_MMA(name, source, code, type, wide, tokens)                                                          \
+#define KERNEL(name, source, code, type, wide, tokens)                                                                 \
     extern "C" __global__ void __launch_bounds__(THREADS, (tokens) == 16 ? 2 : 1)                                      \
         name(const __grid_constant__ ql_split_params params) {                                                         \
         product(&params, code, type, wide, tokens);                                                                    \
     }
-QL_MMA_VARIANTS(QL_DEFINE_MMA)
+QL_MMA_VARIANTS(KERNEL)

@@ -81,10 +81,9 @@ enum { QL_MMA_ROWS = 128, QL_MMA_THREADS = 256, QL_MMA_BUDGET = 80 * 1024, QL_MM
  * x: 16-byte aligned rows of which each starts at a multiple of 8 elements. */
 typedef struct ql_split_params {
     ql_packed_params product;
-    float *partial; /* scratch: what each split but the last of a tile has summed */
-    uint64_t
-        *flags; /* [tiles][splits - 1]: scratch with anything in it; one that equals nonce says that partial is there */
-    uint64_t nonce; /* of this launch */
+    float *partial;  /* scratch: what each split but the last of a tile has summed */
+    uint64_t *flags; /* scratch: [tiles][splits - 1], with anything in it; nonce: that part of partial is there */
+    uint64_t nonce;  /* of this launch */
     int32_t splits;
 } ql_split_params;
 

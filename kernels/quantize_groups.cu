@@ -49,8 +49,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) ql_find_group_params(const
             }
         }
         for (int step = lanes / 2; step > 0; step /= 2) {
-            low = lesser(low, __shfl_xor_sync(0xffffffffu, low, step));
-            high = greater(high, __shfl_xor_sync(0xffffffffu, high, step));
+            low = lesser(low, __shfl_xor_sync(ALL_LANES, low, step));
+            high = greater(high, __shfl_xor_sync(ALL_LANES, high, step));
         }
         if (entry >= entries || (int)threadIdx.x % lanes) continue;
         low = __fadd_rn(low, 0.0f); /* the least of 0 and -0 is -0 here, and 0 in the format's own order */

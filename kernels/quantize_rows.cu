@@ -26,7 +26,7 @@ static __device__ __forceinline__ bool hold_row(uint4 *held, const ql_source *so
     return true;
 }
 
-/* The largest magnitude of what the thread holds, as magnitude_bits: the bits of 16-bit floats order as well. */
+/* The largest magnitude of what the thread holds, as magnitude_bits. */
 static __device__ __forceinline__ uint32_t held_magnitude(const uint4 *held, int type) {
     uint32_t most = 0;
 #pragma unroll
@@ -34,8 +34,7 @@ static __device__ __forceinline__ uint32_t held_magnitude(const uint4 *held, int
         most = __vmaxu2(most, __vmaxu2(held[i].x & 0x7fff7fffu, held[i].y & 0x7fff7fffu));
         most = __vmaxu2(most, __vmaxu2(held[i].z & 0x7fff7fffu, held[i].w & 0x7fff7fffu));
     }
-    most = max(most & 0xffffu, most >> 16);
-    return type == QL_VALUE_F16 ? magnitude_bits(__half2float(__ushort_as_half((uint16_t)most))) : most << 16;
+    return widened(max(most & 0xffffu, most >> 16), type);
 }
 
 /* That of the thread's part of a row that it reads. */
@@ -52,7 +51,7 @@ static __device__ __forceinline__ uint32_t row_magnitude(const ql_source *source
 /* ---- EETQ ---- */
 
 static __device__ __forceinline__ float eetq_scale(uint32_t most) {
-    return most < 0x7f800000u ? __fmul_rn(__uint_as_float(most), 1.0f / 128.0f) : __uint_as_float(0x7fc00000u);
+    return most < INFINITY_BITS ? __fmul_rn(__uint_as_float(most), 1.0f / 128.0f) : __uint_as_float(0x7fc00000u);
 }
 
 /* Half away from zero, clamped; NaN (of 0 / 0) becomes 127. */
@@ -82,7 +81,7 @@ static __device__ __forceinline__ void store_eetq(uint8_t *to, int64_t col, int6
     for (int i = 0; i < QL_RUN; i++) code[i] = eetq_code(run[i], scale, inverse);
     uint32_t low = four_bytes(code) ^ 0x80808080u, high = four_bytes(code + 4) ^ 0x80808080u;
     bool odd = threadIdx.x & 1;
-    uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? low : high, 1);
+    uint32_t other = __shfl_xor_sync(ALL_LANES, odd ? low : high, 1);
     uint32_t first = odd ? other : low, second = odd ? high : other;
     uint2 bytes = {__byte_perm(first, second, 0x5140), __byte_perm(first, second, 0x7362)};
     if (col < cols) __stcs((uint2 *)(to + (col >> 6) * 128 + (col & 63)), bytes);
@@ -180,10 +179,6 @@ extern "C" __global__ void __launch_bounds__(QL_QUANTIZE_THREADS)
 
 /* ---- LLM.int8() ---- */
 
-static __device__ __forceinline__ bool is_outlier(uint32_t magnitude, uint32_t limit) {
-    return magnitude >= limit && magnitude <= 0x7f800000u;
-}
-
 /* Eight bytes at codes[col], those at `end` and beyond left out. */
 static __device__ __forceinline__ void store_bytes(uint8_t *codes, bool vector, int64_t col, int64_t end,
                                                    const int *code) {
@@ -251,7 +246,7 @@ extern "C" __global__ void __launch_bounds__(QL_ROW_THREADS)
                                            : row_magnitude(&p.source, from);
         most = block_max(most);
         float absmax = __uint_as_float(most), lift = absmax < 0x1p-100f ? 0x1p100f : 1.0f;
-        int8_row by = {limit, lift, __fdiv_rn(127.0f, __fmul_rn(absmax, lift)), most == 0 || most >= 0x7f800000u};
+        int8_row by = {limit, lift, __fdiv_rn(127.0f, __fmul_rn(absmax, lift)), most == 0 || most >= INFINITY_BITS};
         uint8_t *codes = (uint8_t *)p.codes + row * cols;
         if (threadIdx.x == 0) ((float *)p.scales)[row] = absmax;
         if (is_held) {
@@ -277,7 +272,7 @@ extern "C" __global__ void __launch_bounds__(QL_ROW_THREADS)
     for (int64_t base = 0; base < p.count; base += QL_ROW_THREADS) {
         int64_t col = base + threadIdx.x;
         bool set = col < p.count && p.flags[col];
-        uint32_t votes = __ballot_sync(0xffffffffu, set);
+        uint32_t votes = __ballot_sync(ALL_LANES, set);
         __syncthreads();
         if (lane == 0) counts[warp] = __popc(votes);
         __syncthreads();
@@ -296,7 +291,7 @@ extern "C" __global__ void __launch_bounds__(QL_ROW_THREADS)
 /* Codes of a run by x * inverse or x / scale, as formats/fp8.h decides; a scale of 0 gives 0. */
 static __device__ __forceinline__ void encode_e4m3(int *code, const float *run, float scale, bool reciprocal) {
     float inverse = __fdiv_rn(1.0f, scale);
-    bool multiply = scale == 0.0f || (reciprocal && fabsf(inverse) < __uint_as_float(0x7f800000u));
+    bool multiply = scale == 0.0f || (reciprocal && fabsf(inverse) < __uint_as_float(INFINITY_BITS));
     float factor = scale == 0.0f ? 0.0f : inverse;
 #pragma unroll
     for (int i = 0; i < QL_RUN; i++)

@@ -2,6 +2,7 @@
 #ifndef QL_KERNELS_SOURCE_CUH
 #define QL_KERNELS_SOURCE_CUH
 
+#include "ptx.cuh"
 #include "quantize.h"
 #include "value.cuh"
 
@@ -61,8 +62,20 @@ static __device__ __forceinline__ float load_strided(const ql_strided *m, int64_
                                    : load_value(m->data, m->type, at);
 }
 
+#define INFINITY_BITS 0x7f800000u
+
 /* The bits of |value|: they order as magnitudes do, with every NaN above infinity, so that a maximum keeps NaN. */
 static __device__ __forceinline__ uint32_t magnitude_bits(float value) { return __float_as_uint(value) & 0x7fffffffu; }
+
+/* Magnitudes from the limit to infinity, no NaN; a limit of 0xffffffff: none. */
+static __device__ __forceinline__ bool is_outlier(uint32_t magnitude, uint32_t limit) {
+    return magnitude >= limit && magnitude <= INFINITY_BITS;
+}
+
+/* The bits of a 16-bit magnitude, which order likewise, as magnitude_bits has them. */
+static __device__ __forceinline__ uint32_t widened(uint32_t magnitude, int type) {
+    return type == QL_VALUE_F16 ? magnitude_bits(__half2float(__ushort_as_half((uint16_t)magnitude))) : magnitude << 16;
+}
 
 static __device__ __forceinline__ uint32_t run_magnitude(uint32_t most, const float *run) {
 #pragma unroll
@@ -73,14 +86,14 @@ static __device__ __forceinline__ uint32_t run_magnitude(uint32_t most, const fl
 /* The maximum over the `lanes` neighbours (a power of two up to 32) that share a group, for each of them. The whole warp
  * must be here. */
 static __device__ __forceinline__ uint32_t lanes_max(uint32_t value, int lanes) {
-    for (int step = lanes / 2; step > 0; step /= 2) value = max(value, __shfl_xor_sync(0xffffffffu, value, step));
+    for (int step = lanes / 2; step > 0; step /= 2) value = max(value, __shfl_xor_sync(ALL_LANES, value, step));
     return value;
 }
 
 /* The maximum over the block, for each of its threads. */
 static __device__ __forceinline__ uint32_t block_max(uint32_t value) {
     __shared__ uint32_t most[32];
-    value = __reduce_max_sync(0xffffffffu, value);
+    value = __reduce_max_sync(ALL_LANES, value);
     __syncthreads();
     if (threadIdx.x % 32 == 0) most[threadIdx.x / 32] = value;
     __syncthreads();

@@ -32,9 +32,8 @@ typedef struct ql_streamk_params {
     uint64_t codes_map[16]; /* of the codes: a row a strip; boxes of a stage's columns by the tile's strips */
     ql_packed_params product;
     float *partials; /* scratch: [grid][rows * tokens] */
-    uint64_t
-        *flags;     /* scratch: [grid][QL_STREAMK_WARPS]; one that equals nonce: the warp's part of partials is there */
-    uint64_t nonce; /* of this launch */
+    uint64_t *flags; /* scratch: [grid][QL_STREAMK_WARPS]; nonce: the warp's part of partials is there */
+    uint64_t nonce;  /* of this launch */
     int32_t row_tiles, token_tiles, k_blocks, split_tiles;
     int32_t range, longer_ranges; /* blocks a range, and how many ranges have one more */
     int32_t stages;

@@ -24,14 +24,14 @@ static __device__ __forceinline__ float token_scale(uint32_t most, float upper_b
 static __device__ __forceinline__ ql_encoder e4m3_encoder(float scale, uint32_t most, bool reciprocal) {
     ql_encoder e = {scale, __fdiv_rn(1.0f, scale), false, false};
     if (scale == 0.0f) e.factor = 0.0f;
-    e.quotient = scale != 0.0f && !(reciprocal && fabsf(e.factor) < __uint_as_float(0x7f800000u));
-    e.exact = most >= 0x7f800000u || !(fabsf(scale) > 0x1p-60f && fabsf(scale) < 0x1p60f);
+    e.quotient = scale != 0.0f && !(reciprocal && fabsf(e.factor) < __uint_as_float(INFINITY_BITS));
+    e.exact = most >= INFINITY_BITS || !(fabsf(scale) > 0x1p-60f && fabsf(scale) < 0x1p60f);
     return e;
 }
 
 static __device__ __forceinline__ ql_encoder int8_encoder(uint32_t most) {
     float absmax = __uint_as_float(most), lift = absmax < 0x1p-100f ? 0x1p100f : 1.0f;
-    return (ql_encoder){__fdiv_rn(127.0f, __fmul_rn(absmax, lift)), lift, false, most == 0 || most >= 0x7f800000u};
+    return (ql_encoder){__fdiv_rn(127.0f, __fmul_rn(absmax, lift)), lift, false, most == 0 || most >= INFINITY_BITS};
 }
 
 /* Rare, and long. */
@@ -72,14 +72,11 @@ static __device__ __forceinline__ uint2 int8_run(const float *run, const ql_enco
                       code[4] | code[5] << 8 | code[6] << 16 | code[7] << 24);
 }
 
-/* Bit i: |run[i]| is at least the limit, and no NaN. No limit is 0xffffffff. */
+/* Bit i: run[i] is one. */
 static __device__ __forceinline__ uint32_t outliers_of(const float *run, uint32_t limit) {
     uint32_t marked = 0;
 #pragma unroll
-    for (int i = 0; i < QL_RUN; i++) {
-        uint32_t magnitude = magnitude_bits(run[i]);
-        marked |= (uint32_t)(magnitude >= limit && magnitude <= 0x7f800000u) << i;
-    }
+    for (int i = 0; i < QL_RUN; i++) marked |= (uint32_t)is_outlier(magnitude_bits(run[i]), limit) << i;
     return marked;
 }
 

@@ -1,7 +1,5 @@
 /* Products of 1 to 16 tokens with 8-bit weights and 8-bit activations. The weight is the checkpoint's own tensor, read once
- * at the speed of memory; 16 rows of it are the large operand of mma, tokens the small one. A lane takes 16 neighbouring
- * bytes of a row for what mma calls columns anywhere in 64, and as many bytes of the activations: a sum does not mind the
- * order of its columns.
+ * at the speed of memory; 16 rows of it are the large operand of mma, tokens the small one (w8a8_pieces.cuh).
  *
  * Each warp has a ring of slots in shared memory, 16 rows by 128 columns, which it fills by cp.async in whole lines of the
  * cache and empties itself: no barrier is between. The ring is as deep as the memory allows, so that the weight is on its way
@@ -459,9 +457,9 @@ static __device__ __forceinline__ void product(const ql_w8a8_decode_params *p, i
     if (p->cluster > 1) finish_cluster(p, team, rank);
 }
 
-#define QL_DEFINE_W8A8_DECODE(name, source, code, groups, tokens)                                                      \
+#define KERNEL(name, source, code, groups, tokens)                                                                     \
     extern "C" __global__ void __launch_bounds__(QL_W8A8_DECODE_THREADS, 1)                                            \
         name(const __grid_constant__ ql_w8a8_decode_params params) {                                                   \
         product(&params, code, groups, tokens);                                                                        \
     }
-QL_W8A8_DECODE_VARIANTS(QL_DEFINE_W8A8_DECODE)
+QL_W8A8_DECODE_VARIANTS(KERNEL)

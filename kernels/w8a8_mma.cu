@@ -1,8 +1,7 @@
 /* Products of any number of tokens with 8-bit weights and 8-bit activations on mma.sync, for GPUs that have no wgmma: 128 rows
  * of the weight by 64 tokens a block, K in steps of 128 columns through a ring of stages in shared memory.
  *
- * As in w8a8_decode.cu a lane takes 16 neighbouring bytes of a row for columns anywhere in 64. e4m3 is multiplied as it is
- * from compute capability 8.9 on, and becomes fp16, exactly, before. The sums of a step are added in fp32, whether or not
+ * e4m3 is multiplied as it is from compute capability 8.9 on, and becomes fp16, exactly, on GPUs before that. The sums of a step are added in fp32, whether or not
  * that was asked for. Outliers come in fp32 at the end, from x less what their codes gave.
  *
  * Grid: ceil(n / QL_W8A8_MMA_ROWS) by ceil(m / QL_W8A8_MMA_TOKENS). */
@@ -133,7 +132,7 @@ static __device__ __forceinline__ int list_columns(int *list, int *count, const 
         uint32_t bits = word < p->x_pitch / 32 ? p->outliers[word] : 0;
         int before = __popc(bits);
         for (int step = 1; step < 32; step *= 2) {
-            const int other = __shfl_up_sync(0xffffffffu, before, step);
+            const int other = __shfl_up_sync(ALL_LANES, before, step);
             if (lane >= step) before += other;
         }
         if (lane == 31) *count = before;
@@ -256,8 +255,8 @@ static __device__ __forceinline__ void product(const ql_w8a8_params *p, int code
     store_outputs(p, &out, whole, code, groups, row, token);
 }
 
-#define QL_DEFINE_W8A8_MMA(name, source, code, groups)                                                                 \
+#define KERNEL(name, source, code, groups)                                                                             \
     extern "C" __global__ void __launch_bounds__(THREADS, 1) name(const __grid_constant__ ql_w8a8_params params) {     \
         product(&params, code, groups);                                                                                \
     }
-QL_W8A8_MMA_VARIANTS(QL_DEFINE_W8A8_MMA)
+QL_W8A8_MMA_VARIANTS(KERNEL)

@@ -5,8 +5,7 @@
 #include "w8a8.h"
 
 /* Rows of the weight and tokens that a block makes outputs of, its threads, and the stages of its ring: rows and tokens by
- * 128 columns. Four stages are what GPUs that let a multiprocessor have 100 KB have
- * room for. */
+ * 128 columns. Four stages are what fits GPUs whose multiprocessors have 100 KB. */
 enum {
     QL_W8A8_MMA_ROWS = 128,
     QL_W8A8_MMA_TOKENS = 64,

@@ -53,19 +53,24 @@ static __device__ __forceinline__ void clear_stages(const ql_w8a8_wgmma_params *
         uint32_t marked = 0, slot = 0;
         int found = 0, columns = 0;
         for (int block = s.first + lane; block < s.end; block += WARP) columns += count_bits(marks[block]);
-        columns = __reduce_add_sync(~0u, columns);
+        columns = __reduce_add_sync(ALL_LANES, columns);
 #pragma unroll 1
         for (int block = s.first; block < s.end; block++) {
             const int at = (block - s.first) % WARP;
             if (at == 0) {
                 own = block + lane < s.end ? marks[block + lane] : make_uint4(0, 0, 0, 0);
-                marked = __ballot_sync(~0u, count_bits(own) != 0);
+                marked = __ballot_sync(ALL_LANES, count_bits(own) != 0);
             }
             barrier_wait(l->full + 8 * r.slot, r.parity);
             if (marked >> at & 1) {
 #pragma unroll 1
                 for (int w = 0; w < 4; w++) {
-                    uint32_t bits = __shfl_sync(~0u, w == 0 ? own.x : w == 1 ? own.y : w == 2 ? own.z : own.w, at);
+                    uint32_t bits = __shfl_sync(ALL_LANES,
+                                                w == 0   ? own.x
+                                                : w == 1 ? own.y
+                                                : w == 2 ? own.z
+                                                         : own.w,
+                                                at);
 #pragma unroll 1
                     for (; bits; bits &= bits - 1) {
                         const int j = found % QL_W8A8_OUTLIERS;
@@ -127,7 +132,7 @@ static __device__ __forceinline__ int next_columns(int *column, bool *more, walk
     int count = 0;
     *column = 0;
     for (;;) {
-        const uint32_t any = __ballot_sync(~0u, (m->bits.x | m->bits.y | m->bits.z | m->bits.w) != 0);
+        const uint32_t any = __ballot_sync(ALL_LANES, (m->bits.x | m->bits.y | m->bits.z | m->bits.w) != 0);
         *more = any != 0;
         if (any == 0) {
             if (m->next >= m->end) return count;
@@ -146,7 +151,7 @@ static __device__ __forceinline__ int next_columns(int *column, bool *more, walk
             if (word == 2) m->bits.z &= bits - 1;
             if (word == 3) m->bits.w &= bits - 1;
         }
-        found = (int)(m->next - 128 * WARP) + leader * 128 + __shfl_sync(~0u, found, leader);
+        found = (int)(m->next - 128 * WARP) + leader * 128 + __shfl_sync(ALL_LANES, found, leader);
         if (lane == count) *column = found;
         count++;
     }
@@ -169,7 +174,7 @@ static __device__ __forceinline__ void fill_slot(uint32_t slot, const ql_w8a8_pa
             const int index = base + i * WARP + lane;
             const int at = count == 1 ? index : (int)__umulhi((uint32_t)index, reciprocal);
             const int j = index - at * count, own = first + at;
-            const int64_t col = __shfl_sync(~0u, column, j);
+            const int64_t col = __shfl_sync(ALL_LANES, column, j);
             place[i] = index < half * count ? slot + slot_place(own, j) : 0;
             value[i] = 0;
             if (place[i] == 0) continue;

@@ -142,7 +142,7 @@ static __device__ __forceinline__ void mark_outliers(const ql_w8a8_quantize_para
         load_row_run(run, p, row_at(p, row), col);
         marked |= outliers_of(run, limit);
     }
-    for (int lanes = LANES; lanes < 32; lanes *= 2) marked |= __shfl_xor_sync(0xffffffffu, marked, lanes);
+    for (int lanes = LANES; lanes < 32; lanes *= 2) marked |= __shfl_xor_sync(ALL_LANES, marked, lanes);
     if (threadIdx.x % 32 < LANES) found[threadIdx.x / 32][threadIdx.x % 32] = (uint8_t)marked;
     __syncthreads();
     if (threadIdx.x >= LANES) return;

@@ -162,11 +162,6 @@ static __device__ __forceinline__ uint32_t most_of_eight(uint4 bytes) {
     return max(most & 0xffffu, most >> 16);
 }
 
-/* As the bits of fp32. */
-static __device__ __forceinline__ uint32_t widened(uint32_t most, int type) {
-    return type == QL_VALUE_F16 ? magnitude_bits(__half2float(__ushort_as_half((uint16_t)most))) : most << 16;
-}
-
 /* What decides a row's codes; writes its scale. */
 static __device__ __forceinline__ ql_encoder make_encoder(const ql_w8a8_decode_params *p, int code, int token) {
     const ql_w8a8_quantize_params *q = &p->quantize;
@@ -197,7 +192,7 @@ static __device__ __forceinline__ void quantize_own_rows(const ql_held *held, co
             most = inlier_magnitude(0, run, marked);
             if (marked) atomicOr((uint32_t *)(shared + p->mask_at) + at.piece / 4, marked << at.piece % 4 * 8);
         }
-        most = __reduce_max_sync(0xffffffffu, most);
+        most = __reduce_max_sync(ALL_LANES, most);
         if (threadIdx.x % 32 == 0) atomicMax(magnitudes_of(p) + (q->mode == QL_W8A8_TENSOR ? 0 : at.token), most);
     }
     __syncthreads();
@@ -231,7 +226,7 @@ static __device__ __forceinline__ int place_outliers(const ql_w8a8_decode_params
         for (int base = 0; base < p->span / 64; base += 32) {
             const int chunk = base + (int)threadIdx.x;
             const bool marked = chunk < p->span / 64 && (mask[chunk].x | mask[chunk].y);
-            const uint32_t all = __ballot_sync(0xffffffffu, marked);
+            const uint32_t all = __ballot_sync(ALL_LANES, marked);
             const int place = before + __popc(all & ((1u << threadIdx.x) - 1));
             if (chunk < p->span / 64)
                 shared[p->places_at + chunk] = marked && place < p->kept ? (uint8_t)place : NOT_KEPT;
@@ -253,7 +248,7 @@ static __device__ __forceinline__ uint32_t next_pieces(float value[2], int type)
 #pragma unroll
     for (int i = 0; type == QL_VALUE_BF16 && i < 2; i++) {
         const float taken = __uint_as_float(pair >> 16 * i << 16);
-        value[i] = fabsf(taken) < __uint_as_float(0x7f800000u) ? __fsub_rn(value[i], taken) : 0.0f;
+        value[i] = fabsf(taken) < __uint_as_float(INFINITY_BITS) ? __fsub_rn(value[i], taken) : 0.0f;
     }
     return pair;
 }

@@ -53,14 +53,12 @@ enum {
 
 typedef struct ql_w8a8_wgmma_params {
     QL_ALIGNED(64)
-    uint64_t
-        w_map[16]; /* CUtensorMap of the weight: boxes of 128 columns by a thread block's rows, swizzled by 128 bytes */
+    uint64_t w_map[16]; /* CUtensorMap of the weight: 128 columns by a thread block's rows, swizzled by 128 bytes */
     uint64_t x_map[16]; /* of x_codes: by what one thread block of a cluster copies of the tile's tokens */
     ql_w8a8_params product;
     float *partials; /* scratch: [thread blocks][rows * tokens] */
-    uint64_t
-        *flags; /* scratch: [thread blocks][QL_W8A8_WARPS]; one that equals nonce says that its warp's part is there */
-    uint64_t nonce; /* of this launch */
+    uint64_t *flags; /* scratch: [thread blocks][QL_W8A8_WARPS]; nonce: the warp's part of partials is there */
+    uint64_t nonce;  /* of this launch */
     int32_t row_tiles, token_tiles, k_blocks, split_tiles;
     int32_t range, longer_ranges; /* blocks a range, and how many ranges have one more */
     int32_t stages;

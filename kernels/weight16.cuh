@@ -5,8 +5,7 @@
 #ifndef QL_KERNELS_WEIGHT16_CUH
 #define QL_KERNELS_WEIGHT16_CUH
 
-#include "packed.h"
-#include "ptx.cuh"
+#include "code_bits.cuh"
 #include "value.cuh"
 
 /* A lane's codes of one tile. */
@@ -113,29 +112,22 @@ static __device__ __forceinline__ void use_group(ql_group16 *to, const ql_group_
     }
 }
 
+/* Codes of 2, 3 or 4 bits of a step of a tile; at: where their lowest bits are to stand. */
+static __device__ __forceinline__ uint32_t small_codes(const ql_lane_codes *c, int code, int step, int h, int p,
+                                                       int at) {
+    const uint32_t word = word_of(c->low, code == QL_CODE_INT4 ? step : step / 2);
+    return codes_at(word, step / 4 ? c->high.y : c->high.x, code, step, p, h, at);
+}
+
 /* Codes as fp16 1024 + q, or for row g + 8 as 1024 + q * 2^bits: what the mask leaves in place. */
 static __device__ __forceinline__ uint32_t raw_half(const ql_lane_codes *c, int code, int step, int h, int p) {
-    if (code == QL_CODE_INT8) return __byte_perm(word_of(c->low, step * 2 + p), 0x64646464u, h ? 0x4341 : 0x4240);
-    if (code == QL_CODE_INT4)
-        return (shifted(word_of(c->low, step), 8 * p) & (h ? 0x00f000f0u : 0x000f000fu)) | 0x64006400u;
-    uint32_t raw = shifted(word_of(c->low, step / 2), 8 * p + 4 * (step % 2)) & (h ? 0x000c000cu : 0x00030003u);
-    if (code == QL_CODE_INT3) {
-        uint32_t high = step / 4 ? c->high.y : c->high.x;
-        int from = 8 * p + 2 * (step % 4) + h, to = h ? 4 : 2;
-        raw |= shifted(high, from - to) & (h ? 0x00100010u : 0x00040004u);
-    }
-    return raw | 0x64006400u;
+    if (code == QL_CODE_INT8) return half_bytes(word_of(c->low, step * 2 + p), h);
+    return small_codes(c, code, step, h, p, (code == QL_CODE_INT4 ? 4 : 2) * h) | 0x64006400u;
 }
 
 /* Codes of up to 4 bits as bf16 128 + q. */
 static __device__ __forceinline__ uint32_t raw_bf16(const ql_lane_codes *c, int code, int step, int h, int p) {
-    if (code == QL_CODE_INT4) return (shifted(word_of(c->low, step), 8 * p + 4 * h) & 0x000f000fu) | 0x43004300u;
-    uint32_t raw = shifted(word_of(c->low, step / 2), 8 * p + 4 * (step % 2) + 2 * h) & 0x00030003u;
-    if (code == QL_CODE_INT3) {
-        uint32_t high = step / 4 ? c->high.y : c->high.x;
-        raw |= shifted(high, 8 * p + 2 * (step % 4) + h - 2) & 0x00040004u;
-    }
-    return raw | 0x43004300u;
+    return small_codes(c, code, step, h, p, 0) | 0x43004300u;
 }
 
 /* Two neighbouring weights in fp32, before they are scaled. */

@@ -269,7 +269,7 @@ static __device__ __forceinline__ void feed(const ql_streamk_params *q, uint32_t
 static __device__ __forceinline__ void product(const ql_streamk_params *q, shape k) {
     extern __shared__ __align__(1024) uint8_t shared[];
     const uint32_t base = shared_address(shared);
-    const int warp = __shfl_sync(0xffffffffu, (int)threadIdx.x / WARP, 0);
+    const int warp = __shfl_sync(ALL_LANES, (int)threadIdx.x / WARP, 0);
     if (warp == WARPS && is_elected()) init_barriers(base, q->stages, k);
     if (warp == WARPS + 1) {
         prefetch_map(q->x_map);

@@ -65,12 +65,8 @@ static __device__ __forceinline__ void clear_stages(const ql_w8a8_wgmma_params *
             if (marked >> at & 1) {
 #pragma unroll 1
                 for (int w = 0; w < 4; w++) {
-                    uint32_t bits = __shfl_sync(ALL_LANES,
-                                                w == 0   ? own.x
-                                                : w == 1 ? own.y
-                                                : w == 2 ? own.z
-                                                         : own.w,
-                                                at);
+                    const uint32_t here = w == 0 ? own.x : w == 1 ? own.y : w == 2 ? own.z : own.w;
+                    uint32_t bits = __shfl_sync(ALL_LANES, here, at);
 #pragma unroll 1
                     for (; bits; bits &= bits - 1) {
                         const int j = found % QL_W8A8_OUTLIERS;

@@ -444,12 +444,13 @@ static __device__ __forceinline__ void product(const ql_w8a8_decode_params *p, i
         const float row_scale = outputs[0], bias = outputs[p->outputs];
         for (int token = output / 16; token < m; token += p->warps * 2) {
             const float value = output_of(p, code, groups, tokens, at + output % 16, token, row_scale, has_outliers);
-            if (p->cluster == 1)
+            if (p->cluster == 1) {
                 store_output(product, token, row, value, bias);
-            else
-                store_remote(
-                    shared_address(shared + exchange_at(p, round, team, rank) + (token * 16 + output % 16) * 4),
-                    round % p->cluster, value);
+                continue;
+            }
+            const int place = exchange_at(p, round, team, rank) + (token * 16 + output % 16) * 4;
+            const int owner = round % p->cluster;
+            store_remote(shared_address(shared + place), owner, value);
         }
     }
 #undef LOAD_AHEAD

@@ -166,3 +166,50 @@ def test_nested_tensors_without_the_others_are_refused():
     del state["weight.nested_quant_map"]
     with pytest.raises(ValueError, match="go together"):
         qlinear.Linear4bit.from_tensors(state)
+
+
+# A layer's tensors in two files, which are loaded one after the other with strict=False
+
+
+def act_order():
+    """A GPTQ layer whose inputs lie in other groups than their neighbours."""
+    layer = make(next(case for case in CASES if case.name == "gptq4-g32"))
+    layer.g_idx = layer.g_idx.flip(0)
+    return layer
+
+
+def blockwise():
+    codes = torch.arange(4 * N * K).remainder(120).to(torch.uint8).view(torch.float8_e4m3fn).view(4 * N, K)
+    return qlinear.Fp8Linear(codes, None, torch.tensor([[1.0], [2.0]]), None, activation="none")
+
+
+PIECES = {
+    "gptq": (act_order, lambda: qlinear.QuantLinear.empty(K, N, group_size=32, zero_format="gptq", device="cpu")),
+    "fp8-blocks": (blockwise, lambda: qlinear.Fp8Linear.empty(K, 4 * N, False, device="cpu", activation="none")),
+    "fp8-static": (
+        lambda: make(next(case for case in CASES if case.name == "fp8-static")),
+        lambda: qlinear.Fp8Linear.empty(K, N, device="cpu"),
+    ),
+}
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("name", PIECES)
+def test_a_layer_that_comes_in_pieces(name, assign):
+    layer = PIECES[name][0]()
+    state = layer.state_dict()
+    needed = {key for key in state if key not in layer.optional}
+    keys, x = sorted(state), inputs(3, K)
+    tried = 0
+    for first in (set(keys[:count]) for count in range(1, len(keys))):
+        for pieces in ((first, state.keys() - first), (state.keys() - first, first)):
+            # One with all that a layer needs is taken for a layer without the rest.
+            if needed - {"bias"} <= pieces[1] and len(pieces[1]) < len(state) and pieces[0] - needed:
+                continue
+            fresh = PIECES[name][1]()
+            for piece in pieces:
+                fresh.load_state_dict({key: state[key].clone() for key in piece}, strict=False, assign=assign)
+            assert_same_state(fresh.state_dict(), state)
+            assert torch.equal(fresh(x), layer(x))
+            tried += 1
+    assert tried >= 2

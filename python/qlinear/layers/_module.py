@@ -199,13 +199,13 @@ class QuantizedLinear(PackingModule):
 
     def _adopt(self, state_dict: dict, prefix: str, assign: bool) -> None:
         """Makes room for the file's tensors where it has others than the module: nn.Module would cast them."""
-        if f"{prefix}{self.fixed[0]}" not in state_dict:
-            return
+        # Files may be loaded one by one, and a layer begin in one and end in the next, which has what this one lacks.
+        is_whole = all(f"{prefix}{name}" in state_dict for name in self.fixed if name not in self.optional)
         for name in (*self.fixed, "bias"):
             here = getattr(self, name)
             there = state_dict.get(f"{prefix}{name}")
             if there is None:
-                if name in self.optional:
+                if name in self.optional and is_whole:
                     self._place(name, None)
                 continue
             if not isinstance(there, Tensor):

@@ -5,8 +5,10 @@ import json
 import parallel_ranks
 import pytest
 import torch
+import torch.distributed as dist
 from processes import spawn
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 import qlinear
 from qlinear import parallel
@@ -106,6 +108,30 @@ def test_a_refusal_says_what_would_work():
         bounds([task("mlp.a", 128, "row", least=64)], 4)
 
 
+# The mesh
+
+
+@pytest.fixture
+def second_of_two():
+    """This process, as if there were another."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("second_of_two")
+def test_a_process_that_is_not_of_the_mesh_says_so():
+    model = nn.Sequential(nn.Linear(8, 8))
+    before = model[0]
+    with pytest.raises(ValueError, match="device_mesh must have the process that calls, rank 1"):
+        qlinear.parallelize(model, DeviceMesh("cpu", [0]), {"0": "colwise"})
+    with pytest.raises(TypeError, match="device_mesh must be a DeviceMesh, got NoneType"):
+        qlinear.parallelize(model, None, {"0": "colwise"})
+    assert model[0] is before
+
+
 # The plan
 
 
@@ -137,6 +163,8 @@ def test_a_star_is_one_name():
         ({"norm": "sequence_parallel"}, NotImplementedError, "norm: sequence_parallel is none of colwise, "),
         ({"norm.weight": "colwise"}, NotImplementedError, "norm.weight is a parameter of no linear layer"),
         (None, ValueError, "Model has no tensor-parallel plan"),
+        (["norm"], TypeError, r"plan must map names of modules to styles, got \['norm'\]"),
+        ({0: "colwise"}, TypeError, "plan must map names of modules to styles, got {0: 'colwise'}"),
     ],
 )
 def test_plans_that_cannot_be(plan, error, message):

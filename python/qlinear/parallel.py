@@ -98,6 +98,8 @@ def _matches(pattern: str, names: Mapping[str, Any]) -> list[str]:
 
 def _styles(model: nn.Module, plan: Mapping[str, str] | None) -> dict[str, _Style]:
     """The style of each module of the plan that the model has."""
+    if plan is not None and not (isinstance(plan, Mapping) and all(isinstance(name, str) for name in plan)):
+        raise TypeError(f"plan must map names of modules to styles, got {plan!r:.100}")
     modules = dict(model.named_modules(remove_duplicate=False))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     found: dict[str, _Style] = {}
@@ -377,6 +379,8 @@ def _place(device_mesh: DeviceMesh) -> tuple[dist.ProcessGroup, int, int, torch.
     if device_mesh.ndim != 1:
         names = device_mesh.mesh_dim_names or ()
         raise ValueError(f"device_mesh must have one dimension, as mesh['tp'] has, got {device_mesh.ndim}: {names}")
+    if device_mesh.get_coordinate() is None:
+        raise ValueError(f"device_mesh must have the process that calls, rank {dist.get_rank()}: it is {device_mesh}")
     kind = device_mesh.device_type
     device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
     return device_mesh.get_group(), device_mesh.get_local_rank(), device_mesh.size(), device

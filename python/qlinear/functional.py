@@ -113,6 +113,7 @@ class QuantState:
 
     @property
     def nested(self) -> bool:
+        """Whether absmax are codes of a quantized absmax."""
         return self.state2 is not None
 
     def to(self, device: torch.device | str) -> None:
@@ -352,18 +353,22 @@ def dequantize_4bit(
 
 
 def quantize_nf4(A, absmax=None, out=None, blocksize=None, compress_statistics=False, quant_storage=torch.uint8):
+    """quantize_4bit of "nf4"."""
     return quantize_4bit(A, absmax, out, blocksize, compress_statistics, "nf4", quant_storage)
 
 
 def quantize_fp4(A, absmax=None, out=None, blocksize=None, compress_statistics=False, quant_storage=torch.uint8):
+    """quantize_4bit of "fp4"."""
     return quantize_4bit(A, absmax, out, blocksize, compress_statistics, "fp4", quant_storage)
 
 
 def dequantize_nf4(A, quant_state=None, absmax=None, out=None, blocksize=None):
+    """dequantize_4bit of "nf4"."""
     return dequantize_4bit(A, quant_state, absmax, out, blocksize, "nf4")
 
 
 def dequantize_fp4(A, quant_state=None, absmax=None, out=None, blocksize=None):
+    """dequantize_4bit of "fp4"."""
     return dequantize_4bit(A, quant_state, absmax, out, blocksize, "fp4")
 
 

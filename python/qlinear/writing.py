@@ -36,6 +36,7 @@ def shard_size(value: int | str) -> int:
 
 
 def shard_names(count: int) -> list[str]:
+    """Of so many files, as transformers calls them."""
     if count == 1:
         return ["model.safetensors"]
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
@@ -74,6 +75,7 @@ class Header:
 
 
 def write_tensor(out: BinaryIO, tensor: Tensor) -> None:
+    """The bytes of its elements in order, from any device."""
     tensor = tensor.cpu().contiguous()
     if tensor.numel():
         out.write((ctypes.c_char * (tensor.numel() * tensor.itemsize)).from_address(tensor.data_ptr()))

@@ -99,6 +99,8 @@ class QuantizedLinear(PackingModule):
     __call__ = shortcut()
 
     def forward(self, x: Tensor) -> Tensor:
+        """x float32, float16 or bfloat16 [..., K], of any strides -> [..., N] in its dtype, or under autocast in
+        autocast's. TypeError or ValueError where x is something else."""
         if ops.is_plain(x):
             return self.engine()(x)
         if torch.compiler.is_compiling():

@@ -52,7 +52,7 @@ static int rule_count;
 static kernel kernels[MOST_KERNELS];
 static int kernel_count;
 static char hidden[40];
-static int version = 13000, device_count = 1, major = 9, minor = 0, static_shared, init_takes;
+static int version = 13000, device_count = 1, major = 9, minor = 0, static_shared, init_takes, version_takes;
 static pid_t owner;
 static int64_t allocated, retained;
 static bool records = true;
@@ -69,6 +69,7 @@ EXPORT void fake_fail(const char *function, int result, int first, int last) {
 }
 EXPORT void fake_work(void) { rule_count = 0; }
 EXPORT void fake_slow_init(int milliseconds) { init_takes = milliseconds; }
+EXPORT void fake_slow_version(int milliseconds) { version_takes = milliseconds; }
 EXPORT void fake_hide(const char *function) { snprintf(hidden, sizeof hidden, "%s", function); }
 EXPORT void fake_driver_version(int number) { version = number; }
 EXPORT void fake_devices(int count, int cc_major, int cc_minor) {
@@ -126,6 +127,7 @@ static int fake_init(unsigned flags) {
 
 static int fake_driver_get_version(int *out) {
     ANSWER("cuDriverGetVersion", SUCCESS);
+    usleep((useconds_t)version_takes * 1000);
     *out = version;
     return SUCCESS;
 }

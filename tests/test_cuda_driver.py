@@ -576,6 +576,31 @@ def fork_while_a_thread_initializes(driver):
     return told
 
 
+def fork_while_a_thread_loads(driver, work):
+    """Before cuInit a child has nothing to do with what the thread is at, and uses the GPU itself."""
+
+    def works():
+        driver.slow_version(0)
+        return sentence_of(product) is None
+
+    driver.slow_version(500)
+    thread = threading.Thread(target=work)
+    thread.start()
+    time.sleep(0.1)
+    worked = forked(works)
+    thread.join()
+    product()
+    return worked
+
+
+def fork_while_a_thread_asks_for_the_driver(driver):
+    return fork_while_a_thread_loads(driver, _qlinear.cuda_info)
+
+
+def fork_while_a_thread_makes_a_device_ready(driver):
+    return fork_while_a_thread_loads(driver, read_back)
+
+
 def fork_after_anothers_use(driver):
     """As with a framework that called cuInit before."""
     driver.fail("cuInit", 3)
@@ -583,7 +608,15 @@ def fork_after_anothers_use(driver):
 
 
 @pytest.mark.parametrize(
-    "scenario", [fork_after_use, fork_before_use, fork_while_a_thread_initializes, fork_after_anothers_use]
+    "scenario",
+    [
+        fork_after_use,
+        fork_before_use,
+        fork_while_a_thread_initializes,
+        fork_while_a_thread_asks_for_the_driver,
+        fork_while_a_thread_makes_a_device_ready,
+        fork_after_anothers_use,
+    ],
 )
 def test_forks(server, scenario):
     assert server.run(scenario) is True

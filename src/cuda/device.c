@@ -34,13 +34,8 @@ ql_cu_result ql_cuda_device_ask(ql_cuda_properties *properties, ql_cu_device *ha
     return result;
 }
 
-static int make_ready(ql_cuda_device *device, int ordinal, char message[QL_CUDA_MESSAGE]) {
-    if (!ql_cuda_image_count()) {
-        snprintf(message, QL_CUDA_MESSAGE, "this build has no CUDA kernels.");
-        return -1;
-    }
-    const ql_cuda_driver *driver = ql_cuda_open(message);
-    if (!driver) return -1;
+static int make_ready(ql_cuda_device *device, const ql_cuda_driver *driver, int ordinal,
+                      char message[QL_CUDA_MESSAGE]) {
     device->driver = driver;
     device->ordinal = ordinal;
     ql_cuda_properties *properties = &device->properties;
@@ -64,12 +59,18 @@ const ql_cuda_device *ql_cuda_device_get(int ordinal, char message[QL_CUDA_MESSA
         snprintf(message, QL_CUDA_MESSAGE, "there is no GPU of number %d.", ordinal);
         return NULL;
     }
-    /* In a forked child the lock may be held for ever by a thread that is not there. */
-    if (ql_cuda_forked()) return ql_cuda_open(message) ? &devices[ordinal] : NULL;
-    if (atomic_load_explicit(&ready[ordinal], memory_order_acquire)) return &devices[ordinal];
+    if (atomic_load_explicit(&ready[ordinal], memory_order_acquire) && !ql_cuda_forked()) return &devices[ordinal];
+    if (!ql_cuda_image_count()) {
+        snprintf(message, QL_CUDA_MESSAGE, "this build has no CUDA kernels.");
+        return NULL;
+    }
+    /* Nobody has the lock who has not opened the driver before: in a forked child, where a thread that is not there may
+     * hold it for ever, opening fails. */
+    const ql_cuda_driver *driver = ql_cuda_open(message);
+    if (!driver) return NULL;
     pthread_mutex_lock(&lock);
     bool done = atomic_load_explicit(&ready[ordinal], memory_order_relaxed) ||
-                make_ready(&devices[ordinal], ordinal, message) == 0;
+                make_ready(&devices[ordinal], driver, ordinal, message) == 0;
     if (done) atomic_store_explicit(&ready[ordinal], true, memory_order_release);
     pthread_mutex_unlock(&lock);
     return done ? &devices[ordinal] : NULL;

@@ -20,6 +20,8 @@ static void *handle;
 static bool initialized;
 
 static atomic_bool init_called, forked;
+static pthread_once_t forks_watched = PTHREAD_ONCE_INIT;
+static int not_watched;
 
 bool ql_cuda_initialized(void) { return atomic_load_explicit(&init_called, memory_order_relaxed); }
 
@@ -29,6 +31,14 @@ bool ql_cuda_forked(void) { return atomic_load_explicit(&forked, memory_order_re
 static void after_fork_in_child(void) {
     pthread_mutex_init(&lock, NULL);
     if (ql_cuda_initialized()) atomic_store_explicit(&forked, true, memory_order_relaxed);
+}
+
+static void watch_forks(void) { not_watched = pthread_atfork(NULL, NULL, after_fork_in_child); }
+
+/* Loading takes milliseconds, in which another thread may fork, so forks are watched before anybody has the lock. */
+static void take_lock(void) {
+    pthread_once(&forks_watched, watch_forks);
+    pthread_mutex_lock(&lock);
 }
 
 const char *ql_cuda_error(const ql_cuda_driver *from, ql_cu_result result) {
@@ -91,6 +101,10 @@ static int resolve(void *library, char message[QL_CUDA_MESSAGE]) {
 
 static const ql_cuda_driver *load(char message[QL_CUDA_MESSAGE]) {
     if (handle) return &driver;
+    if (not_watched) {
+        snprintf(message, QL_CUDA_MESSAGE, "there is no memory to watch for forks.");
+        return NULL;
+    }
     void *library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
     if (!library) {
         const char *why = dlerror();
@@ -98,11 +112,6 @@ static const ql_cuda_driver *load(char message[QL_CUDA_MESSAGE]) {
         return NULL;
     }
     if (resolve(library, message) < 0) {
-        dlclose(library);
-        return NULL;
-    }
-    if (pthread_atfork(NULL, NULL, after_fork_in_child) != 0) {
-        snprintf(message, QL_CUDA_MESSAGE, "there is no memory to watch for forks.");
         dlclose(library);
         return NULL;
     }
@@ -150,14 +159,14 @@ static const ql_cuda_driver *initialize(char message[QL_CUDA_MESSAGE]) {
 }
 
 const ql_cuda_driver *ql_cuda_load(char message[QL_CUDA_MESSAGE]) {
-    pthread_mutex_lock(&lock);
+    take_lock();
     const ql_cuda_driver *found = load(message);
     pthread_mutex_unlock(&lock);
     return found;
 }
 
 const ql_cuda_driver *ql_cuda_open(char message[QL_CUDA_MESSAGE]) {
-    pthread_mutex_lock(&lock);
+    take_lock();
     const ql_cuda_driver *found = initialize(message);
     pthread_mutex_unlock(&lock);
     return found;

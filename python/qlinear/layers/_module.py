@@ -73,7 +73,7 @@ class QuantizedLinear(PackingModule):
     def __init__(self) -> None:
         super().__init__()
         # What the weight was before it was quantized here, for dequantize(); a checkpoint does not tell.
-        self.weight_dtype = None
+        self.__dict__["weight_dtype"] = None
 
     # The call
 

@@ -65,7 +65,8 @@ class PackingModule(torch.nn.Module):
         super().__init__()
         self._start()
         if self.packs:
-            self.register_buffer("packed", None, persistent=False)
+            self._hold(packed=None)
+            self._non_persistent_buffers_set.add("packed")
 
     def _start(self) -> None:
         # _unsettled: who the tensors are that are still to be packed. If the module holds others by then, as inside
@@ -82,6 +83,16 @@ class PackingModule(torch.nn.Module):
         raise NotImplementedError
 
     # What is held
+
+    def _hold(self, **tensors: Tensor | None) -> None:
+        """Makes the tensors buffers. nn.Module's register_buffer asks for each whether it is an attribute yet, which
+        costs more than all the rest of a layer: a model has thousands."""
+        self._buffers.update(tensors)
+
+    def _note(self, **numbers: Any) -> None:
+        """Sets attributes that are neither tensors nor modules, for which nn.Module looks in each that is set; of a
+        layer that is being made, so that nothing is to be unpacked or forgotten."""
+        self.__dict__.update(numbers)
 
     def _raw(self, name: str) -> Tensor | None:
         """A tensor or what stands for it."""
@@ -131,7 +142,6 @@ class PackingModule(torch.nn.Module):
 
     # From one form to the other
 
-    @torch.inference_mode(False)
     def _settle(self) -> None:
         """Packs the layer where that is wanted and can be; raises what the C layer raises on its tensors."""
         with lock:
@@ -144,10 +154,11 @@ class PackingModule(torch.nn.Module):
                 self.__dict__["_unsettled"] = None
             if identities == self._captured or _is_capturing(tensors[0].device):
                 return
-            made = ops.engine(self.operator, self._arguments()).pack()
-            self.__dict__["_unsettled"] = None
-            if made is not None:
-                self._put_away(*made)
+            with torch.inference_mode(False):
+                made = ops.engine(self.operator, self._arguments()).pack()
+                self.__dict__["_unsettled"] = None
+                if made is not None:
+                    self._put_away(*made)
 
     def _try_to_settle(self) -> None:
         """_settle, but tensors that no layer can have wait for the call to be refused."""

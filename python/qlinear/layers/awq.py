@@ -80,14 +80,10 @@ class AWQLinear(QuantizedLinear):
         super().__init__()
         qweight, qzeros, scales = to_gemm(qweight, qzeros, scales, group_size)
         check_bias(bias, scales.shape[1])
-        self.w_bit = w_bit
-        self.in_features = qweight.shape[0]
-        self.out_features = scales.shape[1]
-        self.group_size = self.in_features if group_size == -1 else group_size
-        self.register_buffer("qweight", frozen(qweight))
-        self.register_buffer("qzeros", frozen(qzeros))
-        self.register_buffer("scales", frozen(scales))
-        self.register_buffer("bias", frozen(bias))
+        in_features = qweight.shape[0]
+        self._note(w_bit=w_bit, group_size=in_features if group_size == -1 else group_size)
+        self._note(in_features=in_features, out_features=scales.shape[1])
+        self._hold(qweight=frozen(qweight), qzeros=frozen(qzeros), scales=frozen(scales), bias=frozen(bias))
         self._check()
 
     @classmethod

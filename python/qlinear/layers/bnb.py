@@ -135,14 +135,10 @@ class Linear8bitLt(QuantizedLinear):
 
     def _fill(self, weight: Tensor, SCB: Tensor | None, bias: Tensor | None, threshold: float, index: Any) -> None:
         QuantizedLinear.__init__(self)
-        self.index = index
-        self.threshold = _check_threshold(threshold)
-        self.has_fp16_weights = SCB is None
+        self._note(index=index, threshold=_check_threshold(threshold), has_fp16_weights=SCB is None)
         self.weight = weight if SCB is None else Parameter(frozen(weight), requires_grad=False)
-        self.register_buffer("SCB", frozen(SCB))
         marker = None if SCB is None else torch.zeros((), dtype=torch.uint8, device=weight.device)
-        self.register_buffer("weight_format", marker)
-        self.register_buffer("bias", frozen(bias))
+        self._hold(SCB=frozen(SCB), weight_format=marker, bias=frozen(bias))
         self.init_8bit_state()
 
     @classmethod
@@ -303,8 +299,9 @@ class Linear4bit(QuantizedLinear):
         buffers = {name: tensors.get(key) for key, name in _STATE_KEYS.items()}
         buffers |= {"packed_state": tensors[keys[0]], "bias": bias}
         # Absent ones last: torch.export loses count of a root module's buffers where they stand before others.
-        for name, tensor in sorted(buffers.items(), key=lambda item: item[1] is None):
-            self.register_buffer(name, frozen(tensor), persistent=name == "bias")
+        last = sorted(buffers, key=lambda name: buffers[name] is None)
+        self._hold(**{name: frozen(buffers[name]) for name in last})
+        self._non_persistent_buffers_set.update(buffers.keys() - {"bias"})
         numbers = functional.unpack_json(self.packed_state)
         _check_nested(numbers, tensors)
         self._take_numbers(numbers)

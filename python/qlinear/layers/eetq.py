@@ -29,9 +29,7 @@ class EETQLinear(QuantizedLinear):
 
     def _fill(self, weight: Tensor, weight_scales: Tensor, bias: Tensor | None) -> None:
         QuantizedLinear.__init__(self)
-        self.register_buffer("weight", frozen(weight))
-        self.register_buffer("weight_scales", frozen(weight_scales))
-        self.register_buffer("bias", frozen(bias))
+        self._hold(weight=frozen(weight), weight_scales=frozen(weight_scales), bias=frozen(bias))
         self._check()
 
     @classmethod

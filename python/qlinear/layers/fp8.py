@@ -95,17 +95,20 @@ class Fp8Linear(QuantizedLinear):
             raise ValueError(f"activation must be None or one of {_ACTIVATIONS}, got {activation!r}")
         check_bias(bias, weight.shape[0])
         super().__init__()
-        self.activation = activation
-        self.block_n, self.block_k = (int(size) for size in block_size)
-        self.promoted = bool(promoted)
-        # Under which name the state dict has the scale; the block-wise files say weight_scale_inv, and multiply by it.
-        self.scale_key = "weight_scale"
-        self.register_buffer("weight", frozen(weight))
-        self.register_buffer("weight_scale", frozen(weight_scale))
-        self.register_buffer("input_scale", frozen(input_scale))
-        self.register_buffer("bias", frozen(bias))
-        # Mostly absent, so the last: see Linear4bit.
-        self.register_buffer("input_scale_ub", _scalar(input_scale_ub), persistent=False)
+        block_n, block_k = (int(size) for size in block_size)
+        # scale_key: under which name the state dict has the scale; the block-wise files say weight_scale_inv, and
+        # multiply by it.
+        self._note(activation=activation, promoted=bool(promoted), scale_key="weight_scale")
+        self._note(block_n=block_n, block_k=block_k)
+        self._hold(
+            weight=frozen(weight),
+            weight_scale=frozen(weight_scale),
+            input_scale=frozen(input_scale),
+            bias=frozen(bias),
+            # Mostly absent, so the last: see Linear4bit.
+            input_scale_ub=_scalar(input_scale_ub),
+        )
+        self._non_persistent_buffers_set.add("input_scale_ub")
         self._check()
 
     @classmethod

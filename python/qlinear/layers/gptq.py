@@ -75,19 +75,17 @@ class QuantLinear(QuantizedLinear):
             raise ValueError(f"qweight must be 2-D, got {tuple(qweight.shape)}")
         check_bias(bias, qweight.shape[1])
         super().__init__()
-        self.bits = bits
-        self.maxq = 2**bits - 1
-        self.outfeatures = qweight.shape[1]
         if in_features is None:
             in_features = qweight.shape[0] * 32 // bits if g_idx is None else g_idx.numel()
-        self.infeatures = in_features
-        self.groupsize = groupsize
-        self.zero_format = zero_format
-        self.register_buffer("qweight", frozen(qweight))
-        self.register_buffer("qzeros", frozen(qzeros))
-        self.register_buffer("scales", frozen(scales))
-        self.register_buffer("g_idx", frozen(g_idx))
-        self.register_buffer("bias", frozen(bias))
+        self._note(bits=bits, maxq=2**bits - 1, groupsize=groupsize, zero_format=zero_format)
+        self._note(infeatures=in_features, outfeatures=qweight.shape[1])
+        self._hold(
+            qweight=frozen(qweight),
+            qzeros=frozen(qzeros),
+            scales=frozen(scales),
+            g_idx=frozen(g_idx),
+            bias=frozen(bias),
+        )
         self._check()
 
     @classmethod

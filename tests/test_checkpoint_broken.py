@@ -21,6 +21,14 @@ from checkpoint_cases import (
 )
 from checkpoint_files import write_directory
 
+
+def also_without_a_module(tensors, config):
+    """A layer's tensors under names that a dot begins."""
+    return tensors | {
+        name.removeprefix(Q): tensor for name, tensor in tensors.items() if name.startswith(f"{Q}.weight")
+    }
+
+
 FILE = "model.safetensors: "
 F8 = torch.zeros(4, 64, 64).to(torch.float8_e4m3fn)
 # (the format, what is done to its files, what the error says of it)
@@ -189,6 +197,7 @@ BROKEN += [
         without(f"{Q}.weight_packed"),
         f"{Q}: {FILE}{Q}.weight_scale belongs to a quantized weight, which is not",
     ),
+    ("packed", also_without_a_module, r"unexpected: \.weight_packed"),
     ("packed", shape(64, 128), f"{Q}: config.json says num_bits 4, the tensors are 2-bit codes"),
     ("packed", shape(64, 2**62), f"{Q}: {FILE}compressed-tensors 4-bit codes, which is not implemented"),
     ("packed", shape(64, -64), rf"{Q}: {FILE}{Q}.weight_packed is \[64, 8\], weight_shape \[64, -64\]"),

@@ -18,7 +18,7 @@ from .detect_group import Group, Layer, Tensors
 from .quantization_config import QuantizationConfig
 from .shards import Entry
 
-_FLOAT8 = tuple(dtype for name in ("float8_e4m3fn", "float8_e5m2") if (dtype := getattr(torch, name, None)))
+_FLOAT8 = {torch.float8_e4m3fn, torch.float8_e5m2}
 # Beside the layers of some files, and nothing of ours: scales of the key-value cache, buffers that models compute.
 _IGNORED = (".k_scale", ".v_scale", ".q_scale", ".output_scale", ".rotary_emb.inv_freq", ".workspace")
 # Formats that are known and cannot be loaded, by names that only they have.
@@ -33,6 +33,7 @@ _BY_KEYS = (
     (("q_weight", "q_scale"), "EXL2"),
     (("trellis",), "EXL3"),
 )
+_MARKS = frozenset(keys[-1] for keys, _ in _BY_KEYS)
 
 
 @dataclass
@@ -48,25 +49,23 @@ class Found:
 def _neighbour(entries: Mapping[str, Entry]) -> str:
     """The name of a format that is known and cannot be loaded, or an empty string."""
     weight = entries.get("weight")
-    for keys, name in _BY_KEYS:
-        if all(key in entries for key in keys):
-            return name
+    if not _MARKS.isdisjoint(entries):
+        for keys, name in _BY_KEYS:
+            if all(key in entries for key in keys):
+                return name
     if weight is not None and weight.dtype == torch.uint8 and "weight_scale" in entries:
         return "MXFP4 or MXFP8"
     if weight is not None and weight.dtype in _FLOAT8 and weight.dtype != torch.float8_e4m3fn:
         return "float8_e5m2 weights"
-    for key, entry in entries.items():
-        if (
-            f"{key.removesuffix('_blocks')}_scales" in entries
-            and key.endswith("_blocks")
-            and entry.dtype == torch.uint8
-        ):
+    for key, (_, dtype, shape, _, _) in entries.items():
+        if key.endswith("_blocks") and dtype == torch.uint8 and f"{key.removesuffix('_blocks')}_scales" in entries:
             return "fused experts in MXFP4"
-        if entry.dtype in _FLOAT8 and len(entry.shape) > 2:
-            return "fused experts in FP8"
-        if key in ("qweight", "weight_scale") and len(entry.shape) > 2 and not (weight and len(weight.shape) == 2):
-            return "fused experts"
-        if entry.dtype in _FLOAT8 and key not in ("weight", "weight_scale", "weight_scale_inv", "input_scale"):
+        if len(shape) > 2:
+            if dtype in _FLOAT8:
+                return "fused experts in FP8"
+            if key in ("qweight", "weight_scale") and not (weight and len(weight.shape) == 2):
+                return "fused experts"
+        if dtype in _FLOAT8 and key not in ("weight", "weight_scale", "weight_scale_inv", "input_scale"):
             return f"a float8 {key}"
     return ""
 
@@ -104,11 +103,12 @@ def _layer(group: Group) -> Layer | None:
 
 def _split(name: str) -> tuple[str, str]:
     """A tensor's name as the module's and what follows it; bitsandbytes' keys have a dot in them."""
-    head, _, tail = name.rpartition(".weight.")
-    if head and (tail in PACKED_NAMES or tail.startswith("quant_state.")):
-        return head, f"weight.{tail}"
-    if name.startswith("weight.") and (name[7:] in PACKED_NAMES or name[7:].startswith("quant_state.")):
+    # Of an empty module name nothing would be left to tell it from the root's.
+    if name.startswith("."):
         return "", name
+    head, dot, tail = f".{name}".rpartition(".weight.")
+    if dot and (tail in PACKED_NAMES or tail.startswith("quant_state.")):
+        return head[1:], f"weight.{tail}"
     prefix, _, key = name.rpartition(".")
     return prefix, key
 
@@ -133,10 +133,11 @@ def detect(shards: Tensors, config: QuantizationConfig, sizes: Mapping[str, tupl
         except (ValueError, TypeError) as error:
             found.refused[prefix] = str(error)
             continue
-        used = set() if layer is None else set(layer.tensors.values())
+        used = {}
         if layer is not None:
-            found.layers[prefix] = layer
-        found.plain.extend(name for name in map(group.full, entries) if name not in used)
+            found.layers[prefix], used = layer, layer.tensors
+        if len(used) < len(entries):
+            found.plain += [group.full(key) for key in entries if key not in used]
     if config.method and not found.layers and not found.refused:
         raise ValueError(
             f"{shards.directory / config.source}: says quant_method {config.method}, but no tensor is quantized"

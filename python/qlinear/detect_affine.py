@@ -101,10 +101,9 @@ def _chosen(group: Group, found: list[_Storage]) -> _Storage:
         if (config.allows(storage.format, group.name) or (storage.storage == "marlin" and config.method == "gptq"))
         and bits in (None, storage.bits)
     ]
-    texts = " or ".join(map(str, fits))
     if not heard:
         said = f"quant_method {config.method}" + ("" if bits is None else f" and {bits} bits")
-        raise group.contradiction(said, texts)
+        raise group.contradiction(said, " or ".join(map(str, fits)))
     if len(heard) > 1:
         raise ValueError(f"its tensors could be {' or '.join(map(str, heard))}, and no config tells which")
     return heard[0]

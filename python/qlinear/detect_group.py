@@ -93,7 +93,7 @@ class Group(NamedTuple):
             self.check("bias", FLOATS, (size[1],))
             keys = (*keys, "bias")
         tensors = {key: self.full(key) for key in keys if key in self.entries}
-        nbytes = sum(self.entries[key].nbytes for key in tensors)
+        nbytes = sum([self.entries[key].nbytes for key in tensors])
         return Layer(self.name, form, storage, tensors, *size, nbytes, options, conversion)
 
     def need_method(self, method: str, storage: str) -> None:

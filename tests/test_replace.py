@@ -268,12 +268,12 @@ def test_each_weight_is_freed_before_the_next():
 
     gc.collect()
     gc.disable()
-    real = models._makers
+    real = models.makers
     try:
-        models._makers = lambda *options: real(*options) | {"eetq": Recorder()}
+        models.makers = lambda *options: real(*options) | {"eetq": Recorder()}
         qlinear.replace_linear(model, "eetq")
     finally:
-        models._makers = real
+        models.makers = real
         gc.enable()
     # The first call is the probe of the options.
     assert alive[1:] == [[i >= done for i in range(4)] for done in range(4)]

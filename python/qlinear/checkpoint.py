@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from .layers.bnb import Linear4bit, Linear8bitLt
 from .layers.eetq import EETQLinear
 from .layers.fp8 import Fp8Linear
 from .layers.gptq import QuantLinear
-from .model import Report, _Bar, _is_conv1d, _nbytes, _owners, _weights_of_attention, to_linear
+from .model import Bar, Report, is_conv1d, nbytes, to_linear, weights_of_attention
 from .quantization_config import QuantizationConfig, read_config
 from .shards import Shards
 from .storages import ON_DEVICE, Origin, convert, set_origin
@@ -67,50 +68,58 @@ def _size(module: nn.Module) -> tuple[int, int] | None:
     """(K, N) of what a quantized layer may replace."""
     if isinstance(module, (nn.Linear, QuantizedLinear)):
         return module.in_features, module.out_features
-    return tuple(module.weight.shape) if _is_conv1d(module) else None
+    return tuple(module.weight.shape) if is_conv1d(module) else None
 
 
 def _obstacle(module: nn.Module) -> str:
     """Why a linear-like module must stay; an empty string where nothing speaks against replacing it."""
     if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
         return f"{type(module).__name__} is a subclass of nn.Linear, whose users may read its weight"
-    if nn.utils.parametrize.is_parametrized(module):
+    # Parametrizations are a child.
+    if module._modules and nn.utils.parametrize.is_parametrized(module):
         return "its parameters are parametrized"
-    if any(vars(module).get(key) for key in _HOOKS):
+    if any(map(vars(module).get, _HOOKS)):
         return "it has hooks, which its replacement would lose"
     return ""
 
 
 def _plan_layer(plan: Plan, layer: Layer, module: nn.Module | None, shards: Shards, reserved: dict[int, str]) -> None:
-    where = f"{layer.name}: {layer.format}"
-    size = None if module is None else _size(module)
-    if module is None or not layer.name:
-        plan.problems.append(
-            f"{where}: the model has no such module" if layer.name else f"{where}: it is the model itself"
-        )
-    elif size is None:
-        plan.problems.append(f"{where}: in the model it is a {type(module).__name__}, which is no linear layer")
-    elif size != (layer.in_features, layer.out_features):
-        plan.problems.append(
-            f"{where}: has {layer.in_features} inputs and {layer.out_features} outputs, "
-            f"the model's {size[0]} and {size[1]}"
-        )
-    elif obstacle := _obstacle(module) or reserved.get(id(module), ""):
-        plan.problems.append(f"{where}: cannot be replaced: {obstacle}")
-    elif module.bias is not None and "bias" not in layer.tensors:
-        plan.problems.append(f"missing: {layer.name}.bias")
-    # Some writers give each layer a bias, zero where there was none.
-    elif module.bias is None and "bias" in layer.tensors and shards.tensor(layer.tensors["bias"]).any():
-        plan.problems.append(f"unexpected: {layer.tensors['bias']} is not zero, the model's layer has no bias")
+    problem = _problem(layer, module, shards, reserved)
+    if problem:
+        plan.problems.append(problem)
     else:
         plan.layers.append(layer)
 
 
-def _slots(model: nn.Module, replaced: set[int]) -> tuple[list[_Slot], list[_Slot]]:
+def _problem(layer: Layer, module: nn.Module | None, shards: Shards, reserved: dict[int, str]) -> str:
+    """Why the layer cannot be put in the module's place; an empty string where it can."""
+    what = f"{layer.name}: {layer.format}"
+    if module is None or not layer.name:
+        return f"{what}: the model has no such module" if layer.name else f"{what}: it is the model itself"
+    size = _size(module)
+    if size is None:
+        return f"{what}: in the model it is a {type(module).__name__}, which is no linear layer"
+    if size != (layer.in_features, layer.out_features):
+        return (
+            f"{what}: has {layer.in_features} inputs and {layer.out_features} outputs, "
+            f"the model's {size[0]} and {size[1]}"
+        )
+    if obstacle := _obstacle(module) or reserved.get(id(module), ""):
+        return f"{what}: cannot be replaced: {obstacle}"
+    bias = layer.tensors.get("bias")
+    if bias is None:
+        return "" if module.bias is None else f"missing: {layer.name}.bias"
+    # Some writers give each layer a bias, zero where there was none.
+    if module.bias is None and shards.tensor(bias).any():
+        return f"unexpected: {bias} is not zero, the model's layer has no bias"
+    return ""
+
+
+def _slots(modules: dict[str, nn.Module], replaced: set[int]) -> tuple[list[_Slot], list[_Slot]]:
     """(the tensors that the files must have, the buffers that no file has), each once however often it is held."""
     kept: dict[int, _Slot] = {}
     moved: dict[int, _Slot] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
+    for prefix, module in modules.items():
         if id(module) in replaced:
             continue
         for store in (module._parameters, module._buffers):
@@ -150,14 +159,20 @@ def _is_same(shards: Shards, name: str, other: str) -> bool:
     return left.dtype == right.dtype and torch.equal(left, right)
 
 
-def plan_layers(model: nn.Module, shards: Shards, config: QuantizationConfig) -> tuple[Plan, Found, dict[int, str]]:
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module by each of its names."""
+    return dict(model.named_modules(remove_duplicate=False))
+
+
+def plan_layers(
+    modules: dict[str, nn.Module], shards: Shards, config: QuantizationConfig
+) -> tuple[Plan, Found, dict[int, str]]:
     """(the plan of a model's quantized layers, all that was found, the names by id of what they replace or refuse)."""
     plan = Plan(config)
-    modules = dict(model.named_modules(remove_duplicate=False))
     sizes = {name: size for name, module in modules.items() if (size := _size(module)) is not None}
     found = detect(shards, plan.config, sizes)
     plan.problems += [f"{name}: {reason}" for name, reason in found.refused.items()]
-    reserved = _weights_of_attention(model)
+    reserved = weights_of_attention(modules.values())
     replaced: dict[int, str] = {}
     for layer in found.layers.values():
         module = modules.get(layer.name)
@@ -175,9 +190,9 @@ def plan_layers(model: nn.Module, shards: Shards, config: QuantizationConfig) ->
     return plan, found, replaced
 
 
-def _plan(model: nn.Module, shards: Shards) -> Plan:
-    plan, found, replaced = plan_layers(model, shards, read_config(shards.directory))
-    slots, moved = _slots(model, set(replaced))
+def _plan(model: nn.Module, modules: dict[str, nn.Module], shards: Shards) -> Plan:
+    plan, found, replaced = plan_layers(modules, shards, read_config(shards.directory))
+    slots, moved = _slots(modules, set(replaced))
     for slot in slots:
         _plan_slot(plan, slot, shards)
     known = {name for slot in (*slots, *moved) for name in slot.names}
@@ -195,9 +210,21 @@ def _plan(model: nn.Module, shards: Shards) -> Plan:
     return plan
 
 
-def _device(model: nn.Module) -> torch.device:
-    tensors = (tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta)
+def _device(modules: Iterable[nn.Module]) -> torch.device:
+    """That of the first parameter, else buffer, that has memory."""
+    modules = list(modules)
+    stores = chain((module._parameters for module in modules), (module._buffers for module in modules))
+    tensors = (tensor for store in stores for tensor in store.values() if tensor is not None and not tensor.is_meta)
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
+def _holders(modules: dict[str, nn.Module]) -> dict[int, list[tuple[dict, str]]]:
+    """By a module's id: the _modules that hold it, and its name in each."""
+    holders: dict[int, list[tuple[dict, str]]] = {}
+    for parent in {id(module): module for module in modules.values()}.values():
+        for name, child in parent._modules.items():
+            holders.setdefault(id(child), []).append((parent._modules, name))
+    return holders
 
 
 def make_layer(
@@ -280,30 +307,29 @@ def load_shards(
     if isinstance(skip, str):
         raise TypeError("skip must be a collection of names, not a string")
     skip = tuple(skip)
-    plan = _plan(model, shards)
+    modules = named_modules(model)
+    plan = _plan(model, modules, shards)
     raise_problems(plan, shards)
-    device = _device(model) if device is None else torch.device(device)
-    names, _ = _owners(model)
+    device = _device(modules.values()) if device is None else torch.device(device)
+    holders = _holders(modules)
     report = Report()
     changes: list[tuple[dict, str, object]] = []
-    bar = _Bar(len(plan.layers) + len(plan.slots), "qlinear: load", progress)
+    bar = Bar(len(plan.layers) + len(plan.slots), "qlinear: load", progress)
     try:
         with torch.no_grad(), torch.inference_mode(False):
             for layer in plan.layers:
-                old, new = model.get_submodule(layer.name), make_layer(shards, layer, plan.config, device, dtype)
+                old, new = modules[layer.name], make_layer(shards, layer, plan.config, device, dtype)
                 kept = next((key for key in skip if f".{key}." in f".{layer.name}."), None)
                 if kept is None:
                     report.replaced.append(layer.name)
-                    report.bytes_before += _nbytes(old)
-                    report.bytes_after += _nbytes(new)
+                    report.bytes_before += nbytes(old)
+                    report.bytes_after += nbytes(new)
                 else:
                     report.skipped.append((layer.name, f"in skip: {kept}"))
                     new = to_linear(new, dtype)
                 if new.training != old.training:
                     new.train(old.training)
-                for place in names[id(old)]:
-                    parent, _, leaf = place.rpartition(".")
-                    changes.append((model.get_submodule(parent)._modules, leaf, new))
+                changes += [(holder, name, new) for holder, name in holders[id(old)]]
                 bar.step()
             for slot in plan.slots:
                 changes += _changes(slot, _converted(shards.tensor(slot.source), device, dtype))

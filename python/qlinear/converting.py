@@ -23,7 +23,7 @@ from .layers.bnb import Linear8bitLt
 from .layers.eetq import EETQLinear
 from .layers.gptq import QuantLinear
 from .linear_layers import linear_layers
-from .model import _Bar
+from .model import Bar
 from .quantization_config import read_config
 from .rewriting import RewriteReport, RewrittenLayer, Target, explicit
 from .shards import Shards
@@ -214,7 +214,7 @@ def convert_checkpoint(
     target = Target(shards, directory, max_shard_size, found.layers)
     wrapping = 0
     target.unquantized += [name for name in plain if name not in found.layers]
-    bar = _Bar(len(found.layers), f"qlinear: to {to}", progress)
+    bar = Bar(len(found.layers), f"qlinear: to {to}", progress)
     try:
         with torch.no_grad(), torch.inference_mode(False), target:
             for layer in found.layers.values():

@@ -18,9 +18,9 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .checkpoint import Plan, make_layer, plan_layers, raise_problems
+from .checkpoint import Plan, make_layer, named_modules, plan_layers, raise_problems
 from .hf import renaming
-from .model import _owners, replace_linear
+from .model import owners, replace_linear
 from .quantization_config import QuantizationConfig
 from .saving import written_of
 from .shards import Shards
@@ -119,9 +119,9 @@ class QlinearQuantizer(HfQuantizer):
         values = self.quantization_config.to_dict()
         config = QuantizationConfig("config.json", str(values.get("quant_method") or "bitsandbytes"), values)
         self._shards = Shards(paths[0].parent, paths).renamed(_part_of(model))
-        self._plan, found, _ = plan_layers(model, self._shards, config)
+        self._plan, found, _ = plan_layers(named_modules(model), self._shards, config)
         raise_problems(self._plan, self._shards)
-        names, _ = _owners(model)
+        names, _ = owners(model)
         ignored = [*found.ignored]
         for layer in self._plan.layers:
             pending = _Pending(layer.in_features, layer.out_features)
@@ -140,7 +140,7 @@ class QlinearQuantizer(HfQuantizer):
         if not self.pre_quantized:
             self._quantize(model)
             return model
-        names, _ = _owners(model)
+        names, _ = owners(model)
         with torch.no_grad():
             for layer in self._plan.layers:
                 old = model.get_submodule(layer.name)

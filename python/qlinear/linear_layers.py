@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from . import hf
-from .model import _is_conv1d, _weights_of_attention
+from .model import is_conv1d, weights_of_attention
 from .shards import Shards
 
 # Parts of names of two-dimensional weights that are no linear layer's.
@@ -34,21 +34,21 @@ def _of_model(shards: Shards) -> dict[str, LinearLayer] | None:
         model = hf.model_on_meta(shards.directory)
     except (ImportError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError):
         return None
-    rename, reserved = hf.renaming(model), _weights_of_attention(model)
+    rename, reserved = hf.renaming(model), weights_of_attention(model.modules())
     modules = dict(model.named_modules(remove_duplicate=False))
     shared = {id(m.weight): name for name, m in modules.items() if isinstance(m, nn.Embedding)}
     found = {}
     for name in shards:
         layer = name.removesuffix(".weight")
         module = modules.get(rename(name).removesuffix(".weight"))
-        if layer == name or module is None or not (isinstance(module, nn.Linear) or _is_conv1d(module)):
+        if layer == name or module is None or not (isinstance(module, nn.Linear) or is_conv1d(module)):
             continue
         obstacle = reserved.get(id(module), "")
         if id(module.weight) in shared:
             obstacle = f"its weight is tied to {shared[id(module.weight)]}'s"
         elif isinstance(module, nn.Linear) and type(module) is not nn.Linear:
             obstacle = f"{type(module).__name__} is a subclass of nn.Linear, whose users may read its weight"
-        found[layer] = LinearLayer(_is_conv1d(module), obstacle)
+        found[layer] = LinearLayer(is_conv1d(module), obstacle)
     return found
 
 

@@ -38,7 +38,7 @@ class Report:
         return "\n".join(lines + [f"  {name}: {reason}" for name, reason in self.skipped])
 
 
-def _makers(
+def makers(
     bits: int, group_size: int, search_scales: bool, threshold: float, blocksize: int
 ) -> dict[str, Callable[[Tensor, Tensor | None], QuantizedLinear]]:
     affine = {"group_size": group_size, "search_scales": search_scales}
@@ -54,18 +54,15 @@ def _makers(
     }
 
 
-FORMATS = tuple(_makers(4, 128, False, 6.0, 64))
+FORMATS = tuple(makers(4, 128, False, 6.0, 64))
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> bool:
     """transformers' Conv1D, a linear layer with its weight [K, N]; by its shape, so that nothing has to be imported."""
+    if type(module).__name__ != "Conv1D":
+        return False
     weight = getattr(module, "weight", None)
-    return (
-        type(module).__name__ == "Conv1D"
-        and isinstance(weight, Tensor)
-        and weight.dim() == 2
-        and getattr(module, "nf", None) == weight.shape[1]
-    )
+    return isinstance(weight, Tensor) and weight.dim() == 2 and getattr(module, "nf", None) == weight.shape[1]
 
 
 def _reason_to_skip(name: str, module: nn.Module, skip: tuple[str, ...], shared: set[int]) -> str:
@@ -90,7 +87,7 @@ def _reason_to_skip(name: str, module: nn.Module, skip: tuple[str, ...], shared:
     return ""
 
 
-def _owners(model: nn.Module) -> tuple[dict[int, list[str]], set[int]]:
+def owners(model: nn.Module) -> tuple[dict[int, list[str]], set[int]]:
     """(the names of every module by its id; the ids of the parameters that several modules hold)."""
     names: dict[int, list[str]] = {}
     holders: dict[int, set[int]] = {}
@@ -102,10 +99,10 @@ def _owners(model: nn.Module) -> tuple[dict[int, list[str]], set[int]]:
     return names, {key for key, modules in holders.items() if len(modules) > 1}
 
 
-def _weights_of_attention(model: nn.Module) -> dict[int, str]:
-    """The linear layers whose weight their parent reads itself, past their forward."""
+def weights_of_attention(modules: Iterable[nn.Module]) -> dict[int, str]:
+    """The linear layers whose weight their parent, one of the modules, reads itself, past their forward."""
     found = {}
-    for module in model.modules():
+    for module in modules:
         if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
             for child in module.children():
                 if isinstance(child, nn.Linear):
@@ -113,25 +110,29 @@ def _weights_of_attention(model: nn.Module) -> dict[int, str]:
     return found
 
 
-def _nbytes(module: nn.Module) -> int:
+def nbytes(module: nn.Module) -> int:
     if isinstance(module, QuantizedLinear):
         return module.nbytes
-    tensors = (*module.parameters(), *module.buffers())
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    if module._modules:
+        tensors = (*module.parameters(), *module.buffers())
+    else:
+        # As linear layers are: no walk through a tree of one.
+        tensors = (*module._parameters.values(), *module._buffers.values())
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
-def _swap(model: nn.Module, name: str, names: dict[int, list[str]], new: nn.Module, report: Report) -> None:
+def swap(model: nn.Module, name: str, names: dict[int, list[str]], new: nn.Module, report: Report) -> None:
     """Puts `new` wherever the module called `name` is in the model."""
     old = model.get_submodule(name)
-    report.bytes_before += _nbytes(old)
-    report.bytes_after += _nbytes(new)
+    report.bytes_before += nbytes(old)
+    report.bytes_after += nbytes(new)
     for place in names[id(old)]:
         parent, _, leaf = place.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new)
     report.replaced.append(name)
 
 
-class _Bar:
+class Bar:
     """A progress bar that shows itself when the work takes long; progress True or False decides at once."""
 
     def __init__(self, total: int, what: str, progress: bool | None) -> None:
@@ -183,16 +184,16 @@ def replace_linear(
     if isinstance(skip, str):
         raise TypeError("skip must be a collection of names, not a string")
     skip = tuple(skip)
-    make = _makers(bits, group_size, search_scales, threshold, blocksize)[quantize]
+    make = makers(bits, group_size, search_scales, threshold, blocksize)[quantize]
     # Options that no weight goes with fail here, not as one reason to skip for each layer.
     make(torch.zeros(128, 128), None)
-    names, shared = _owners(model)
-    reserved = _weights_of_attention(model)
+    names, shared = owners(model)
+    reserved = weights_of_attention(model.modules())
     report = Report()
     todo: list[str] = []
     seen: set[int] = set()
     for name, module in model.named_modules():
-        if not (isinstance(module, nn.Linear) or _is_conv1d(module)):
+        if not (isinstance(module, nn.Linear) or is_conv1d(module)):
             continue
         reason = _reason_to_skip(name, module, skip, shared) or reserved.get(id(module), "")
         if not reason and filter is not None and not filter(name, module):
@@ -205,7 +206,7 @@ def replace_linear(
             seen.add(id(module))
             todo.append(name)
     module = None
-    bar = _Bar(len(todo), f"qlinear: {quantize}", progress)
+    bar = Bar(len(todo), f"qlinear: {quantize}", progress)
     try:
         for name in todo:
             _replace_one(model, name, names, make, report)
@@ -218,13 +219,13 @@ def replace_linear(
 @torch.no_grad()
 def _replace_one(model: nn.Module, name: str, names: dict[int, list[str]], make: Callable, report: Report) -> None:
     old = model.get_submodule(name)
-    weight = old.weight.t() if _is_conv1d(old) else old.weight
+    weight = old.weight.t() if is_conv1d(old) else old.weight
     try:
         new = make(weight, None if old.bias is None else old.bias.detach().clone())
     except (ValueError, TypeError, NotImplementedError) as error:
         report.skipped.append((name, str(error)))
         return
-    _swap(model, name, names, new.train(old.training), report)
+    swap(model, name, names, new.train(old.training), report)
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None, *, progress: bool | None = None) -> Report:
@@ -232,7 +233,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None, *, progress: 
 
     dtype: of the weights and biases; None is what they had before, or the scales' where a checkpoint does not tell.
     """
-    names, _ = _owners(model)
+    names, _ = owners(model)
     report = Report()
     todo = []
     for name, module in model.named_modules():
@@ -240,12 +241,12 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None, *, progress: 
             report.skipped.append((name, "it is the model itself, which cannot be replaced in place"))
         elif isinstance(module, (QuantizedLinear, FastLinear)) and name:
             todo.append(name)
-    bar = _Bar(len(todo), "qlinear: dequantize", progress)
+    bar = Bar(len(todo), "qlinear: dequantize", progress)
     module = None
     try:
         for name in todo:
             old = model.get_submodule(name)
-            _swap(model, name, names, to_linear(old, dtype), report)
+            swap(model, name, names, to_linear(old, dtype), report)
             del old
             bar.step()
     finally:

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from . import sharding
 from .layers._module import QuantizedLinear
-from .model import Report, _Bar, _owners, _swap, _weights_of_attention
+from .model import Bar, Report, owners, swap, weights_of_attention
 from .sharding import Step
 
 
@@ -130,8 +130,8 @@ def _obstacle(module: nn.Module, shared: set[int], reserved: dict[int, str]) -> 
 
 
 def _tasks(model: nn.Module, styles: Mapping[str, _Style], report: Report) -> list[_Task]:
-    names, shared = _owners(model)
-    reserved = _weights_of_attention(model)
+    names, shared = owners(model)
+    reserved = weights_of_attention(model.modules())
     tasks: dict[int, _Task] = {}
     for name, style in styles.items():
         module = model.get_submodule(name)
@@ -416,13 +416,13 @@ def parallelize(
     for together in _classes(model, tasks):
         _set_bounds(together, parts)
     together = None
-    names, _ = _owners(model)
-    bar = _Bar(len(tasks), "qlinear: parallelize", progress)
+    names, _ = owners(model)
+    bar = Bar(len(tasks), "qlinear: parallelize", progress)
     try:
         while tasks:
             # Nothing here keeps the whole layer once its part stands in its place.
             task = tasks.pop(0)
-            _swap(model, task.name, names, _part(task, rank, group, device), report)
+            swap(model, task.name, names, _part(task, rank, group, device), report)
             del task
             bar.step()
     finally:

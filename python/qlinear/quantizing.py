@@ -15,7 +15,7 @@ from .detect import detect
 from .layers._module import QuantizedLinear
 from .layers.fp8 import Fp8Linear, codes_of, scale_of
 from .linear_layers import linear_layers
-from .model import _Bar, _makers
+from .model import Bar, makers
 from .quantization_config import QuantizationConfig, read_config
 from .rewriting import RewriteReport, RewrittenLayer, Target, error_of, explicit
 from .shards import Shards
@@ -59,7 +59,7 @@ def _maker(to: str, group_size: int, search_scales: bool, threshold: float, bloc
         return _fp8_block
     name, _, bits = to.partition("-")
     name = {"nf4": "bitsandbytes-nf4", "fp4": "bitsandbytes-fp4", "int8": "bitsandbytes"}.get(name, name)
-    make = _makers(int(bits or 4), group_size, search_scales, threshold, blocksize)[name]
+    make = makers(int(bits or 4), group_size, search_scales, threshold, blocksize)[name]
     # Options that no weight goes with fail here, not as one reason to skip for each layer.
     make(torch.zeros(128, 128, device="cpu"), None)
     return make
@@ -96,7 +96,7 @@ def quantize_checkpoint(
     report.notes += [note] if note else []
     target = Target(shards, directory, max_shard_size, layers)
     consumed: set[str] = set()
-    bar = _Bar(len(layers), f"qlinear: {to}", progress)
+    bar = Bar(len(layers), f"qlinear: {to}", progress)
     try:
         with torch.no_grad(), torch.inference_mode(False), target:
             for name in shards:

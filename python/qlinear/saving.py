@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .layers._module import QuantizedLinear
-from .model import _Bar, _is_conv1d
+from .model import Bar, is_conv1d
 from .save_config import Candidates
 from .storages import stored
 from .writing import (
@@ -134,7 +134,7 @@ def _header(file: _File) -> bytes:
     return header.encoded()
 
 
-def _write_file(path: Path, file: _File, bar: _Bar) -> None:
+def _write_file(path: Path, file: _File, bar: Bar) -> None:
     head = _header(file)
     with path.open("wb") as out:
         out.write(head)
@@ -168,7 +168,7 @@ def _model_config(model: nn.Module, directory: Path) -> dict[str, Any]:
 
 def _unquantized(model: nn.Module) -> list[str]:
     """The linear layers that stayed as they were."""
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) or _is_conv1d(module)]
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) or is_conv1d(module)]
 
 
 def save_pretrained(
@@ -199,7 +199,7 @@ def save_pretrained(
         quantization = candidates.best()
         if quantization is not None:
             config["quantization_config"] = quantization
-        bar = _Bar(len({id(piece.module) for file in files for piece in file.pieces}), "qlinear: save", progress)
+        bar = Bar(len({id(piece.module) for file in files for piece in file.pieces}), "qlinear: save", progress)
         try:
             with filled(directory) as scratch:
                 for file in files:

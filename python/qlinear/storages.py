@@ -86,9 +86,13 @@ def _padded(tensor: Tensor, columns: int) -> Tensor:
 
 
 def _constant_zeros(groups: int, outputs: int, bits: int, device: torch.device) -> Tensor:
-    """qzeros [G, ceil(N * bits / 32)] of which every zero is the middle, as GPTQ's v2 stores it."""
-    codes = torch.full((outputs, groups), 1 << (bits - 1), dtype=torch.uint8, device=device)
-    return _qlinear.gptq_pack_codes(codes, bits=bits).t().contiguous()
+    """qzeros [G, ceil(N * bits / 32)] of which every zero is the middle, as GPTQ's v2 stores it; bits 2, 4 or 8."""
+    word = sum(1 << at + bits - 1 for at in range(0, 32, bits))
+    zeros = torch.full((groups, -(-outputs * bits // 32)), word - (1 << 32), dtype=torch.int32, device=device)
+    if rest := outputs * bits % 32:
+        # A last word that is not full has nothing after its codes, nor then a sign.
+        zeros[:, -1] = word & ((1 << rest) - 1)
+    return zeros
 
 
 # GPTQModel's planar 3 bits

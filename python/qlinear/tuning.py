@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import _qlinear, choices, ops, timing
 from .choices import Choice, Problem
 from .layers._module import QuantizedLinear
-from .model import _Bar
+from .model import Bar
 
 ROUNDS = 7
 # A candidate has to beat the table's choice by this much: less may be chance.
@@ -146,7 +146,7 @@ def autotune(
         raise TypeError(f"dtype must be float16, bfloat16 or None, got {dtype}")
     report = Report()
     problems = _problems(model, dtype, report)
-    bar = _Bar(len(problems) * len(buckets), "qlinear: autotune", progress)
+    bar = Bar(len(problems) * len(buckets), "qlinear: autotune", progress)
     found: dict[int, list[Choice]] = {}
     try:
         with torch.inference_mode():

@@ -112,12 +112,11 @@ static int launch_products(const ql_cuda_guard *guard, void *stream, ql_cuda_ker
     return 0;
 }
 
-/* A thread an element or a block a row, up to `most` blocks: the kernels that go on by the grid's size take any count. */
-static ql_cuda_grid line_of(int64_t count, int64_t most) {
-    return (ql_cuda_grid){.x = count < most ? count : most, .y = 1, .threads = QL_LINEAR_THREADS};
+/* A thread an element, up to more blocks than any GPU takes at once: the kernels go on by the grid's size. */
+static ql_cuda_grid elements_of(int64_t count) {
+    const int64_t blocks = ql_ceil_div(count, QL_LINEAR_THREADS), most = 65536;
+    return (ql_cuda_grid){.x = blocks < most ? blocks : most, .y = 1, .threads = QL_LINEAR_THREADS};
 }
-
-static ql_cuda_grid elements_of(int64_t count) { return line_of(ql_ceil_div(count, QL_LINEAR_THREADS), 65536); }
 
 static ql_linear_params product_params(const ql_cuda_product *product) {
     ql_linear_params p = params_of(product->weight);
@@ -268,12 +267,9 @@ int ql_cuda_copy(const ql_cuda_place *place, void *out, const void *from, ql_dty
         p.stride[i] = stride[i];
         p.count *= shape[i];
     }
-    ql_cuda_guard guard;
-    if (ql_cuda_enter(&guard, place->device, message) < 0) return -1;
-    ql_cuda_grid grid = elements_of(p.count);
-    int result = ql_cuda_launch(&guard, QL_KERNEL_ql_copy, place->stream, &grid, &p, message);
-    ql_cuda_leave(&guard);
-    return result;
+    if (p.count == 0) return 0;
+    const ql_cuda_grid grid = elements_of(p.count);
+    return ql_cuda_launch_alone(place, QL_KERNEL_ql_copy, &grid, &p, message);
 }
 
 int ql_cuda_dequantize(const ql_cuda_place *place, void *out, ql_dtype dtype, const ql_weight *weight,
@@ -281,10 +277,6 @@ int ql_cuda_dequantize(const ql_cuda_place *place, void *out, ql_dtype dtype, co
     ql_linear_params p = params_of(weight);
     p.out = out;
     p.out_type = (int32_t)dtype;
-    ql_cuda_guard guard;
-    if (ql_cuda_enter(&guard, place->device, message) < 0) return -1;
-    ql_cuda_grid grid = elements_of(weight->n * weight->k);
-    int result = ql_cuda_launch(&guard, QL_KERNEL_ql_dequantize, place->stream, &grid, &p, message);
-    ql_cuda_leave(&guard);
-    return result;
+    const ql_cuda_grid grid = elements_of(weight->n * weight->k);
+    return ql_cuda_launch_alone(place, QL_KERNEL_ql_dequantize, &grid, &p, message);
 }

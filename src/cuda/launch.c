@@ -96,6 +96,15 @@ int ql_cuda_launch(const ql_cuda_guard *guard, ql_cuda_kernel kernel, void *stre
     return result == QL_CU_SUCCESS ? 0 : fail(guard->driver, result, ql_cuda_kernel_name(kernel), message);
 }
 
+int ql_cuda_launch_alone(const ql_cuda_place *place, ql_cuda_kernel kernel, const ql_cuda_grid *grid,
+                         const void *params, char message[QL_CUDA_MESSAGE]) {
+    ql_cuda_guard guard;
+    if (ql_cuda_enter(&guard, place->device, message) < 0) return -1;
+    const int result = ql_cuda_launch(&guard, kernel, place->stream, grid, params, message);
+    ql_cuda_leave(&guard);
+    return result;
+}
+
 int ql_cuda_read(void *host, const void *device_data, size_t bytes, const ql_cuda_place *place,
                  char message[QL_CUDA_MESSAGE]) {
     ql_cuda_guard guard;

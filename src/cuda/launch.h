@@ -47,6 +47,10 @@ typedef struct ql_cuda_grid {
 int ql_cuda_launch(const ql_cuda_guard *guard, ql_cuda_kernel kernel, void *stream, const ql_cuda_grid *grid,
                    const void *params, char message[QL_CUDA_MESSAGE]);
 
+/* A launch by itself on the place's stream: enters and leaves. */
+int ql_cuda_launch_alone(const ql_cuda_place *place, ql_cuda_kernel kernel, const ql_cuda_grid *grid,
+                         const void *params, char message[QL_CUDA_MESSAGE]);
+
 /* Whether a launch may start while the kernel before it ends, where its grid says that it can: so it is until this says
  * otherwise for the whole process, as a measurement of single launches does. Returns what held before. */
 bool ql_cuda_allow_overlap(bool allowed);

@@ -3,6 +3,7 @@
 #include "../../kernels/params.h"
 #include "../../kernels/quantize.h"
 #include "../formats/dynamic_map.h"
+#include "engine.h"
 
 #include <string.h>
 
@@ -18,8 +19,6 @@ _Static_assert((int)QL_RULE_GPTQ == (int)QL_CUDA_GPTQ && (int)QL_RULE_GPTQ_SYMME
 /* Blocks of kernels that go on by the grid's size: more than any GPU takes at once. */
 enum { MOST_BLOCKS = 1 << 16 };
 
-static int64_t parts(int64_t count, int64_t each) { return count / each + (count % each != 0); }
-
 static ql_cuda_grid line(int64_t blocks, int threads) {
     return (ql_cuda_grid){.x = blocks < 1             ? 1
                                : blocks < MOST_BLOCKS ? blocks
@@ -32,14 +31,9 @@ static ql_cuda_grid plane(int64_t x, int64_t y, int threads) {
     return (ql_cuda_grid){.x = x < 1 ? 1 : x, .y = y < 1 ? 1 : y, .threads = threads};
 }
 
-/* Launches one kernel in the place's context. */
 static int run(const ql_cuda_place *place, ql_cuda_kernel kernel, ql_cuda_grid grid, const void *params,
                char message[QL_CUDA_MESSAGE]) {
-    ql_cuda_guard guard;
-    if (ql_cuda_enter(&guard, place->device, message) < 0) return -1;
-    int result = ql_cuda_launch(&guard, kernel, place->stream, &grid, params, message);
-    ql_cuda_leave(&guard);
-    return result;
+    return ql_cuda_launch_alone(place, kernel, &grid, params, message);
 }
 
 /* A row a block, of as many threads as hold it with four runs each, but no more than `most`: where a row takes 1024 of them
@@ -79,7 +73,8 @@ static int transpose(const ql_cuda_place *place, void *out, const void *from, ql
                              .cols = shape[1],
                              .col_stride = stride[1],
                              .size = (int32_t)ql_dtype_size(dtype)};
-    ql_cuda_grid grid = plane(parts(p.rows, QL_TRANSPOSE_TILE), parts(p.cols, QL_TRANSPOSE_TILE), QL_QUANTIZE_THREADS);
+    ql_cuda_grid grid =
+        plane(ql_ceil_div(p.rows, QL_TRANSPOSE_TILE), ql_ceil_div(p.cols, QL_TRANSPOSE_TILE), QL_QUANTIZE_THREADS);
     return run(place, QL_KERNEL_ql_transpose, grid, &p, message);
 }
 
@@ -87,13 +82,7 @@ int ql_cuda_lay_out(const ql_cuda_place *place, void *out, const void *from, ql_
                     const int64_t *shape, const int64_t *stride, char message[QL_CUDA_MESSAGE]) {
     if (ndim == 2 && stride[0] == 1 && dtype != QL_F64)
         return transpose(place, out, from, dtype, shape, stride, message);
-    ql_copy_params p = {.out = out, .from = from, .type = (int32_t)dtype, .ndim = ndim, .count = 1};
-    for (int i = 0; i < ndim; i++) {
-        p.shape[i] = shape[i];
-        p.stride[i] = stride[i];
-        p.count *= shape[i];
-    }
-    return run(place, QL_KERNEL_ql_copy, line(parts(p.count, QL_LINEAR_THREADS), QL_LINEAR_THREADS), &p, message);
+    return ql_cuda_copy(place, out, from, dtype, ndim, shape, stride, message);
 }
 
 /* ---- a scale a row ---- */
@@ -123,7 +112,7 @@ int ql_cuda_eetq_codes(const ql_cuda_place *place, int8_t *codes, void *scales, 
                         .row_absmax = absmax,
                         .scales_type = (int32_t)scales_dtype};
     ql_cuda_grid grid =
-        plane(parts(rows->cols, QL_EETQ_TILE_IN), parts(rows->rows, QL_EETQ_TILE_OUT), QL_QUANTIZE_THREADS);
+        plane(ql_ceil_div(rows->cols, QL_EETQ_TILE_IN), ql_ceil_div(rows->rows, QL_EETQ_TILE_OUT), QL_QUANTIZE_THREADS);
     if (row_absmax(place, absmax, rows, message) < 0) return -1;
     return run(place, QL_KERNEL_ql_eetq_codes, grid, &p, message);
 }
@@ -145,7 +134,7 @@ int ql_cuda_int8_outliers(const ql_cuda_place *place, uint8_t *outliers, const q
                               .x_type = (int32_t)rows->dtype,
                               .threshold = threshold};
     /* This one does not go on by the grid's size. */
-    ql_cuda_grid grid = plane(parts(rows->cols, QL_OUTLIER_COLUMNS), 1, QL_LINEAR_THREADS);
+    ql_cuda_grid grid = plane(ql_ceil_div(rows->cols, QL_OUTLIER_COLUMNS), 1, QL_LINEAR_THREADS);
     return run(place, QL_KERNEL_ql_find_outliers, grid, &p, message);
 }
 
@@ -194,13 +183,13 @@ int ql_cuda_fp8_tokens(const ql_cuda_place *place, uint8_t *codes, float *scales
 int ql_cuda_fp8_blocks(const ql_cuda_place *place, uint8_t *codes, float *scales, const ql_matrix *rows,
                        int64_t block_rows, char message[QL_CUDA_MESSAGE]) {
     ql_scaled_blocks_params p = {.codes = codes, .scales = scales, .source = source_of(rows)};
-    int64_t across = parts(rows->cols, QL_SCALED_BLOCK);
+    int64_t across = ql_ceil_div(rows->cols, QL_SCALED_BLOCK);
     if (rows->rows == 0 || rows->cols == 0) return 0;
     if (block_rows == 1) {
-        int64_t blocks = parts(rows->rows * across, QL_QUANTIZE_THREADS * QL_RUN / QL_SCALED_BLOCK);
+        int64_t blocks = ql_ceil_div(rows->rows * across, QL_QUANTIZE_THREADS * QL_RUN / QL_SCALED_BLOCK);
         return run(place, QL_KERNEL_ql_fp8_groups, line(blocks, QL_QUANTIZE_THREADS), &p, message);
     }
-    ql_cuda_grid grid = plane(across, parts(rows->rows, QL_SCALED_BLOCK), QL_TILE_THREADS);
+    ql_cuda_grid grid = plane(across, ql_ceil_div(rows->rows, QL_SCALED_BLOCK), QL_TILE_THREADS);
     return run(place, QL_KERNEL_ql_fp8_blocks, grid, &p, message);
 }
 
@@ -215,7 +204,7 @@ static int shift_of(int64_t blocksize) {
 /* Blocks of threads that encode `count` values at a time, eight a thread: where a block of values is more than a warp
  * takes at once, fewer would do. */
 static ql_cuda_grid flat_grid(int64_t count) {
-    return line(parts(count, QL_QUANTIZE_THREADS * QL_RUN), QL_QUANTIZE_THREADS);
+    return line(ql_ceil_div(count, QL_QUANTIZE_THREADS * QL_RUN), QL_QUANTIZE_THREADS);
 }
 
 /* The place of x, in [-1, 1], as the kernel computes it. */
@@ -289,7 +278,7 @@ int ql_cuda_blockwise_dequantize(const ql_cuda_place *place, void *out, ql_dtype
 int ql_cuda_mean(const ql_cuda_place *place, float *mean, double *sums, const float *values, int64_t count,
                  char message[QL_CUDA_MESSAGE]) {
     ql_mean_params p = {.mean = mean, .sums = sums, .values = values, .count = count};
-    int64_t chunks = parts(count, QL_SUM_CHUNK);
+    int64_t chunks = ql_ceil_div(count, QL_SUM_CHUNK);
     /* A block a chunk: this one does not go on by the grid's size. */
     if (chunks && run(place, QL_KERNEL_ql_sum_chunks, plane(chunks, 1, QL_SUM_LANES), &p, message) < 0) return -1;
     return run(place, QL_KERNEL_ql_mean, line(1, QL_SUM_LANES), &p, message);
@@ -308,8 +297,8 @@ int ql_cuda_group_params(const ql_cuda_place *place, float *scales, float *zeros
                          .rule = (int32_t)rule};
     /* Runs begin where groups do. */
     if (group_size % QL_RUN) p.source.vector = 0;
-    int64_t lanes = group_size > QL_RUN * 16 ? 32 : parts(group_size, QL_RUN);
-    int64_t blocks = parts(rows->rows * p.groups * lanes, QL_QUANTIZE_THREADS);
+    int64_t lanes = group_size > QL_RUN * 16 ? 32 : ql_ceil_div(group_size, QL_RUN);
+    int64_t blocks = ql_ceil_div(rows->rows * p.groups * lanes, QL_QUANTIZE_THREADS);
     return blocks ? run(place, QL_KERNEL_ql_find_group_params, line(blocks, QL_QUANTIZE_THREADS), &p, message) : 0;
 }
 
@@ -334,8 +323,8 @@ int ql_cuda_encode(const ql_cuda_place *place, int32_t *words, int32_t *zero_wor
     };
     if (rows->rows == 0 || rows->cols == 0) return 0;
     ql_cuda_grid tiles =
-        plane(parts(rows->rows, QL_ENCODE_ROWS), parts(rows->cols, QL_ENCODE_COLS), QL_QUANTIZE_THREADS);
+        plane(ql_ceil_div(rows->rows, QL_ENCODE_ROWS), ql_ceil_div(rows->cols, QL_ENCODE_COLS), QL_QUANTIZE_THREADS);
     if (run(place, QL_KERNEL_ql_group_encode, tiles, &p, message) < 0) return -1;
-    int64_t blocks = parts(parts(rows->rows, 32) * p.groups, QL_QUANTIZE_THREADS);
+    int64_t blocks = ql_ceil_div(ql_ceil_div(rows->rows, 32) * p.groups, QL_QUANTIZE_THREADS);
     return run(place, QL_KERNEL_ql_group_store, line(blocks, QL_QUANTIZE_THREADS), &p, message);
 }

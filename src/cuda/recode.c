@@ -8,29 +8,24 @@ _Static_assert((int)QL_CUDA_PLAIN == (int)QL_AWQ_PLAIN && (int)QL_CUDA_GEMV == (
                "the kernels number the storages alike");
 _Static_assert((int)QL_CUDA_FOUND == (int)QL_ABOVE_BLOCKS, "an entry a block");
 
-static int64_t parts(int64_t count, int64_t each) { return count / each + (count % each != 0); }
-
 static int run(const ql_cuda_place *place, ql_cuda_kernel kernel, int64_t x, int64_t y, const void *params,
                char message[QL_CUDA_MESSAGE]) {
-    ql_cuda_guard guard;
-    ql_cuda_grid grid = {.x = x, .y = y, .threads = QL_QUANTIZE_THREADS};
-    if (ql_cuda_enter(&guard, place->device, message) < 0) return -1;
-    int result = ql_cuda_launch(&guard, kernel, place->stream, &grid, params, message);
-    ql_cuda_leave(&guard);
-    return result;
+    const ql_cuda_grid grid = {.x = x, .y = y, .threads = QL_QUANTIZE_THREADS};
+    return ql_cuda_launch_alone(place, kernel, &grid, params, message);
 }
 
 /* A thread an item, up to more blocks than any GPU takes at once; nothing where there is no item. */
 static int run_items(const ql_cuda_place *place, ql_cuda_kernel kernel, int64_t items, const void *params,
                      char message[QL_CUDA_MESSAGE]) {
-    int64_t blocks = parts(items, QL_QUANTIZE_THREADS), most = 1 << 16;
+    int64_t blocks = ql_ceil_div(items, QL_QUANTIZE_THREADS), most = 1 << 16;
     return items ? run(place, kernel, blocks < most ? blocks : most, 1, params, message) : 0;
 }
 
 static int retile(const ql_cuda_place *place, ql_cuda_kernel kernel, const ql_retile_params *p,
                   char message[QL_CUDA_MESSAGE]) {
     if (p->in_features == 0 || p->out_features == 0) return 0;
-    return run(place, kernel, p->in_features / QL_EETQ_TILE_IN, parts(p->out_features, QL_EETQ_TILE_OUT), p, message);
+    return run(place, kernel, p->in_features / QL_EETQ_TILE_IN, ql_ceil_div(p->out_features, QL_EETQ_TILE_OUT), p,
+               message);
 }
 
 int ql_cuda_eetq_pack(const ql_cuda_place *place, uint8_t *packed, const ql_matrix *codes,
@@ -55,7 +50,7 @@ static int recode(const ql_cuda_place *place, void *out, int64_t count, const ql
                           .col_stride = from->col_stride,
                           .bits = bits,
                           .mode = mode};
-    return run_items(place, QL_KERNEL_ql_recode, parts(count, 32) * from->cols, &p, message);
+    return run_items(place, QL_KERNEL_ql_recode, ql_ceil_div(count, 32) * from->cols, &p, message);
 }
 
 int ql_cuda_gptq_pack_codes(const ql_cuda_place *place, int32_t *packed, const ql_matrix *codes, int bits,
@@ -81,7 +76,7 @@ int ql_cuda_awq_gather(const ql_cuda_place *place, int32_t *words, ql_cuda_stora
         p.row_stride = from->row_stride;
         p.col_stride = from->col_stride;
     }
-    return run_items(place, QL_KERNEL_ql_awq_gather, k * parts(n, 8), &p, message);
+    return run_items(place, QL_KERNEL_ql_awq_gather, k * ql_ceil_div(n, 8), &p, message);
 }
 
 int ql_cuda_awq_pack(const ql_cuda_place *place, int32_t *packed, const ql_matrix *codes,

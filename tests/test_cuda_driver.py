@@ -518,6 +518,28 @@ def test_blocks_cover_every_row_and_are_what_a_gpu_takes(server, rows):
         assert block[0] in (128, 256, 384, 512)
 
 
+def of_no_outputs(driver, name):
+    codes, scales = np.zeros((0, K), np.int8), np.zeros(0, np.float32)
+    if name == "eetq":
+        made = _qlinear.EETQLinear(*arrays(ExchangeArray, codes.T, scales.astype(np.float16)))
+    else:
+        made = _qlinear.Linear8bitLt(*arrays(ExchangeArray, codes, scales), threshold=6.0)
+    shapes = [made(x_of(ExchangeArray, rows=rows)).array.shape for rows in (1, 20)]
+    shapes.append(made.dequantize("float16").array.shape)
+    before = len(driver.launches())
+    shapes.append(made.grad_input(ExchangeArray(np.ones((M, 0), np.float16))).array.shape)
+    return shapes, before, [call.kernel.decode() for call in driver.launches()[before:]]
+
+
+@pytest.mark.parametrize("name", ["eetq", "int8"])
+def test_a_layer_without_outputs(server, name):
+    """Nothing is launched but what fills the gradient with zeros."""
+    shapes, before, launched = server.run(of_no_outputs, name)
+    assert shapes == [(1, 0), (20, 0), (0, K), (M, K)]
+    assert before == 0
+    assert launched == ["ql_linear_grad"]
+
+
 # ---- forks ----
 
 

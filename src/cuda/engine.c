@@ -277,6 +277,7 @@ int ql_cuda_dequantize(const ql_cuda_place *place, void *out, ql_dtype dtype, co
     ql_linear_params p = params_of(weight);
     p.out = out;
     p.out_type = (int32_t)dtype;
+    if (weight->n == 0) return 0;
     const ql_cuda_grid grid = elements_of(weight->n * weight->k);
     return ql_cuda_launch_alone(place, QL_KERNEL_ql_dequantize, &grid, &p, message);
 }

@@ -225,7 +225,7 @@ static PyObject *ql_call_rows(ql_layer *layer, PyObject *object, const ql_tensor
         if (ql_output_begin_beside(&output, object, x, x->dtype, x->ndim, shape) == 0) {
             ql_call call = {layer->weight, layer, object, x, &rows, &output};
             ql_run run = x->device_type == QL_DEVICE_CPU ? run_cpu : run_cuda;
-            if (rows.rows == 0 || run(&call) == 0)
+            if (rows.rows == 0 || out_width == 0 || run(&call) == 0)
                 result = ql_output_finish(&output);
             else
                 ql_output_abandon(&output);

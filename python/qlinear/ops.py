@@ -28,11 +28,11 @@ _HAS_EXCHANGE_API = hasattr(Tensor, "__dlpack_c_exchange_api__")
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _is_autocast_enabled = torch.is_autocast_enabled
-_is_tracing = torch._C._is_tracing
+is_tracing = torch._C._is_tracing
 
 # Both are private to torch and cheap; a torch without one of them has no such mode, or only slower tools notice.
-_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
-_functorch_level = getattr(getattr(torch._C, "_functorch", None), "maybe_current_level", lambda: None)
+dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+functorch_level = getattr(getattr(torch._C, "_functorch", None), "maybe_current_level", lambda: None)
 
 
 def check_tensors(**arguments: Any) -> None:
@@ -352,10 +352,10 @@ def is_plain(x: Any) -> bool:
         device is None
         or (x.requires_grad and (_is_grad_enabled() or not _HAS_EXCHANGE_API))
         or _is_autocast_enabled(device)
-        or _dispatch_modes()
-        or _functorch_level() is not None
+        or dispatch_modes()
+        or functorch_level() is not None
         or forward_ad._current_level >= 0
-        or _is_tracing()
+        or is_tracing()
         or x.is_neg()
     )
 

@@ -110,7 +110,7 @@ class QuantizedLinear(PackingModule):
                 self._settle_own()
                 operator, arguments = self._operands()
                 # A mode or a transform may replace the tensors that are made meanwhile.
-                if not ops._dispatch_modes() and ops._functorch_level() is None and not ops._is_tracing():
+                if not ops.dispatch_modes() and ops.functorch_level() is None and not ops.is_tracing():
                     self._keep_engine()
         return ops.linear(operator, x, arguments)
 

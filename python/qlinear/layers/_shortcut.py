@@ -33,7 +33,7 @@ def shortcut() -> Callable:
         forwards=plain_forwards,
         empty=tuple((module, name) for name in _HOOKS),
         constant=((compiler, "_is_compiling_flag", False), (forward_mode, "_current_level", -1)),
-        silent=(ops._dispatch_modes, ops._functorch_level, ops._is_tracing),
+        silent=(ops.dispatch_modes, ops.functorch_level, ops.is_tracing),
         is_grad_enabled=torch.is_grad_enabled,
         is_autocast_enabled=torch.is_autocast_enabled,
     )

@@ -119,14 +119,26 @@ static int ql_storage_wait(const ql_storage *storage) {
     return ql_cuda_failed(message);
 }
 
+/* 1 where the array can be had there: on its own device only. -1 with an exception. */
+static int ql_storage_is_on(const ql_storage *storage, PyObject *device) {
+    if (!device || device == Py_None) return 1;
+    PyObject *own = Py_BuildValue("(ii)", storage->device_type, storage->device_id);
+    int same = own ? PyObject_RichCompareBool(device, own, Py_EQ) : -1;
+    Py_XDECREF(own);
+    return same;
+}
+
 /* __dlpack__(*, stream=None, max_version=None, dl_device=None, copy=None). A copy would be a second array that nobody asked
- * this object for, and it has no other device to offer. */
+ * this object for. */
 static PyObject *ql_dlpack_array_dlpack(PyObject *self, PyObject *args, PyObject *kwargs) {
     if (PyTuple_Size(args) != 0) return PyErr_Format(PyExc_TypeError, "__dlpack__ takes keyword arguments only");
     PyObject *version = kwargs ? PyDict_GetItemString(kwargs, "max_version") : NULL;
     PyObject *copy = kwargs ? PyDict_GetItemString(kwargs, "copy") : NULL;
     if (copy == Py_True) return PyErr_Format(PyExc_BufferError, "__dlpack__: copy=True is not offered");
     ql_storage *storage = ((ql_dlpack_array *)self)->storage;
+    int is_there = ql_storage_is_on(storage, kwargs ? PyDict_GetItemString(kwargs, "dl_device") : NULL);
+    if (is_there < 0) return NULL;
+    if (!is_there) return PyErr_Format(PyExc_BufferError, "__dlpack__: dl_device is not that of the array");
     if (ql_storage_wait(storage) < 0) return NULL;
     if (!version || version == Py_None) return ql_capsule_unversioned(storage);
     PyObject *major = PySequence_GetItem(version, 0);

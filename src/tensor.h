@@ -21,9 +21,8 @@ typedef struct ql_tensor {
     int ndim;
     bool readonly;
     int64_t shape[QL_MAX_DIMS];
-    int64_t
-        stride[QL_MAX_DIMS]; /* in elements; of a dimension of size 1 or of an empty tensor, whatever is contiguous */
-    void *managed;           /* what the producer lent, given back by ql_tensor_release; NULL where it lent nothing */
+    int64_t stride[QL_MAX_DIMS]; /* in elements; of a dimension of size 1 and of an empty tensor it means nothing */
+    void *managed; /* what the producer lent, given back by ql_tensor_release; NULL where it lent nothing */
     bool versioned;
     bool borrowed; /* data stays valid only as long as the object lives and is not resized */
 } ql_tensor;

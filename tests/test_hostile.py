@@ -308,3 +308,38 @@ def test_layers_bound_anew_keep_no_memory_of_before():
         g_idx.data = torch.roll(g_idx, shift)
         layer(torch.ones(0, k))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20 * k * 4 // 1024
+
+
+# ---- exceptions ----
+
+
+class Number:
+    def __init__(self, error):
+        self.error = error
+
+    def __index__(self):
+        raise self.error
+
+    __float__ = __index__
+
+
+def test_what_an_argument_raises_comes_through():
+    x = torch.ones(2, 64)
+    for error in (KeyboardInterrupt(), RuntimeError("of its own")):
+        with pytest.raises(type(error)):
+            _qlinear.gptq_find_params(x, bits=Number(error), group_size=64)
+        with pytest.raises(type(error)):
+            _qlinear.int8_quantize(x, threshold=Number(error))
+    with pytest.raises(TypeError, match="bits must be an int"):
+        _qlinear.gptq_find_params(x, bits=Number(TypeError("no")), group_size=64)
+    with pytest.raises(TypeError, match="threshold must be a float"):
+        _qlinear.int8_quantize(x, threshold=Number(TypeError("no")))
+    with pytest.raises(ValueError, match="threshold is out of range"):
+        _qlinear.int8_quantize(x, threshold=10**400)
+
+
+def test_an_output_is_on_its_own_device_only():
+    made = _qlinear.eetq_pack(Producer(np.zeros((64, 2), np.int8)))
+    made.__dlpack__(dl_device=(1, 0))
+    with pytest.raises(BufferError, match="dl_device"):
+        made.__dlpack__(dl_device=(2, 0))

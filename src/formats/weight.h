@@ -1,6 +1,6 @@
 /* What the engines multiply with: one quantized weight W of shape [n, k] = [out_features, in_features], described by
- * pointers into the checkpoint's own tensors, or into what formats/packed.h made of them. Nothing here owns memory. Whoever fills a ql_weight has checked every
- * size; an engine reads exactly the extents that are given here.
+ * pointers into the checkpoint's own tensors, or into what formats/packed.h made of them. Nothing here owns memory. Whoever
+ * fills a ql_weight has checked every size; an engine reads exactly the extents that are given here.
  *
  * Each format's value of W[row][col] is one fp32 formula, stated at its struct. "stream" of b-bit codes: code i sits in
  * bits [b*i, b*i + b) of consecutive little-endian 32-bit words, lowest bit first; 3-bit codes straddle words. */

@@ -60,11 +60,15 @@ int ql_args_tuple(PyObject **values, const ql_signature *signature, PyObject *ar
     return ql_args_check_required(values, signature);
 }
 
+/* An exception of __index__ or __float__ that says more than that the object has none: KeyboardInterrupt, for one. */
+static bool ql_is_another_error(PyObject *expected) { return PyErr_Occurred() && !PyErr_ExceptionMatches(expected); }
+
 int ql_arg_int(int64_t *value, PyObject *object, const char *name) {
     if (!object) return 0;
     /* __index__ lets NumPy's integers in and keeps floats out; True is a mistake more often than a one. */
     PyObject *index = PyBool_Check(object) ? NULL : PyNumber_Index(object);
     if (!index) {
+        if (ql_is_another_error(PyExc_TypeError)) return -1;
         PyErr_Format(PyExc_TypeError, "%s must be an int, got %R", name, object);
         return -1;
     }
@@ -82,7 +86,10 @@ int ql_arg_float(double *value, PyObject *object, const char *name) {
     if (!object) return 0;
     double result = PyFloat_AsDouble(object);
     if (result == -1.0 && PyErr_Occurred()) {
-        PyErr_Format(PyExc_TypeError, "%s must be a float, got %R", name, object);
+        if (PyErr_ExceptionMatches(PyExc_OverflowError))
+            PyErr_Format(PyExc_ValueError, "%s is out of range: %R", name, object);
+        else if (!ql_is_another_error(PyExc_TypeError))
+            PyErr_Format(PyExc_TypeError, "%s must be a float, got %R", name, object);
         return -1;
     }
     *value = result;

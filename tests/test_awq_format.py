@@ -190,7 +190,7 @@ def test_infinite_and_nan_weights_stay_in_their_column():
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, ml_dtypes.bfloat16])
 @pytest.mark.parametrize(
     ("n", "k", "group_size", "words"),
-    [(16, 256, 128, 1), (13, 192, 64, 2), (8, 96, 32, 4), (9, 40, -1, 1), (8, 96, 8, 2)],
+    [(16, 256, 128, 1), (13, 192, 64, 2), (8, 96, 32, 4), (9, 40, -1, 1), (8, 96, 8, 2), (136, 1288, 644, 1)],
 )
 def test_from_gemv(dtype, n, k, group_size, words):
     """zeros and scales come padded to multiples of the kernels' own, here with rubbish."""

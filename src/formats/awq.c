@@ -87,8 +87,40 @@ static uint32_t gemv_code(const ql_matrix *gemv, int64_t row, int64_t col) {
     return (uint32_t)ql_matrix_i32(gemv, row, col / 8) >> 4 * (col % 8) & 15u;
 }
 
+/* Eight words of eight rows, one of each, are eight words of eight columns: a matrix of nibbles that is transposed, by
+ * halves of 4, 2 and 1. */
+static void turn_eight(int32_t *qweight, const ql_matrix *gemv, int64_t words, int64_t col, int64_t word) {
+    static const uint32_t low[] = {0, 0x0f0f0f0fu, 0x00ff00ffu, 0, 0x0000ffffu};
+    uint32_t eight[QL_AWQ_NIBBLES];
+    for (int64_t row = 0; row < QL_AWQ_NIBBLES; row++)
+        eight[ql_awq_nibble(row)] = (uint32_t)ql_matrix_i32(gemv, word * QL_AWQ_NIBBLES + row, col / QL_AWQ_NIBBLES);
+    for (int half = 4; half > 0; half /= 2) {
+        for (int i = 0; i < QL_AWQ_NIBBLES; i++) {
+            if (i & half) continue;
+            uint32_t changed = (eight[i] >> 4 * half ^ eight[i + half]) & low[half];
+            eight[i + half] ^= changed;
+            eight[i] ^= changed << 4 * half;
+        }
+    }
+    for (int64_t i = 0; i < QL_AWQ_NIBBLES; i++) qweight[(col + i) * words + word] = (int32_t)eight[i];
+}
+
 void ql_awq_from_gemv_codes(int32_t *qweight, const ql_matrix *gemv, int64_t begin, int64_t end) {
-    gather(qweight, gemv_code, gemv, gemv->rows, begin, end);
+    int64_t words = ql_awq_words(gemv->rows), whole = gemv->rows % QL_AWQ_NIBBLES ? begin : end;
+    int64_t col = begin;
+    for (; col < whole && (col % QL_AWQ_NIBBLES || whole - col < QL_AWQ_NIBBLES); col++)
+        gather(qweight, gemv_code, gemv, gemv->rows, col, col + 1);
+    /* By squares of 16 words, a cache line of each row and each column: rows lie so far apart that lines met again only
+     * after a whole row are no longer there. */
+    while (whole - col >= QL_AWQ_NIBBLES) {
+        int64_t eights = (whole - col) / QL_AWQ_NIBBLES, last = col + QL_AWQ_NIBBLES * (eights < 16 ? eights : 16);
+        for (int64_t first = 0; first < words; first += 16)
+            for (int64_t at = col; at < last; at += QL_AWQ_NIBBLES)
+                for (int64_t word = first; word < words && word < first + 16; word++)
+                    turn_eight(qweight, gemv, words, at, word);
+        col = last;
+    }
+    gather(qweight, gemv_code, gemv, gemv->rows, col, end);
 }
 
 void ql_awq_from_gemv_zeros(int32_t *qzeros, const ql_matrix *gemv, int64_t begin, int64_t end) {

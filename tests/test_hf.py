@@ -296,6 +296,30 @@ def test_transformers_quantizes_what_it_loads(tmp_path, registered, method, opti
     tokens(model)
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "attribute", "value"),
+    [
+        ("BitsAndBytesConfig", {"load_in_4bit": True}, "quant_type", "fp4"),
+        ("BitsAndBytesConfig", {"load_in_4bit": True}, "compress_statistics", False),
+        ("BitsAndBytesConfig", {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}, "compress_statistics", True),
+        ("BitsAndBytesConfig", {"load_in_4bit": True, "bnb_4bit_quant_storage": "int8"}, "quant_storage", torch.int8),
+        ("BitsAndBytesConfig", {"load_in_8bit": True, "llm_int8_threshold": 4.5}, "threshold", 4.5),
+        ("FbgemmFp8Config", {"activation_scale_ub": 3.5}, "input_scale_ub", 3.5),
+    ],
+)  # fmt: skip
+def test_transformers_quantizes_with_the_options_of_its_config(tmp_path, registered, method, options, attribute, value):
+    MODELS["llama"]().save_pretrained(tmp_path)
+    model = auto(tmp_path, "llama", quantization_config=getattr(transformers, method)(**options))
+    assert all(getattr(layer, attribute) == value for layer in layers_of(model).values())
+
+
+def test_transformers_is_told_that_weights_do_not_learn_here(tmp_path, registered):
+    MODELS["llama"]().save_pretrained(tmp_path)
+    config = transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_has_fp16_weight=True)
+    with pytest.raises(ValueError, match="llm_int8_has_fp16_weight"):
+        auto(tmp_path, "llama", quantization_config=config)
+
+
 def test_transformers_is_told_that_calibration_is_not_done_here(tmp_path, registered):
     MODELS["llama"]().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="awq: qlinear loads such checkpoints, but does not make them"):

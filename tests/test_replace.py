@@ -114,6 +114,19 @@ def test_options():
     model = new_model()
     qlinear.replace_linear(model, "bitsandbytes-nf4", blocksize=128)
     assert model.layers[0].up.blocksize == 128
+    model = new_model()
+    qlinear.replace_linear(model, "bitsandbytes-fp4", compress_statistics=False, quant_storage=torch.bfloat16)
+    assert not model.layers[0].up.compress_statistics
+    assert model.layers[0].up.weight.dtype == torch.bfloat16
+    model = new_model()
+    qlinear.replace_linear(model, "fp8", input_scale_ub=2.5)
+    assert model.layers[0].up.input_scale_ub == 2.5
+
+
+def test_the_default_device_has_no_say():
+    model = new_model()
+    with torch.device("meta"):
+        assert qlinear.replace_linear(model, "eetq").replaced == LINEARS
 
 
 def test_skip_and_filter():
@@ -270,7 +283,7 @@ def test_each_weight_is_freed_before_the_next():
     gc.disable()
     real = models.makers
     try:
-        models.makers = lambda *options: real(*options) | {"eetq": Recorder()}
+        models.makers = lambda **options: real(**options) | {"eetq": Recorder()}
         qlinear.replace_linear(model, "eetq")
     finally:
         models.makers = real

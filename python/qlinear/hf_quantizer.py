@@ -177,11 +177,20 @@ def _by_rounding(config: Any) -> Any:
     skip = getattr(config, "llm_int8_skip_modules", None) or getattr(config, "modules_to_not_convert", None)
     options: dict[str, Any] = {"skip": ("lm_head",) if skip is None else tuple(skip)}
     if method == "bitsandbytes" and config.load_in_8bit:
+        if config.llm_int8_has_fp16_weight:
+            raise ValueError("llm_int8_has_fp16_weight: layers that learn are made by Linear8bitLt, not by loading")
         options |= {"quantize": "bitsandbytes", "threshold": config.llm_int8_threshold}
     elif method == "bitsandbytes":
-        options |= {"quantize": f"bitsandbytes-{config.bnb_4bit_quant_type}"}
-    elif method in ("eetq", "fbgemm_fp8"):
-        options |= {"quantize": method.removeprefix("fbgemm_")}
+        # bnb_4bit_compute_dtype is not asked: sums run in fp32 for every input.
+        options |= {
+            "quantize": f"bitsandbytes-{config.bnb_4bit_quant_type}",
+            "compress_statistics": config.bnb_4bit_use_double_quant,
+            "quant_storage": config.bnb_4bit_quant_storage,
+        }
+    elif method == "eetq":
+        options |= {"quantize": "eetq"}
+    elif method == "fbgemm_fp8":
+        options |= {"quantize": "fp8", "input_scale_ub": config.activation_scale_ub}
     else:
         raise ValueError(f"{method}: qlinear loads such checkpoints, but does not make them while a model is loaded")
     return lambda model: replace_linear(model, **options)

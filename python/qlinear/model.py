@@ -39,10 +39,24 @@ class Report:
 
 
 def makers(
-    bits: int, group_size: int, search_scales: bool, threshold: float, blocksize: int
+    *,
+    bits: int = 4,
+    group_size: int = 128,
+    search_scales: bool = False,
+    threshold: float = 6.0,
+    blocksize: int = 64,
+    compress_statistics: bool = True,
+    quant_storage: torch.dtype = torch.uint8,
+    input_scale_ub: float | None = None,
 ) -> dict[str, Callable[[Tensor, Tensor | None], QuantizedLinear]]:
+    """Of each of FORMATS what makes its layer of a weight and a bias, with the options that are the format's."""
     affine = {"group_size": group_size, "search_scales": search_scales}
-    blocks = {"blocksize": blocksize, "search_scales": search_scales}
+    blocks = {
+        "blocksize": blocksize,
+        "search_scales": search_scales,
+        "compress_statistics": compress_statistics,
+        "quant_storage": quant_storage,
+    }
     return {
         "eetq": EETQLinear,
         "gptq": lambda w, b: QuantLinear.quantize(w, b, bits=bits, **affine),
@@ -50,11 +64,11 @@ def makers(
         "bitsandbytes": lambda w, b: Linear8bitLt(w, b, has_fp16_weights=False, threshold=threshold),
         "bitsandbytes-nf4": lambda w, b: Linear4bit(w, b, "nf4", **blocks),
         "bitsandbytes-fp4": lambda w, b: Linear4bit(w, b, "fp4", **blocks),
-        "fp8": Fp8Linear.quantize,
+        "fp8": lambda w, b: Fp8Linear.quantize(w, b, input_scale_ub=input_scale_ub),
     }
 
 
-FORMATS = tuple(makers(4, 128, False, 6.0, 64))
+FORMATS = tuple(makers())
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -166,14 +180,18 @@ def replace_linear(
     search_scales: bool = False,
     threshold: float = 6.0,
     blocksize: int = 64,
+    compress_statistics: bool = True,
+    quant_storage: torch.dtype = torch.uint8,
+    input_scale_ub: float | None = None,
     progress: bool | None = None,
 ) -> Report:
     """Swaps model's nn.Linear layers (and transformers' Conv1D) in place for `quantize`, one of FORMATS.
 
     skip: names of modules, or parts of dotted names, that stay; filter(name, module) False keeps one too. bits
     (2, 3, 4 or 8) and group_size are gptq's and awq's, search_scales is theirs, nf4's and fp4's (the search takes ten
-    times as long and helps most below 8 bits), threshold is LLM.int8()'s, blocksize that of nf4 and fp4. progress: True
-    or False shows a bar or none; None when it takes long.
+    times as long and helps most below 8 bits), threshold is LLM.int8()'s; blocksize, compress_statistics (double
+    quantization) and quant_storage are those of nf4 and fp4, input_scale_ub fp8's bound of a token's absmax. progress:
+    True or False shows a bar or none; None when it takes long.
 
     Each layer's float weight is freed before the next is quantized. A layer that the format cannot hold stays, and the
     report says why. Wrong options are refused before anything is changed. On any other error (memory, an interrupt) the
@@ -184,9 +202,18 @@ def replace_linear(
     if isinstance(skip, str):
         raise TypeError("skip must be a collection of names, not a string")
     skip = tuple(skip)
-    make = makers(bits, group_size, search_scales, threshold, blocksize)[quantize]
+    make = makers(
+        bits=bits,
+        group_size=group_size,
+        search_scales=search_scales,
+        threshold=threshold,
+        blocksize=blocksize,
+        compress_statistics=compress_statistics,
+        quant_storage=quant_storage,
+        input_scale_ub=input_scale_ub,
+    )[quantize]
     # Options that no weight goes with fail here, not as one reason to skip for each layer.
-    make(torch.zeros(128, 128), None)
+    make(torch.zeros(128, 128, device="cpu"), None)
     names, shared = owners(model)
     reserved = weights_of_attention(model.modules())
     report = Report()

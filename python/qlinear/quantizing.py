@@ -59,7 +59,8 @@ def _maker(to: str, group_size: int, search_scales: bool, threshold: float, bloc
         return _fp8_block
     name, _, bits = to.partition("-")
     name = {"nf4": "bitsandbytes-nf4", "fp4": "bitsandbytes-fp4", "int8": "bitsandbytes"}.get(name, name)
-    make = makers(int(bits or 4), group_size, search_scales, threshold, blocksize)[name]
+    options = {"group_size": group_size, "search_scales": search_scales, "threshold": threshold, "blocksize": blocksize}
+    make = makers(bits=int(bits or 4), **options)[name]
     # Options that no weight goes with fail here, not as one reason to skip for each layer.
     make(torch.zeros(128, 128, device="cpu"), None)
     return make

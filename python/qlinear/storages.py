@@ -133,7 +133,7 @@ def _from_awq(tensors: _Tensors, options: Mapping[str, Any]) -> tuple[_Tensors, 
 def _from_gemv(tensors: _Tensors, options: Mapping[str, Any]) -> tuple[_Tensors, _Tensors]:
     made, _ = _from_awq(tensors, options)
     # How far the groups are padded; the padding itself is zero, or it is gone.
-    return made, {"width": torch.tensor(tensors["scales"].shape[1])}
+    return made, {"width": torch.tensor(tensors["scales"].shape[1], device="cpu")}
 
 
 def _to_gemv(own: _Tensors, kept: Mapping[str, Tensor]) -> _Tensors | None:
@@ -145,7 +145,7 @@ def _to_gemv(own: _Tensors, kept: Mapping[str, Tensor]) -> _Tensors | None:
 
 def _from_gemv_fast(tensors: _Tensors, options: Mapping[str, Any]) -> tuple[_Tensors, _Tensors]:
     made, _ = _from_awq(tensors, options)
-    return made, {"width": torch.tensor(tensors["scales"].shape[0])}
+    return made, {"width": torch.tensor(tensors["scales"].shape[0], device="cpu")}
 
 
 def _to_gemv_fast(own: _Tensors, kept: Mapping[str, Tensor]) -> _Tensors | None:
@@ -206,7 +206,7 @@ def _from_packed(tensors: _Tensors, options: Mapping[str, Any]) -> tuple[_Tensor
         qzeros = _qlinear.gptq_pack_codes(codes, bits=bits).t().contiguous()
     else:
         qzeros = zeros.t().contiguous()
-    kept["has_zeros"] = torch.tensor(zeros is not None)
+    kept["has_zeros"] = torch.tensor(zeros is not None, device="cpu")
     made = {"qweight": tensors["weight_packed"].t().contiguous(), "qzeros": qzeros, "scales": scale.t().contiguous()}
     index = tensors.get("weight_g_idx")
     if index is not None and (index == -1).all():
@@ -264,7 +264,7 @@ def _from_integer_codes(tensors: _Tensors, options: Mapping[str, Any]) -> tuple[
     """int8 [N, K] as GPTQ's codes, which are larger by 128."""
     weight, scale = tensors["weight"], tensors["weight_scale"]
     outputs, inputs = weight.shape
-    kept = {"width": torch.tensor(inputs)}
+    kept = {"width": torch.tensor(inputs, device="cpu")}
     if scale.numel() == 1:
         kept["weight_scale"] = scale
         scale = scale.reshape(1, 1).expand(outputs, 1)

@@ -112,7 +112,14 @@ class Fp8Linear(QuantizedLinear):
         self._check()
 
     @classmethod
-    def quantize(cls, weight: Tensor, bias: Tensor | None, *, activation: str | None = None) -> Fp8Linear:
+    def quantize(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        activation: str | None = None,
+        input_scale_ub: Tensor | float | None = None,
+    ) -> Fp8Linear:
         """Rounds a float weight [N, K] to e4m3 with one scale a channel, absmax / 448 (1 / 448 for a zero row)."""
         check_weight(weight)
         n, k = weight.shape
@@ -123,7 +130,7 @@ class Fp8Linear(QuantizedLinear):
             rows = weight.detach()[start : start + step].float()
             scale[start : start + step] = scale_of(rows.abs().amax(1, keepdim=True))
             codes[start : start + step] = codes_of(rows, scale[start : start + step])
-        self = cls(codes, bias, scale, None, activation=activation)
+        self = cls(codes, bias, scale, None, activation=activation, input_scale_ub=input_scale_ub)
         self.weight_dtype = weight.dtype
         return self
 

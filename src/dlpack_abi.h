@@ -56,8 +56,6 @@ typedef struct DLManagedTensorVersioned {
     DLTensor dl_tensor;
 } DLManagedTensorVersioned;
 
-#define DLPACK_FLAG_BITMASK_READ_ONLY ((uint64_t)1)
-
 /* The exchange table that a tensor type carries as `__dlpack_c_exchange_api__`, a capsule named "dlpack_exchange_api". */
 typedef struct DLPackExchangeAPIHeader {
     DLPackVersion version;

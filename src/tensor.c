@@ -173,7 +173,6 @@ static int ql_read_capsule(ql_tensor *tensor, PyObject *object, const char *name
             PyErr_Format(PyExc_ValueError, "%s: DLPack version %u.%u, major version 1 is taken", name,
                          (unsigned)managed->version.major, (unsigned)managed->version.minor);
         } else {
-            tensor->readonly = managed->flags & DLPACK_FLAG_BITMASK_READ_ONLY;
             result = ql_tensor_from_dltensor(tensor, &managed->dl_tensor, name);
         }
     } else if (PyCapsule_IsValid(capsule, "dltensor")) {
@@ -201,7 +200,6 @@ static int ql_read_exchange(ql_tensor *tensor, const DLPackExchangeAPI *api, PyO
     if (api->managed_tensor_from_py_object_no_sync(object, &managed) != 0) return -1;
     tensor->managed = managed;
     tensor->versioned = true;
-    tensor->readonly = managed->flags & DLPACK_FLAG_BITMASK_READ_ONLY;
     int result = ql_tensor_from_dltensor(tensor, &managed->dl_tensor, name);
     if (result < 0) ql_tensor_release(tensor);
     return result;
@@ -210,7 +208,7 @@ static int ql_read_exchange(ql_tensor *tensor, const DLPackExchangeAPI *api, PyO
 /* Only the fields before the arrays of sizes, which are filled as far as ndim: a call's hot path. */
 static void ql_tensor_clear(ql_tensor *tensor) {
     tensor->data = tensor->managed = NULL;
-    tensor->readonly = tensor->versioned = tensor->borrowed = false;
+    tensor->versioned = tensor->borrowed = false;
     tensor->ndim = 0;
 }
 
@@ -407,7 +405,7 @@ static void ql_allocator_failed(void *context, const char *kind, const char *mes
 static void ql_output_clear(ql_output *output, PyObject *like) {
     output->like = like;
     output->pending = output->view.managed = NULL;
-    output->view.readonly = output->view.versioned = output->view.borrowed = false;
+    output->view.versioned = output->view.borrowed = false;
 }
 
 static int ql_exchange_begin(ql_output *output, const DLPackExchangeAPI *api, DLDevice device, ql_dtype dtype, int ndim,

@@ -19,7 +19,6 @@ typedef struct ql_tensor {
     int device_type, device_id;
     ql_dtype dtype;
     int ndim;
-    bool readonly;
     int64_t shape[QL_MAX_DIMS];
     int64_t stride[QL_MAX_DIMS]; /* in elements; of a dimension of size 1 and of an empty tensor it means nothing */
     void *managed; /* what the producer lent, given back by ql_tensor_release; NULL where it lent nothing */
@@ -27,8 +26,9 @@ typedef struct ql_tensor {
     bool borrowed; /* data stays valid only as long as the object lives and is not resized */
 } ql_tensor;
 
-/* Reads `object` into *tensor; 0, or -1 with TypeError (no tensor, dtype of no use here), ValueError (sizes out of range, a
- * tensor that torch negates lazily) or what the producer raised. On success the caller owes ql_tensor_release; the object must outlive it. */
+/* Reads `object` into *tensor; 0, or -1 with TypeError (no tensor, dtype of no use here), ValueError (sizes out of range,
+ * a tensor that torch negates lazily) or what the producer raised. On success the caller owes ql_tensor_release; the
+ * object must outlive it. */
 int ql_tensor_read(ql_tensor *tensor, PyObject *object, const char *name);
 void ql_tensor_release(ql_tensor *tensor);
 /* `count` tensors, all to be released, or none and -1. Reading runs Python code where a producer has only __dlpack__, which

@@ -98,7 +98,6 @@ int ql_numpy_read(ql_tensor *tensor, PyObject *object, const char *name) {
     tensor->data = PyArray_DATA(array);
     tensor->device_type = QL_DEVICE_CPU;
     tensor->device_id = 0;
-    tensor->readonly = !PyArray_ISWRITEABLE(array);
     return 0;
 }
 

@@ -1,9 +1,10 @@
 /* The product with a packed weight on mma.sync: every GPU from sm_80 on that has no wgmma, from a few tokens up.
  *
- * A block of 8 warps makes 128 outputs of some tokens over a part of K ("split"). x and the codes of its strips come to shared memory by cp.async, some stages ahead: x in rows of 128 bytes whose 16-byte pieces are swizzled by
- * the row, codes as they are. A warp makes 16-bit fragments of its strips' codes in registers. Where K is split, the
- * blocks of all parts but the last leave fp32 sums in scratch and the last adds them in order: the same bits each time.
- * It has the highest index of its tile, so what it waits for was started before it. */
+ * A block of 8 warps makes 128 outputs of some tokens over a part of K ("split"). x and the codes of its strips come to
+ * shared memory by cp.async, some stages ahead: x in rows of 128 bytes whose 16-byte pieces are swizzled by the row,
+ * codes as they are. A warp makes 16-bit fragments of its strips' codes in registers. Where K is split, the blocks of
+ * all parts but the last leave fp32 sums in scratch and the last adds them in order: the same bits each time. It has the
+ * highest index of its tile, so what it waits for was started before it. */
 #include "ptx.cuh"
 #include "variants.h"
 #include "weight16.cuh"

@@ -1,8 +1,9 @@
-/* Products of any number of tokens with 8-bit weights and 8-bit activations on mma.sync, for GPUs that have no wgmma: 128 rows
- * of the weight by 64 tokens a block, K in steps of 128 columns through a ring of stages in shared memory.
+/* Products of any number of tokens with 8-bit weights and 8-bit activations on mma.sync, for GPUs that have no wgmma:
+ * 128 rows of the weight by 64 tokens a block, K in steps of 128 columns through a ring of stages in shared memory.
  *
- * e4m3 is multiplied as it is from compute capability 8.9 on, and becomes fp16, exactly, on GPUs before that. The sums of a step are added in fp32, whether or not
- * that was asked for. Outliers come in fp32 at the end, from x less what their codes gave.
+ * e4m3 is multiplied as it is from compute capability 8.9 on, and becomes fp16, exactly, on GPUs before that. The sums
+ * of a step are added in fp32, whether or not that was asked for. Outliers come in fp32 at the end, from x less what
+ * their codes gave.
  *
  * Grid: ceil(n / QL_W8A8_MMA_ROWS) by ceil(m / QL_W8A8_MMA_TOKENS). */
 #include "variants.h"

@@ -229,8 +229,8 @@ INLINE bool fp8_scale_is_even(const ql_weight *weight) {
     return weight->fp8.block_k >= weight->k || weight->fp8.block_k % BLOCK == 0;
 }
 
-/* out[rows][BLOCK], rows PANEL_STRIDE apart, = W[row + i][col + order[j]], for col a multiple of BLOCK and `cols` columns there; what lies beyond
- * them is finite or not, but nobody's. */
+/* out[rows][BLOCK], rows PANEL_STRIDE apart, = W[row + i][col + order[j]], for col a multiple of BLOCK and `cols`
+ * columns there; what lies beyond them is finite or not, but nobody's. */
 static void k_block(float *out, const ql_weight *weight, const k_decoder *decoder, const int16_t *order, int64_t row,
                     int64_t rows, int64_t col, int64_t cols) {
     const vf second = vf_set(1.0f / 127.0f);

@@ -71,7 +71,8 @@ static void scratch_give(scratch_pool *pool, int index) { atomic_store(&pool->ta
 
 /* ---- turning ---- */
 
-/* to[order ? order[i] : i][row of from] = from[row][i], rows of both PANEL_STRIDE apart, for `rows` rows, a multiple of LANES (the last may be nobody's). */
+/* to[order ? order[i] : i][row of from] = from[row][i], rows of both PANEL_STRIDE apart, for `rows` rows, a multiple of
+ * LANES (the last may be nobody's). */
 static void turn_block(float *to, const float *from, int64_t rows, const int16_t *order) {
     for (int64_t row = 0; row < rows; row += LANES) {
         for (int first = 0; first < BLOCK; first += LANES) {

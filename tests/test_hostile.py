@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import fake_cuda
 import numpy as np
 import pytest
 import torch
@@ -343,3 +344,45 @@ def test_an_output_is_on_its_own_device_only():
     made.__dlpack__(dl_device=(1, 0))
     with pytest.raises(BufferError, match="dl_device"):
         made.__dlpack__(dl_device=(2, 0))
+
+
+# ---- on a GPU, by a driver without one ----
+
+
+def bound_by_two_threads(driver):
+    """Tensors are replaced: one thread binds the layer anew, and another calls it while the first reads g_idx, whose size
+    makes that take long enough."""
+    k, group_size = 1 << 22, 1 << 10
+
+    def tensors(n):
+        groups = k // group_size
+        g_idx = np.tile(np.arange(groups, dtype=np.int32), group_size)
+        shapes = (k // 8, n), (groups, n // 8)
+        return *(np.zeros(shape, np.int32) for shape in shapes), np.zeros((groups, n), np.float16), g_idx
+
+    held = [fake_cuda.ExchangeArray(tensor) for tensor in tensors(64)]
+    layer = _qlinear.QuantLinear(*held, bits=4, group_size=group_size, zero_format="gptq")
+    x = fake_cuda.ExchangeArray(np.zeros((1, k), np.float16))
+    layer(x)
+    results = []
+    widths = (128, 64, 192, 64)
+    for n in widths:
+        fresh = [fake_cuda.ExchangeArray(tensor) for tensor in tensors(n)]
+        for old, new in zip(held, fresh, strict=True):
+            old.array, old.shape = new.array, new.shape
+        driver.forget()
+        first = threading.Thread(target=lambda: results.append(layer(x).array.shape))
+        first.start()
+        while driver.call_count() == 0 and first.is_alive():
+            pass
+        results.append(layer(x).array.shape)
+        first.join()
+        assert [shape[1] for shape in results[-2:]] == [n, n], results
+        assert layer.out_features == n
+    return len(results) == 2 * len(widths)
+
+
+@pytest.mark.skipif(not _qlinear.cuda_info()["built"], reason="built without CUDA kernels")
+@pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler")
+def test_a_layer_called_while_another_thread_binds_it(server):
+    assert server.run(bound_by_two_threads)

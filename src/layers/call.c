@@ -2,7 +2,7 @@
 
 #include "../cpu/engine.h"
 #include "../cuda/engine.h"
-#include "../formats/number.h"
+#include "../formats/matrix.h"
 #include "device.h"
 
 #include <stdlib.h>
@@ -96,10 +96,10 @@ static void ql_rows_release(ql_rows *rows) {
 /* ------------------------------------------------------------------------------------------------------------------
  * The engines */
 
-/* What a product is made of. The weight is a copy: while the GIL is away another thread may bind the layer anew. */
+/* What a product is made of. Weight and bias are copies: while the GIL is away another thread may bind the layer anew. */
 typedef struct ql_call {
     ql_weight weight;
-    ql_layer *layer;
+    ql_matrix bias; /* one column of n; data is NULL where there is none */
     PyObject *object;
     const ql_tensor *x;
     const ql_rows *rows;
@@ -111,22 +111,27 @@ static int ql_cpu_failed(int result) {
     return result;
 }
 
+static ql_matrix ql_bias_of(const ql_layer *layer) {
+    const ql_tensor *bias = ql_layer_tensor(layer, layer->bias);
+    if (!bias) return (ql_matrix){0};
+    return (ql_matrix){bias->data, bias->dtype, bias->shape[0], 1, bias->stride[0], 1};
+}
+
 /* The bias in fp32, converted where it is not: a copy of [n] is nothing beside the product. */
 static int ql_call_bias(const float **bias, float **copy, const ql_call *call) {
-    const ql_tensor *tensor = ql_layer_tensor(call->layer, call->layer->bias);
+    const ql_matrix *from = &call->bias;
     *bias = *copy = NULL;
-    if (!tensor) return 0;
-    if (tensor->dtype == QL_F32 && ql_tensor_is_contiguous(tensor)) {
-        *bias = tensor->data;
+    if (!from->data) return 0;
+    if (from->dtype == QL_F32 && from->row_stride == 1) {
+        *bias = from->data;
         return 0;
     }
-    int64_t n = call->weight.n;
-    *copy = malloc((size_t)n * sizeof **copy);
+    *copy = malloc((size_t)from->rows * sizeof **copy);
     if (!*copy) {
         PyErr_NoMemory();
         return -1;
     }
-    for (int64_t i = 0; i < n; i++) (*copy)[i] = ql_f32_load(tensor->data, tensor->dtype, i * tensor->stride[0]);
+    for (int64_t i = 0; i < from->rows; i++) (*copy)[i] = ql_matrix_f32(from, i, 0);
     *bias = *copy;
     return 0;
 }
@@ -136,37 +141,32 @@ static int ql_run_cpu_linear(const ql_call *call) {
     float *copy;
     if (ql_call_bias(&bias, &copy, call) < 0) return -1;
     int result;
-    call->layer->running++;
     Py_BEGIN_ALLOW_THREADS
     result = ql_cpu_linear(call->output->view.data, call->rows->data, call->rows->stride, call->x->dtype,
                            call->rows->rows, &call->weight, bias);
     Py_END_ALLOW_THREADS
-    call->layer->running--;
     free(copy);
     return ql_cpu_failed(result);
 }
 
 static int ql_run_cpu_grad(const ql_call *call) {
     int result;
-    call->layer->running++;
     Py_BEGIN_ALLOW_THREADS
     result = ql_cpu_linear_grad(call->output->view.data, call->rows->data, call->rows->stride, call->x->dtype,
                                 call->rows->rows, &call->weight);
     Py_END_ALLOW_THREADS
-    call->layer->running--;
     return ql_cpu_failed(result);
 }
 
 /* A launch takes a microsecond or two, less than giving the GIL away and taking it back costs others. */
 static int ql_run_cuda_linear(const ql_call *call) {
-    const ql_tensor *bias = ql_layer_tensor(call->layer, call->layer->bias);
     ql_cuda_product product = {.out = call->output->view.data,
                                .x = call->rows->data,
                                .x_stride = call->rows->stride,
                                .m = call->rows->rows,
                                .dtype = call->x->dtype,
-                               .weight = &call->weight};
-    if (bias) product.bias = (ql_cuda_bias){bias->data, bias->dtype, bias->stride[0]};
+                               .weight = &call->weight,
+                               .bias = {call->bias.data, call->bias.dtype, call->bias.row_stride}};
     ql_cuda_place place;
     ql_cuda_product_plan plan;
     ql_output scratch;
@@ -217,13 +217,14 @@ static PyObject *ql_call_rows(ql_layer *layer, PyObject *object, const ql_tensor
     if (ql_check_activation(layer, x, name, width) < 0) return NULL;
     PyObject *result = NULL;
     ql_rows rows;
+    ql_output output;
+    const ql_call call = {layer->weight, ql_bias_of(layer), object, x, &rows, &output};
+    layer->running++;
     if (ql_rows_of(&rows, object, x, width) == 0) {
         int64_t shape[QL_MAX_DIMS];
         memcpy(shape, x->shape, sizeof shape[0] * (size_t)x->ndim);
         shape[x->ndim - 1] = out_width;
-        ql_output output;
         if (ql_output_begin_beside(&output, object, x, x->dtype, x->ndim, shape) == 0) {
-            ql_call call = {layer->weight, layer, object, x, &rows, &output};
             ql_run run = x->device_type == QL_DEVICE_CPU ? run_cpu : run_cuda;
             if (rows.rows == 0 || out_width == 0 || run(&call) == 0)
                 result = ql_output_finish(&output);
@@ -231,6 +232,7 @@ static PyObject *ql_call_rows(ql_layer *layer, PyObject *object, const ql_tensor
                 ql_output_abandon(&output);
         }
     }
+    layer->running--;
     ql_rows_release(&rows);
     return result;
 }
@@ -260,35 +262,38 @@ PyObject *ql_call_grad(ql_layer *layer, PyObject *grad_output) {
     return result;
 }
 
-static int ql_dequantize_cpu(ql_layer *layer, ql_tensor *out) {
-    ql_weight weight = layer->weight;
+static int ql_dequantize_cpu(const ql_weight *weight, ql_tensor *out) {
     int result;
-    layer->running++;
     Py_BEGIN_ALLOW_THREADS
-    result = ql_cpu_dequantize(out->data, out->dtype, &weight);
+    result = ql_cpu_dequantize(out->data, out->dtype, weight);
     Py_END_ALLOW_THREADS
-    layer->running--;
     return ql_cpu_failed(result);
 }
 
-static int ql_dequantize_cuda(const ql_layer *layer, ql_tensor *out) {
+static int ql_dequantize_cuda(PyObject *object, const ql_weight *weight, ql_tensor *out) {
     ql_cuda_place place;
-    const ql_held *first = &layer->held[0];
-    if (ql_place_of(&place, first->object, &first->tensor) < 0) return -1;
+    if (ql_place_of(&place, object, out) < 0) return -1;
     char message[QL_CUDA_MESSAGE];
-    int result = ql_cuda_dequantize(&place, out->data, out->dtype, &layer->weight, message);
+    int result = ql_cuda_dequantize(&place, out->data, out->dtype, weight, message);
     return result < 0 ? ql_cuda_failed(message) : 0;
 }
 
 PyObject *ql_call_dequantize(ql_layer *layer, ql_dtype dtype) {
     if (ql_layer_refresh(layer) < 0) return NULL;
     ql_output output;
-    int64_t shape[2] = {layer->weight.n, layer->weight.k};
-    const ql_tensor *device = ql_layer_device(layer);
-    if (ql_output_begin_beside(&output, layer->held[0].object, device, dtype, 2, shape) < 0) return NULL;
-    int result = device->device_type == QL_DEVICE_CPU ? ql_dequantize_cpu(layer, &output.view)
-                                                      : ql_dequantize_cuda(layer, &output.view);
-    if (result == 0) return ql_output_finish(&output);
-    ql_output_abandon(&output);
-    return NULL;
+    const ql_weight weight = layer->weight;
+    const int64_t shape[2] = {weight.n, weight.k};
+    PyObject *object = layer->held[0].object;
+    layer->running++;
+    PyObject *result = NULL;
+    if (ql_output_begin_beside(&output, object, ql_layer_device(layer), dtype, 2, shape) == 0) {
+        bool on_cpu = output.view.device_type == QL_DEVICE_CPU;
+        if ((on_cpu ? ql_dequantize_cpu(&weight, &output.view) : ql_dequantize_cuda(object, &weight, &output.view)) ==
+            0)
+            result = ql_output_finish(&output);
+        else
+            ql_output_abandon(&output);
+    }
+    layer->running--;
+    return result;
 }

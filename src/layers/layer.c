@@ -120,34 +120,68 @@ static bool ql_tensor_same(const ql_tensor *a, const ql_tensor *b) {
            memcmp(a->shape, b->shape, bytes) == 0 && memcmp(a->stride, b->stride, bytes) == 0;
 }
 
-int ql_layer_refresh(ql_layer *layer) {
-    ql_tensor before[QL_MAX_HELD];
-    uint32_t changed = 0;
-    int result = 0;
-    for (int i = 0; i < layer->held_count && result == 0; i++) {
-        ql_held *held = &layer->held[i];
+/* One bit for each tensor that is no longer as the layer has it. 0, or -1. */
+static int ql_layer_find_changes(uint32_t *changed, const ql_layer *layer) {
+    *changed = 0;
+    for (int i = 0; i < layer->held_count; i++) {
+        const ql_held *held = &layer->held[i];
         if (!held->object || !held->tensor.borrowed) continue;
         ql_tensor now;
-        result = ql_tensor_read_again(&now, held->object, held->name);
-        if (result < 0 || ql_tensor_same(&now, &held->tensor)) continue;
-        result = ql_tensor_read(&now, held->object, held->name);
-        before[i] = held->tensor;
-        held->tensor = now;
-        changed |= 1u << i;
+        if (ql_tensor_read_again(&now, held->object, held->name) < 0) return -1;
+        if (!ql_tensor_same(&now, &held->tensor)) *changed |= 1u << i;
     }
-    if (!changed && (result < 0 || !layer->copies_values)) return result;
-    ql_weight weight = layer->weight;
-    if (result == 0) result = ql_layer_check_devices(layer);
-    if (result == 0) result = layer->bind(layer);
-    if (result == 0) result = ql_layer_check_bias(layer);
-    if (result == 0) {
-        ql_layer_drop_older(layer);
-        return 0;
+    return 0;
+}
+
+static int ql_layer_bind_draft(ql_layer *draft, uint32_t changed) {
+    for (int i = 0; i < draft->held_count; i++) {
+        ql_held *held = &draft->held[i];
+        if (changed & 1u << i && ql_tensor_read(&held->tensor, held->object, held->name) < 0) return -1;
     }
-    layer->weight = weight;
-    for (int i = 0; i < layer->held_count; i++)
-        if (changed & 1u << i) layer->held[i].tensor = before[i];
-    return -1;
+    if (ql_layer_check_devices(draft) < 0 || draft->bind(draft) < 0) return -1;
+    return ql_layer_check_bias(draft);
+}
+
+static void ql_layer_publish(ql_layer *layer, const ql_layer *draft) {
+    memcpy(layer->held, draft->held, sizeof layer->held);
+    memcpy(layer->summary, draft->summary, sizeof layer->summary);
+    layer->weight = draft->weight;
+    layer->kept = draft->kept;
+    layer->copies_values = draft->copies_values;
+    layer->binds++;
+    ql_layer_drop_older(layer);
+}
+
+/* In a draft: bind gives the GIL away while it reads from a GPU, and a thread that calls the layer then sees it as it was.
+ * Of several that bind it at once the first has its way: 1 for that one, 0 for the others, or -1. */
+static int ql_layer_bind_anew(ql_layer *layer, uint32_t changed) {
+    ql_layer draft = *layer;
+    const ql_kept *before = layer->kept;
+    layer->running++; /* the draft may take what was kept before for its own */
+    int result = ql_layer_bind_draft(&draft, changed);
+    layer->running--;
+    if (result == 0 && layer->binds == draft.binds) {
+        ql_layer_publish(layer, &draft);
+        return 1;
+    }
+    while (draft.kept != before) {
+        ql_kept *made = draft.kept;
+        draft.kept = made->older;
+        free(made);
+    }
+    return result;
+}
+
+int ql_layer_refresh(ql_layer *layer) {
+    bool bound = false;
+    for (;;) {
+        uint32_t changed;
+        if (ql_layer_find_changes(&changed, layer) < 0) return -1;
+        if (!changed && (bound || !layer->copies_values)) return 0;
+        int result = ql_layer_bind_anew(layer, changed);
+        if (result < 0) return -1;
+        bound = result == 1;
+    }
 }
 
 /* ------------------------------------------------------------------------------------------------------------------

@@ -35,7 +35,8 @@ struct ql_layer {
     void *extra;                  /* the type's own configuration, malloc'ed, freed by ql_layer's dealloc */
     ql_weight weight;
     ql_kept *kept;      /* the newest first */
-    int running;        /* calls that read a copy of weight without the GIL */
+    int running;        /* calls and binds that hold a copy of weight while they may give the GIL away */
+    unsigned binds;     /* how often the layer was bound anew */
     bool copies_values; /* weight has values read out of tensors: bound anew at each call, to see them change */
     int bias;           /* index into held, or -1 */
     int held_count;
@@ -59,7 +60,8 @@ ql_kept *ql_kept_new(size_t bytes);
 const void *ql_layer_keep(ql_layer *layer, ql_kept *made);
 
 /* A tensor's storage can be replaced under the object that is held (`weight.data = ...`, resize_), so what was borrowed is
- * read again before each call; a change binds anew, and one that does not fit leaves the layer as it was. 0, or -1. */
+ * read again before each call; a change binds anew, and one that does not fit leaves the layer as it was. It may give the
+ * GIL away, but not between the last look at the tensors and its return. 0, or -1. */
 int ql_layer_refresh(ql_layer *layer);
 
 /* Where the layer's tensors are: with the first one. */

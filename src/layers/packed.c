@@ -19,17 +19,19 @@ enum { HELD_G_IDX = 3 };
 /* ------------------------------------------------------------------------------------------------------------------
  * Packing */
 
-/* The groups of an act-order layer where the host can read them, in *copy for the caller to free where that takes one;
- * NULL where there are none. -1 with an exception. */
-static int read_g_idx(const int32_t **g_idx, void **copy, const ql_layer *layer) {
+/* The groups of an act-order weight, the layer's, where the host can read them, in *copy for the caller to free where that
+ * takes one; NULL where there are none. -1 with an exception. */
+static int read_g_idx(const int32_t **g_idx, void **copy, const ql_layer *layer, const ql_weight *weight) {
     *g_idx = NULL;
     *copy = NULL;
-    if (layer->weight.format != QL_FORMAT_GPTQ || !layer->weight.gptq.g_idx) return 0;
+    if (weight->format != QL_FORMAT_GPTQ || !weight->gptq.g_idx) return 0;
     if (ql_layer_device(layer)->device_type == QL_DEVICE_CPU) {
-        *g_idx = layer->weight.gptq.g_idx;
+        *g_idx = weight->gptq.g_idx;
         return 0;
     }
-    *g_idx = ql_layer_contents(layer, HELD_G_IDX, copy);
+    const ql_held *held = &layer->held[HELD_G_IDX];
+    const ql_tensor tensor = held->tensor; /* the GIL is away while it is read, and a bind may change what is held */
+    *g_idx = ql_host_contents(copy, held->object, &tensor, held->name);
     return *g_idx ? 0 : -1;
 }
 
@@ -44,36 +46,35 @@ static bool is_aligned(const ql_layer *layer) {
     return !words;
 }
 
-/* 1 with a description, 0 with a reason why there is none, -1 with an exception. */
-static int describe(ql_packed_spec *spec, ql_layer *layer, char reason[QL_PACKED_REASON]) {
+/* 1 with a description of the weight, 0 with a reason why there is none, -1 with an exception. */
+static int describe(ql_packed_spec *spec, const ql_layer *layer, const ql_weight *weight,
+                    char reason[QL_PACKED_REASON]) {
     const int32_t *g_idx;
     void *copy;
-    if (ql_layer_refresh(layer) < 0 || read_g_idx(&g_idx, &copy, layer) < 0) return -1;
-    int result = ql_packed_describe(spec, &layer->weight, g_idx, reason) == 0;
+    bool aligned = is_aligned(layer);
+    if (read_g_idx(&g_idx, &copy, layer, weight) < 0) return -1;
+    int result = ql_packed_describe(spec, weight, g_idx, reason) == 0;
     free(copy);
-    if (result == 1 && !is_aligned(layer)) {
+    if (result == 1 && !aligned) {
         snprintf(reason, QL_PACKED_REASON, "a tensor's data is not aligned");
         result = 0;
     }
     return result;
 }
 
-static int run_pack(uint8_t *data, const ql_packed_spec *spec, const ql_packed_layout *layout, ql_layer *layer) {
-    const ql_held *first = &layer->held[0];
-    ql_weight weight = layer->weight;
+static int run_pack(ql_tensor *packed, PyObject *object, const ql_packed_spec *spec, const ql_packed_layout *layout,
+                    const ql_weight *weight) {
     ql_cuda_place place = {0};
     char message[QL_CUDA_MESSAGE];
-    bool on_cpu = first->tensor.device_type == QL_DEVICE_CPU;
+    bool on_cpu = packed->device_type == QL_DEVICE_CPU;
     int result = 0;
-    if (!on_cpu && ql_place_of(&place, first->object, &first->tensor) < 0) return -1;
-    layer->running++;
+    if (!on_cpu && ql_place_of(&place, object, packed) < 0) return -1;
     Py_BEGIN_ALLOW_THREADS
     if (on_cpu)
-        ql_packed_pack(data, spec, layout, &weight);
+        ql_packed_pack(packed->data, spec, layout, weight);
     else
-        result = ql_cuda_pack(&place, data, spec, layout, &weight, message);
+        result = ql_cuda_pack(&place, packed->data, spec, layout, weight, message);
     Py_END_ALLOW_THREADS
-    layer->running--;
     return result < 0 ? ql_cuda_failed(message) : 0;
 }
 
@@ -88,17 +89,18 @@ static PyObject *numbers_of(const ql_packed_spec *spec) {
     return tuple;
 }
 
-PyObject *ql_layer_pack(ql_layer *layer) {
+/* (packed, numbers of the spec), or None; the weight is a copy of the layer's. */
+static PyObject *pack_weight(const ql_layer *layer, const ql_weight *weight) {
     ql_packed_spec spec;
     ql_packed_layout layout;
     char reason[QL_PACKED_REASON];
-    int found = describe(&spec, layer, reason);
+    PyObject *object = layer->held[0].object;
+    int found = describe(&spec, layer, weight, reason);
     if (found < 0) return NULL;
     if (found == 0 || ql_packed_lay_out(&layout, &spec, reason) < 0) Py_RETURN_NONE;
     ql_output output;
-    if (ql_output_begin_beside(&output, layer->held[0].object, ql_layer_device(layer), QL_U8, 1, &layout.bytes) < 0)
-        return NULL;
-    if (run_pack(output.view.data, &spec, &layout, layer) < 0) {
+    if (ql_output_begin_beside(&output, object, ql_layer_device(layer), QL_U8, 1, &layout.bytes) < 0) return NULL;
+    if (run_pack(&output.view, object, &spec, &layout, weight) < 0) {
         ql_output_abandon(&output);
         return NULL;
     }
@@ -110,11 +112,24 @@ PyObject *ql_layer_pack(ql_layer *layer) {
     return pair;
 }
 
+PyObject *ql_layer_pack(ql_layer *layer) {
+    if (ql_layer_refresh(layer) < 0) return NULL;
+    const ql_weight weight = layer->weight;
+    layer->running++;
+    PyObject *result = pack_weight(layer, &weight);
+    layer->running--;
+    return result;
+}
+
 PyObject *ql_layer_pack_obstacle(ql_layer *layer) {
     ql_packed_spec spec;
     ql_packed_layout layout;
     char reason[QL_PACKED_REASON] = "";
-    int found = describe(&spec, layer, reason);
+    if (ql_layer_refresh(layer) < 0) return NULL;
+    const ql_weight weight = layer->weight;
+    layer->running++;
+    int found = describe(&spec, layer, &weight, reason);
+    layer->running--;
     if (found < 0) return NULL;
     if (found == 1 && ql_packed_lay_out(&layout, &spec, reason) == 0) reason[0] = '\0';
     return PyUnicode_FromString(reason);

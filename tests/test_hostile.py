@@ -4,6 +4,7 @@ import gc
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -269,6 +270,120 @@ def test_a_g_idx_that_changed_after_it_was_checked(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+# ---- sizes that nothing stands behind ----
+
+HUGE = 2**58
+
+
+def empty_tensors():
+    """Name: a function of tensors that are empty and claim a huge size; its outputs are empty or few elements."""
+
+    def none(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype)
+
+    def words(*shape):
+        return none(*shape, dtype=torch.int32)
+
+    def bytes_(*shape):
+        return none(*shape, dtype=torch.uint8)
+
+    few = 64 * 2**40
+    yield "gptq_pack_codes", lambda: _qlinear.gptq_pack_codes(bytes_(HUGE, 0), bits=4)
+    yield "gptq_unpack_codes", lambda: _qlinear.gptq_unpack_codes(words(HUGE // 8, 0), bits=4, count=HUGE)
+    yield "gptq_unplanar", lambda: _qlinear.gptq_unplanar(words(HUGE, 0), bits=4)
+    yield "gptq_find_params", lambda: _qlinear.gptq_find_params(none(HUGE, 0), bits=4, group_size=32)
+    yield (
+        "gptq_pack rows",
+        lambda: _qlinear.gptq_pack(none(HUGE, 0), none(HUGE, 0), none(HUGE, 0), bits=4, group_size=32),
+    )
+    yield (
+        "gptq_pack columns",
+        lambda: _qlinear.gptq_pack(none(0, HUGE), none(0, HUGE // 32), none(0, HUGE // 32), bits=4, group_size=32),
+    )
+    yield (
+        "QuantLinear",
+        lambda: _qlinear.QuantLinear(
+            words(HUGE // 8, 0), words(HUGE // 32, 0), none(HUGE // 32, 0), bits=4, group_size=32
+        ).dequantize(),
+    )
+    yield (
+        "QuantLinear without inputs",
+        lambda: _qlinear.QuantLinear(words(0, 8), words(0, 1), none(0, 8), bits=4, group_size=32).dequantize(),
+    )
+    yield "awq_quantize", lambda: _qlinear.awq_quantize(none(HUGE, 0), group_size=32)
+    yield "awq_pack", lambda: _qlinear.awq_pack(bytes_(HUGE, 0))
+    yield "awq_unpack", lambda: _qlinear.awq_unpack(words(HUGE, 0), count=0)
+    yield (
+        "awq_from_gemv",
+        lambda: _qlinear.awq_from_gemv(words(0, few // 8), words(0, few // 64), none(0, few // 8), group_size=8),
+    )
+    yield (
+        "awq_from_gemv_fast",
+        lambda: _qlinear.awq_from_gemv_fast(none(0, few, dtype=torch.int16), none(few, 0), none(few, 0), group_size=8),
+    )
+    yield "awq_from_marlin", lambda: _qlinear.awq_from_marlin(words(few, 0), none(few, 0), group_size=16)
+    yield "eetq_pack", lambda: _qlinear.eetq_pack(none(0, HUGE, dtype=torch.int8))
+    yield "eetq_unpack", lambda: _qlinear.eetq_unpack(none(0, HUGE, dtype=torch.int8))
+    for mode in ("tensor", "group", "block"):
+        yield f"fp8_quantize {mode}", lambda mode=mode: _qlinear.fp8_quantize(none(HUGE, 0), mode=mode)
+    yield "fp8_quantize static", lambda: _qlinear.fp8_quantize(none(HUGE, 0), torch.ones(1), mode="static")
+    yield "int8_quantize", lambda: _qlinear.int8_quantize(none(0, 64), threshold=6.0)
+
+
+def expanded_tensors():
+    """Name: a function of one element that claims to be more than any memory holds."""
+
+    def one(dtype, *shape):
+        return torch.zeros(1, 1, dtype=dtype).expand(shape)
+
+    rows = 2**44
+    yield "awq_pack", lambda: _qlinear.awq_pack(one(torch.uint8, rows, 64))
+    yield "awq_quantize", lambda: _qlinear.awq_quantize(one(torch.float32, rows, 64), group_size=32)
+    yield "gptq_pack_codes", lambda: _qlinear.gptq_pack_codes(one(torch.uint8, rows, 64), bits=4)
+    yield "gptq_find_params", lambda: _qlinear.gptq_find_params(one(torch.float32, rows, 64), bits=4, group_size=32)
+    yield "eetq_quantize", lambda: _qlinear.eetq_quantize(one(torch.float32, rows, 64))
+    yield "eetq_pack", lambda: _qlinear.eetq_pack(one(torch.int8, rows, 64))
+    yield "fp8_quantize", lambda: _qlinear.fp8_quantize(one(torch.float32, rows, 64), mode="tensor")
+    yield "int8_quantize", lambda: _qlinear.int8_quantize(one(torch.float32, rows, 64))
+    yield "quantize_4bit", lambda: _qlinear.quantize_4bit(one(torch.float32, rows, 64), quant_type="nf4", blocksize=64)
+
+
+def in_a_child(act):
+    """What act raised, or None, or "it did not return": in a fork, as C's loops take no signal."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(20)
+        try:
+            act()
+            answer = ""
+        except (RuntimeError, MemoryError) as error:
+            answer = repr(error)
+        os.write(writer, answer[:1000].encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        answer = pipe.read()
+    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0:
+        return "it did not return"
+    return answer or None
+
+
+def cases(named):
+    return pytest.mark.parametrize("act", [pytest.param(act, id=name) for name, act in named])
+
+
+@cases(empty_tensors())
+def test_empty_tensors_of_huge_sizes(act):
+    assert in_a_child(act) is None
+
+
+@cases(expanded_tensors())
+def test_expanded_tensors_of_huge_sizes(act):
+    assert "memory" in in_a_child(act).lower()
+
+
 # ---- a layer that several threads call ----
 
 
@@ -350,8 +465,8 @@ def test_an_output_is_on_its_own_device_only():
 
 
 def bound_by_two_threads(driver):
-    """Tensors are replaced: one thread binds the layer anew, and another calls it while the first reads g_idx, whose size
-    makes that take long enough."""
+    """Tensors are replaced: one thread binds the layer anew, and another calls it while the first reads g_idx, which is
+    large enough for that."""
     k, group_size = 1 << 22, 1 << 10
 
     def tensors(n):

@@ -156,6 +156,7 @@ ql_g_idx ql_gptq_resolve_g_idx(int32_t *resolved, int64_t *position, const void 
 bool ql_gptq_zeros_are_middle(const int32_t *qzeros, int64_t groups, int64_t n, int bits) {
     int64_t words = ql_code_words(n, bits);
     uint32_t middle = 1u << (bits - 1);
+    if (n == 0) return true; /* groups of no zeros may be any number */
     for (int64_t group = 0; group < groups; group++)
         for (int64_t col = 0; col < n; col++)
             if (ql_code_get(qzeros + group * words, 1, bits, col) != middle) return false;

@@ -138,6 +138,13 @@ static int ql_quantize_on_gpu(ql_awq_job *job, PyObject *object, const ql_tensor
     return result;
 }
 
+static int ql_quantize_run(ql_awq_job *job, PyObject *object, const ql_tensor *weight) {
+    if (ql_tensor_numel(weight) == 0) return 0; /* the outputs are empty as well, whatever sizes it claims */
+    if (ql_is_on_gpu(weight)) return ql_quantize_on_gpu(job, object, weight);
+    ql_awq_run(ql_awq_words(job->input.rows), 2, ql_quantize_body, job);
+    return 0;
+}
+
 static PyObject *ql_awq_quantize_py(PyObject *module, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames) {
     (void)module;
     static const char *const names[] = {"weight", "group_size"};
@@ -161,15 +168,10 @@ static PyObject *ql_awq_quantize_py(PyObject *module, PyObject *const *args, Py_
         job.qweight = outputs[0].view.data;
         job.qzeros = outputs[1].view.data;
         job.scales = outputs[2].view.data;
-        int failed = 0;
-        if (ql_is_on_gpu(&weight))
-            failed = ql_quantize_on_gpu(&job, values[0], &weight);
-        else
-            ql_awq_run(words, 2, ql_quantize_body, &job);
-        if (failed)
-            ql_outputs_abandon(outputs, 3);
-        else
+        if (ql_quantize_run(&job, values[0], &weight) == 0)
             result = ql_outputs_finish(outputs, 3);
+        else
+            ql_outputs_abandon(outputs, 3);
     }
     ql_tensor_release(&weight);
     return result;
@@ -177,6 +179,7 @@ static PyObject *ql_awq_quantize_py(PyObject *module, PyObject *const *args, Py_
 
 /* words [k, words of n] by job->convert, or on a GPU from job->storage. */
 static int ql_awq_gather(ql_awq_job *job, PyObject *object, const ql_tensor *tensor, int64_t n, int64_t k) {
+    if (n == 0 || k == 0) return 0;
     if (!ql_is_on_gpu(tensor)) {
         ql_awq_run(k, ql_row_grain(job->input.cols), ql_convert_body, job);
         return 0;
@@ -200,10 +203,12 @@ static PyObject *ql_awq_pack_py(PyObject *module, PyObject *const *args, Py_ssiz
     ql_output output;
     ql_awq_job job = {.input = ql_matrix_of(&codes), .convert = ql_awq_pack};
     const int64_t shape[] = {job.input.rows, ql_awq_words(job.input.cols)};
-    if (ql_check_dtype(&codes, "codes", 1, taken) == 0 && ql_check_codes(values[0], &codes, "codes", QL_AWQ_MAX) == 0 &&
+    /* The output comes before the codes are read: an expanded tensor claims sizes that no output can have. */
+    if (ql_check_dtype(&codes, "codes", 1, taken) == 0 &&
         ql_output_begin_beside(&output, values[0], &codes, QL_I32, 2, shape) == 0) {
         job.qweight = output.view.data;
-        if (ql_awq_gather(&job, values[0], &codes, job.input.cols, job.input.rows) == 0)
+        if (ql_check_codes(values[0], &codes, "codes", QL_AWQ_MAX) == 0 &&
+            ql_awq_gather(&job, values[0], &codes, job.input.cols, job.input.rows) == 0)
             result = ql_output_finish(&output);
         else
             ql_output_abandon(&output);
@@ -213,6 +218,7 @@ static PyObject *ql_awq_pack_py(PyObject *module, PyObject *const *args, Py_ssiz
 }
 
 static int ql_awq_unpack_codes(ql_awq_job *job, PyObject *object, const ql_tensor *packed) {
+    if (ql_tensor_numel(packed) == 0) return 0;
     if (!ql_is_on_gpu(packed)) {
         ql_awq_run(job->input.rows, ql_row_grain(job->input.cols), ql_unpack_body, job);
         return 0;
@@ -269,6 +275,7 @@ static void ql_copy_params_on_cpu(const ql_output *output, const ql_matrix *from
 
 /* out [rows, cols] contiguous from `from`, by rows or, where it is Marlin's, in the order of its columns. */
 static int ql_copy_params(const ql_output *output, PyObject *like, const ql_matrix *from, bool is_marlin) {
+    if (ql_tensor_numel(&output->view) == 0) return 0;
     if (!ql_is_on_gpu(&output->view)) {
         ql_copy_params_on_cpu(output, from, is_marlin ? ql_awq_marlin_scale_column : NULL);
         return 0;
@@ -338,12 +345,13 @@ static PyObject *ql_awq_converted(ql_output *outputs, int failed) {
     return NULL;
 }
 
-/* GEMV's zeros, codes of the groups: on the CPU in one go, they are few. */
+/* GEMV's zeros, codes of the groups. */
 static int ql_gemv_zeros(const ql_output *output, PyObject *like, const ql_tensor *qzeros, int64_t groups) {
-    ql_awq_job job = {.input = ql_matrix_of(qzeros), .storage = QL_CUDA_GEMV, .qweight = output->view.data};
-    if (ql_is_on_gpu(qzeros)) return ql_awq_gather(&job, like, qzeros, job.input.rows, groups);
-    ql_awq_from_gemv_zeros(output->view.data, &job.input, 0, groups);
-    return 0;
+    ql_awq_job job = {.input = ql_matrix_of(qzeros),
+                      .convert = ql_awq_from_gemv_zeros,
+                      .storage = QL_CUDA_GEMV,
+                      .qweight = output->view.data};
+    return ql_awq_gather(&job, like, qzeros, job.input.rows, groups);
 }
 
 static PyObject *ql_from_gemv(const ql_tensor *tensors, int64_t group_size, PyObject *like) {

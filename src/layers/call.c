@@ -83,8 +83,9 @@ static int ql_rows_of(ql_rows *rows, PyObject *object, const ql_tensor *x, int64
     rows->on_device = false;
     rows->rows = 1;
     for (int i = 0; i < x->ndim - 1; i++) rows->rows *= x->shape[i];
-    if (rows->rows == 0 || ql_rows_view(rows, x, width)) return 0;
+    rows->data = x->data;
     rows->stride = width;
+    if (ql_tensor_numel(x) == 0 || ql_rows_view(rows, x, width)) return 0;
     return x->device_type == QL_DEVICE_CPU ? ql_rows_copy_cpu(rows, x) : ql_rows_copy_cuda(rows, object, x);
 }
 
@@ -278,6 +279,11 @@ static int ql_dequantize_cuda(PyObject *object, const ql_weight *weight, ql_tens
     return result < 0 ? ql_cuda_failed(message) : 0;
 }
 
+static int ql_dequantize_run(PyObject *object, const ql_weight *weight, ql_tensor *out) {
+    if (ql_tensor_numel(out) == 0) return 0;
+    return out->device_type == QL_DEVICE_CPU ? ql_dequantize_cpu(weight, out) : ql_dequantize_cuda(object, weight, out);
+}
+
 PyObject *ql_call_dequantize(ql_layer *layer, ql_dtype dtype) {
     if (ql_layer_refresh(layer) < 0) return NULL;
     ql_output output;
@@ -287,9 +293,7 @@ PyObject *ql_call_dequantize(ql_layer *layer, ql_dtype dtype) {
     layer->running++;
     PyObject *result = NULL;
     if (ql_output_begin_beside(&output, object, ql_layer_device(layer), dtype, 2, shape) == 0) {
-        bool on_cpu = output.view.device_type == QL_DEVICE_CPU;
-        if ((on_cpu ? ql_dequantize_cpu(&weight, &output.view) : ql_dequantize_cuda(object, &weight, &output.view)) ==
-            0)
+        if (ql_dequantize_run(object, &weight, &output.view) == 0)
             result = ql_output_finish(&output);
         else
             ql_output_abandon(&output);

@@ -217,6 +217,7 @@ typedef int (*retile_on_gpu)(const ql_cuda_place *, void *, const ql_tensor *, c
 
 static int run_retile(PyObject *object, const ql_tensor *from, void *to, void (*pairs)(void *, int64_t, int64_t),
                       retile_on_gpu on_gpu) {
+    if (ql_tensor_numel(from) == 0) return 0;
     if (ql_is_on_gpu(from)) {
         ql_cuda_place place;
         char message[QL_CUDA_MESSAGE];

@@ -256,8 +256,13 @@ static void run_quantize_blocks(void *context, int64_t begin, int64_t end) {
     ql_fp8_quantize_blocks(task->codes, task->scales, &task->x, block_rows, begin, end);
 }
 
+/* Rows of no columns, of which there may be any number, have nothing but the scale of a token. */
+static int64_t rows_to_quantize(const quantize_task *task) {
+    return task->x.cols == 0 && task->mode != MODE_TOKEN ? 0 : task->x.rows;
+}
+
 static void run_quantize(quantize_task *task) {
-    int64_t rows = task->x.rows, cols = task->x.cols;
+    int64_t rows = rows_to_quantize(task), cols = task->x.cols;
     int64_t grain = cols < 65536 ? 65536 / (cols > 0 ? cols : 1) : 1;
     switch (task->mode) {
     case MODE_TENSOR:
@@ -284,7 +289,8 @@ static int scales_shape(int64_t *shape, const quantize_task *task, const ql_tens
 static int quantize_on_cpu(quantize_task *task, const ql_tensor *x) {
     task->x = ql_matrix_of(x);
     if (task->mode == MODE_STATIC) task->scales[0] = task->scale.value;
-    if (task->mode == MODE_TENSOR && task->x.rows && !(task->absmax = alloc_floats(task->x.rows, 1))) return -1;
+    int64_t rows = rows_to_quantize(task);
+    if (task->mode == MODE_TENSOR && rows && !(task->absmax = alloc_floats(rows, 1))) return -1;
     Py_BEGIN_ALLOW_THREADS
     run_quantize(task);
     Py_END_ALLOW_THREADS

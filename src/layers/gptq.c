@@ -302,6 +302,13 @@ static int ql_gptq_launch(ql_gptq_job *job, PyObject *object, const ql_tensor *w
     return result;
 }
 
+static int ql_find_params_run(ql_gptq_job *job, PyObject *object, const ql_tensor *weight) {
+    if (ql_tensor_numel(weight) == 0) return 0; /* the outputs are empty as well, whatever sizes it claims */
+    if (ql_is_on_gpu(weight)) return ql_gptq_launch(job, object, weight, ql_find_params_launch);
+    ql_gptq_run(job->input.rows, ql_row_grain(job->input.cols), ql_find_params_body, job);
+    return 0;
+}
+
 static PyObject *ql_gptq_find_params_py(PyObject *module, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames) {
     (void)module;
     static const char *const names[] = {"weight", "bits", "group_size", "sym"};
@@ -325,15 +332,10 @@ static PyObject *ql_gptq_find_params_py(PyObject *module, PyObject *const *args,
         if (ql_outputs_begin(outputs, values[0], &weight, 2, dtypes, shapes) == 0) {
             job.output = outputs[0].view.data;
             job.second_output = outputs[1].view.data;
-            int failed = 0;
-            if (ql_is_on_gpu(&weight))
-                failed = ql_gptq_launch(&job, values[0], &weight, ql_find_params_launch);
-            else
-                ql_gptq_run(job.input.rows, ql_row_grain(job.input.cols), ql_find_params_body, &job);
-            if (failed)
-                ql_outputs_abandon(outputs, 2);
-            else
+            if (ql_find_params_run(&job, values[0], &weight) == 0)
                 result = ql_outputs_finish(outputs, 2);
+            else
+                ql_outputs_abandon(outputs, 2);
         }
     }
     ql_tensor_release(&weight);
@@ -359,6 +361,7 @@ static PyObject *ql_gptq_pack_tensors(ql_gptq_job *job, const ql_tensor *tensors
     job->output = outputs[0].view.data;
     job->second_output = outputs[1].view.data;
     job->third_output = outputs[2].view.data;
+    if (ql_tensor_numel(&tensors[0]) == 0) return ql_outputs_finish(outputs, 3); /* all are empty as well */
     if (!ql_is_on_gpu(&tensors[0])) {
         ql_gptq_run(n, 16, ql_pack_weight_body, job);
         ql_gptq_run(groups, 4, ql_pack_params_body, job);

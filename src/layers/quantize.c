@@ -93,6 +93,7 @@ static int first_above_on_gpu(int64_t *at, PyObject *object, const ql_tensor *co
 
 int ql_check_codes(PyObject *object, const ql_tensor *codes, const char *name, int largest) {
     int64_t at = -1;
+    if (ql_tensor_numel(codes) == 0) return 0;
     if (!ql_is_on_gpu(codes))
         at = first_above_on_cpu(codes, largest);
     else if (first_above_on_gpu(&at, object, codes, largest) < 0)

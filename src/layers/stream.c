@@ -13,10 +13,12 @@ typedef struct ql_stream_job {
     int bits;
 } ql_stream_job;
 
-/* How it is done: on the CPU `body` takes a range of chunks of codes, on a GPU `launch` takes all. */
+/* How it is done: on the CPU `body` takes a range of chunks of codes, on a GPU `launch` takes all. `check`, of the input's
+ * contents, comes before, or is NULL. */
 typedef struct ql_stream_work {
     void (*body)(void *job, int64_t begin, int64_t end);
     int (*launch)(const ql_cuda_place *place, const ql_stream_job *job, char *message);
+    int (*check)(const ql_stream_job *job, PyObject *object, const ql_tensor *tensor);
 } ql_stream_work;
 
 static void ql_pack_codes_body(void *context, int64_t begin, int64_t end) {
@@ -26,6 +28,10 @@ static void ql_pack_codes_body(void *context, int64_t begin, int64_t end) {
 
 static int ql_pack_codes_launch(const ql_cuda_place *place, const ql_stream_job *job, char *message) {
     return ql_cuda_gptq_pack_codes(place, job->output, &job->input, job->bits, message);
+}
+
+static int ql_pack_codes_check(const ql_stream_job *job, PyObject *object, const ql_tensor *codes) {
+    return ql_check_codes(object, codes, "codes", (int)ql_code_mask(job->bits));
 }
 
 static void ql_unpack_codes_body(void *context, int64_t begin, int64_t end) {
@@ -46,9 +52,9 @@ static int ql_unplanar_launch(const ql_cuda_place *place, const ql_stream_job *j
     return ql_cuda_gptq_unplanar(place, job->output, &job->input, job->bits, message);
 }
 
-static const ql_stream_work ql_pack_codes_work = {ql_pack_codes_body, ql_pack_codes_launch};
-static const ql_stream_work ql_unpack_codes_work = {ql_unpack_codes_body, ql_unpack_codes_launch};
-static const ql_stream_work ql_unplanar_work = {ql_unplanar_body, ql_unplanar_launch};
+static const ql_stream_work ql_pack_codes_work = {ql_pack_codes_body, ql_pack_codes_launch, ql_pack_codes_check};
+static const ql_stream_work ql_unpack_codes_work = {ql_unpack_codes_body, ql_unpack_codes_launch, NULL};
+static const ql_stream_work ql_unplanar_work = {ql_unplanar_body, ql_unplanar_launch, NULL};
 
 static int ql_stream_run(ql_stream_job *job, PyObject *object, const ql_tensor *tensor, int64_t chunks,
                          const ql_stream_work *work) {
@@ -64,14 +70,17 @@ static int ql_stream_run(ql_stream_job *job, PyObject *object, const ql_tensor *
     return 0;
 }
 
-/* One 2-D tensor in, one of the same framework and device out. */
+/* One 2-D tensor in, one of the same framework and device out. It is there before anything reads the input: an expanded
+ * one claims sizes that no output can have. */
 static PyObject *ql_gptq_recode(ql_stream_job *job, PyObject *like, const ql_tensor *tensor, ql_dtype dtype,
                                 int64_t rows, int64_t chunks, const ql_stream_work *work) {
     ql_output output;
     const int64_t shape[] = {rows, job->input.cols};
     if (ql_output_begin_beside(&output, like, tensor, dtype, 2, shape) < 0) return NULL;
     job->output = output.view.data;
-    if (ql_stream_run(job, like, tensor, chunks, work) == 0) return ql_output_finish(&output);
+    if (ql_tensor_numel(&output.view) == 0 ||
+        ((!work->check || work->check(job, like, tensor) == 0) && ql_stream_run(job, like, tensor, chunks, work) == 0))
+        return ql_output_finish(&output);
     ql_output_abandon(&output);
     return NULL;
 }
@@ -89,8 +98,7 @@ static PyObject *ql_gptq_pack_codes_py(PyObject *module, PyObject *const *args, 
         return NULL;
     PyObject *result = NULL;
     job.input = ql_matrix_of(&codes);
-    if (ql_check_dtype(&codes, "codes", 1, taken) == 0 &&
-        ql_check_codes(values[0], &codes, "codes", (int)ql_code_mask(job.bits)) == 0)
+    if (ql_check_dtype(&codes, "codes", 1, taken) == 0)
         result = ql_gptq_recode(&job, values[0], &codes, QL_I32, ql_code_words(job.input.rows, job.bits),
                                 ql_group_count(job.input.rows, QL_CHUNK), &ql_pack_codes_work);
     ql_tensor_release(&codes);

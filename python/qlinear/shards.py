@@ -221,7 +221,8 @@ class Shards(dict[str, Entry]):
         self._storages: dict[Path, torch.UntypedStorage] = {}
         for path in self.paths:
             entries, self._sizes[path] = read_header(path)
-            for name in self.keys() & entries.keys():
+            if not self.keys().isdisjoint(entries):
+                name = next(name for name in entries if name in self)
                 raise ValueError(f"tensor {name!r:.200} is in two files, {self[name].path} and {path}")
             self.update(entries)
         for name, file in index.items():

@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .checkpoint import Plan, make_layer, named_modules, plan_layers, raise_problems
 from .hf import renaming
-from .model import owners, replace_linear
+from .model import owners, put, replace_linear
 from .quantization_config import QuantizationConfig
 from .saving import written_of
 from .shards import Shards
@@ -125,9 +125,9 @@ class QlinearQuantizer(HfQuantizer):
         ignored = [*found.ignored]
         for layer in self._plan.layers:
             pending = _Pending(layer.in_features, layer.out_features)
-            for place in names[id(model.get_submodule(layer.name))]:
-                parent, _, leaf = place.rpartition(".")
-                setattr(model.get_submodule(parent), leaf, pending)
+            places = names[id(model.get_submodule(layer.name))]
+            put(model, places, pending)
+            for place in places:
                 model.all_tied_weights_keys.pop(f"{place}.weight", None)
             ignored += layer.tensors.values()
             # All zero, and the model has none.
@@ -146,9 +146,7 @@ class QlinearQuantizer(HfQuantizer):
                 old = model.get_submodule(layer.name)
                 device = _device_of(model, layer.name)
                 new = make_layer(self._shards, layer, self._plan.config, device, self._dtype)
-                for place in names[id(old)]:
-                    parent, _, leaf = place.rpartition(".")
-                    setattr(model.get_submodule(parent), leaf, new.train(old.training))
+                put(model, names[id(old)], new.train(old.training))
         self._shards, self._plan = None, Plan()
         return model
 

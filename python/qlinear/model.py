@@ -135,14 +135,19 @@ def nbytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
+def put(model: nn.Module, places: Iterable[str], new: nn.Module) -> None:
+    """Makes `new` the module of each of these names."""
+    for place in places:
+        parent, _, leaf = place.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, new)
+
+
 def swap(model: nn.Module, name: str, names: dict[int, list[str]], new: nn.Module, report: Report) -> None:
     """Puts `new` wherever the module called `name` is in the model."""
     old = model.get_submodule(name)
     report.bytes_before += nbytes(old)
     report.bytes_after += nbytes(new)
-    for place in names[id(old)]:
-        parent, _, leaf = place.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, new)
+    put(model, names[id(old)], new)
     report.replaced.append(name)
 
 

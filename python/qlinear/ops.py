@@ -62,9 +62,9 @@ class Format(NamedTuple):
 
     def check_data(self, arguments: tuple) -> None:
         """ValueError where one of the tensors is on the meta device: a product of it would be whatever memory held."""
-        for name, argument in zip(self.names, arguments, strict=False):
+        for at, argument in enumerate(arguments):
             if isinstance(argument, Tensor) and argument.device.type == "meta":
-                raise ValueError(f"{name} is on the meta device, it has no data: load it first")
+                raise ValueError(f"{self.names[at]} is on the meta device, it has no data: load it first")
 
     def linear_arguments(self, arguments: Sequence[Any]) -> list[Any]:
         """Those of the product with x as it is, and without the bias."""

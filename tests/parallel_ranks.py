@@ -148,6 +148,15 @@ def check_pair(split, mesh):
     assert (np.abs(values(model(x)) - alone) <= allowed + rounded).all()
 
 
+def assert_same_input_gradient(model, whole):
+    gradients = []
+    for one in (model, whole):
+        x = activations(0, 64, torch.float32).requires_grad_()
+        one(x).square().sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3 * float(gradients[1].abs().max()))
+
+
 def check_gradients(mesh):
     """Of the input, through all four styles, whose parts say different things to each other on the way back."""
     split = next(split for split in SPLITS if split.name == "gptq-4")
@@ -158,12 +167,7 @@ def check_gradients(mesh):
     model, whole = make(), make()
     qlinear.parallelize(model, mesh, {"0.into": PLAN["into"], "2.out": PLAN["out"], "1.block.up": "colwise",
                                       "1.block.down": "rowwise"})  # fmt: skip
-    gradients = []
-    for one in (model, whole):
-        x = activations(0, 64, torch.float32).requires_grad_()
-        one(x).square().sum().backward()
-        gradients.append(x.grad)
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3 * float(gradients[1].abs().max()))
+    assert_same_input_gradient(model, whole)
 
 
 class Named(nn.Module):
@@ -184,12 +188,7 @@ def check_inputs_by_name(mesh):
         make = lambda: Named(split.layer(96, 64, 32, seed=1)[0], split.layer(64, 96, 32)[0])  # noqa: E731
         model, whole = make(), make()
         qlinear.parallelize(model, mesh, plan)
-        gradients = []
-        for one in (model, whole):
-            x = activations(0, 64, torch.float32).requires_grad_()
-            one(x).square().sum().backward()
-            gradients.append(x.grad)
-        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3 * float(gradients[1].abs().max()))
+        assert_same_input_gradient(model, whole)
 
 
 class Headed(nn.Module):

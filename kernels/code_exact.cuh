@@ -31,13 +31,6 @@ static __device__ __forceinline__ uint32_t zero_word(uint32_t zero, int code, in
     return zero;
 }
 
-/* (word & mask) | rest in one instruction: the compiler makes two of it where both are constants. */
-static __device__ __forceinline__ uint32_t masked_or(uint32_t word, uint32_t mask, uint32_t rest) {
-    uint32_t result;
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(word), "r"(mask), "r"(rest));
-    return result;
-}
-
 /* Two 2-, 3- or 4-bit codes of a row less its zero. */
 static __device__ __forceinline__ uint32_t small_codes(uint32_t word, uint32_t high, int code, int s, int p, int h,
                                                        uint32_t zero, int type) {
@@ -57,9 +50,7 @@ static __device__ __forceinline__ uint32_t byte_codes(uint32_t word, int h, uint
     /* bf16 has room for seven bits: 128 + (q & 127), less 128 with or without 128 by the highest bit, is q - 128. */
     const uint32_t in_place = word >> (8 * h);
     const uint32_t low = masked_or(in_place, 0x007f007fu, 0x43004300u);
-    uint32_t high; /* its bit turned over, in one instruction: of the mask ~in_place, else the power */
-    asm("lop3.b32 %0, %1, %2, %3, 0x2e;" : "=r"(high) : "r"(in_place), "r"(0x00800080u), "r"(0x43004300u));
-    uint32_t exact = sub_bf162(low, high);
+    uint32_t exact = sub_bf162(low, masked_not_or(in_place, 0x00800080u, 0x43004300u));
     return has_zeros ? add_bf162(exact, zero) : exact;
 }
 

@@ -47,24 +47,25 @@ static __device__ __forceinline__ void raw_fragment(uint32_t a[4], const ql_batc
             } else {
                 /* 128 + the low seven bits, less 128 or 256 as the byte's high bit is set or not. */
                 uint32_t bytes = shifted(word, 8 * h);
-                a[i] = sub_bf162((bytes & 0x007f007fu) | 0x43004300u, (~bytes & 0x00800080u) | 0x43004300u);
+                a[i] = sub_bf162(masked_or(bytes, 0x007f007fu, 0x43004300u),
+                                 masked_not_or(bytes, 0x00800080u, 0x43004300u));
             }
         } else if (code == QL_CODE_INT4) {
             uint32_t word = word_of(codes->low[block], step);
             if (type == QL_VALUE_F16)
                 a[i] = shifted(word, 8 * p) & (h ? 0x00f000f0u : 0x000f000fu);
             else
-                a[i] = (shifted(word, 8 * p + 4 * h) & 0x000f000fu) | 0x43004300u;
+                a[i] = masked_or(shifted(word, 8 * p + 4 * h), 0x000f000fu, 0x43004300u);
         } else {
             /* Where the code's lowest bit is to stand. */
             const int to = type != QL_VALUE_F16 ? 0 : 2 * h;
             uint32_t word = word_of(codes->low[block / 2], block % 2 * 2 + step / 2);
-            a[i] = shifted(word, 8 * p + code_bit(code, step, h) - to) & twice(3u << to);
-            if (type != QL_VALUE_F16) a[i] |= 0x43004300u;
+            uint32_t rest = type == QL_VALUE_F16 ? 0 : 0x43004300u;
             if (code == QL_CODE_INT3) {
                 uint32_t high = block % 2 ? codes->high[block / 2].y : codes->high[block / 2].x;
-                a[i] |= shifted(high, high_bit(step, p, h) - (to + 2)) & twice(4u << to);
+                rest = masked_or(shifted(high, high_bit(step, p, h) - (to + 2)), twice(4u << to), rest);
             }
+            a[i] = masked_or(shifted(word, 8 * p + code_bit(code, step, h) - to), twice(3u << to), rest);
         }
     }
 }

@@ -137,7 +137,7 @@ static __device__ __forceinline__ ql_decode_x place_x(const ql_decode_params *p,
 /* ---- the product ---- */
 
 /* threadIdx.x, read anew: what is made of it at the end of a strip would else be held in registers all along, of which
- * there are too few where 16 tokens or 8 groups want many. */
+ * there are too few where 16 tokens or 8 groups want many, or a constant of bf16's one. */
 static __device__ __forceinline__ int thread_anew(void) {
     int thread;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
@@ -225,10 +225,11 @@ static __device__ __forceinline__ void load_row_zeros(float zero[2], const ql_de
 }
 
 /* A warp's sums of a strip into shared memory; turn: of the rounds that are held. */
-static __device__ __forceinline__ void leave_sums(const ql_decode_params *p, const float *from, int tokens, int groups,
-                                                  int slots, bool roomy, int partials, int turn) {
+static __device__ __forceinline__ void leave_sums(const ql_decode_params *p, const float *from, int type, int tokens,
+                                                  int groups, int slots, bool roomy, int partials, int turn) {
     const int width = tokens == 16 ? 8 : 4;
-    const int thread = tokens == 16 || groups == 8 || (!roomy && !groups) ? thread_anew() : (int)threadIdx.x;
+    const int thread =
+        tokens == 16 || groups == 8 || type == QL_VALUE_BF16 || (!roomy && !groups) ? thread_anew() : (int)threadIdx.x;
     const int column = thread % 4 * 2, token = slots == 2 ? column % 4 : column;
     const int place = turn * p->teams * p->team_warps + (thread >> 5); /* team * team_warps + member */
     uint8_t *to =
@@ -437,7 +438,7 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
             sums -= count * groups * 64;
             if (!groups && count > 0) take_zeros(sum, sum_x, row_zero, code, tokens, sums);
             const float *from = groups ? out : sum;
-            leave_sums(p, from, tokens, groups, slots, roomy, partials, round - begin);
+            leave_sums(p, from, type, tokens, groups, slots, roomy, partials, round - begin);
         }
         strip += p->hop;
         if (round + 1 < p->rounds && round + 1 < begin + p->flush_rounds) continue;

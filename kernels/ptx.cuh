@@ -218,6 +218,20 @@ static __device__ __forceinline__ uint32_t word_of(uint4 words, int index) {
 /* bits >> by, or << -by. */
 static __device__ __forceinline__ uint32_t shifted(uint32_t bits, int by) { return by >= 0 ? bits >> by : bits << -by; }
 
+/* (word & mask) | rest in one instruction: the compiler makes two of it where both are constants. */
+static __device__ __forceinline__ uint32_t masked_or(uint32_t word, uint32_t mask, uint32_t rest) {
+    uint32_t result;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(word), "r"(mask), "r"(rest));
+    return result;
+}
+
+/* (~word & mask) | rest, likewise. */
+static __device__ __forceinline__ uint32_t masked_not_or(uint32_t word, uint32_t mask, uint32_t rest) {
+    uint32_t result;
+    asm("lop3.b32 %0, %1, %2, %3, 0xae;" : "=r"(result) : "r"(word), "r"(mask), "r"(rest));
+    return result;
+}
+
 /* ---- pairs of 16-bit numbers in a register, the first in the low half ---- */
 
 static __device__ __forceinline__ uint32_t fma_half2(uint32_t a, uint32_t b, uint32_t c) {

@@ -16,12 +16,12 @@ typedef struct ql_batch_codes {
     uint2 high[4]; /* 3 bit */
 } ql_batch_codes;
 
-/* Row g + 8 * half of the fragment holds (code + QL_RAW_OFFSET) * QL_RAW_ONE * QL_RAW_UNIT. */
+/* Row g + 8 * half of the fragment holds (code + QL_RAW_OFFSET) * QL_RAW_ONE * QL_RAW_UNIT, of odd steps times QL_RAW_ODD
+ * where those are `apart`: then they need no shift, and have sums of their own. */
+#define QL_RAW_APART(code, type, tokens) ((type) == QL_VALUE_F16 && (tokens) != 16 && (code) == QL_CODE_INT3)
+#define QL_RAW_ODD 16.0f
 #define QL_RAW_UNIT(code, type, half)                                                                                  \
-    ((type) != QL_VALUE_F16 || !(half)                  ? 1.0f                                                         \
-     : (code) == QL_CODE_INT4                           ? 16.0f                                                        \
-     : (code) == QL_CODE_INT2 || (code) == QL_CODE_INT3 ? 4.0f                                                         \
-                                                        : 1.0f)
+    ((type) != QL_VALUE_F16 || !(half) ? 1.0f : (code) == QL_CODE_INT4 ? 16.0f : (code) == QL_CODE_INT2 ? 4.0f : 1.0f)
 #define QL_RAW_ONE(code, type) ((type) == QL_VALUE_F16 && (code) != QL_CODE_TABLE4 ? 0x1p-24f : 1.0f)
 #define QL_RAW_OFFSET(code, type) ((type) == QL_VALUE_F16 ? 0.0f : (code) == QL_CODE_INT8 ? -128.0f : 128.0f)
 
@@ -31,10 +31,26 @@ static __device__ __forceinline__ uint32_t table_pair(const uint8_t *pairs, uint
     return *(const uint32_t *)(pairs + at);
 }
 
+/* 2 and 3 bit: a word with row g + 8 * half's codes of two steps, an even one and the next. Bit 16 e + 8 p + 4 (step % 2) is
+ * the lowest of column 2t + 8p + e, but for 2 bit of row g + 8, where it is two bits on; of 3 bit every fourth bit is to be
+ * ignored. */
+static __device__ __forceinline__ uint32_t two_steps(const ql_batch_codes *codes, int code, int block, int step,
+                                                     int half) {
+    const int second = step / 2;
+    const uint32_t low = word_of(codes->low[block / 2], block % 2 * 2 + second);
+    if (code == QL_CODE_INT2) return low;
+    /* The high bits of four steps stand side by side; the middle two pairs of each byte change places, and those of the two
+     * steps are four bits apart. */
+    uint32_t high = block % 2 ? codes->high[block / 2].y : codes->high[block / 2].x;
+    high = masked_else(high, 0xc3c3c3c3u, masked_else(high >> 2, 0x0c0c0c0cu, high << 2));
+    return masked_else(low >> 2 * half, 0x33333333u, shifted(high, 2 * second + half - 2));
+}
+
 /* The fragment of step `step` (of 4) of block `block` of a batch. low: of a table, 4 * lane. All but codes, pairs and low
  * are constants. */
 static __device__ __forceinline__ void raw_fragment(uint32_t a[4], const ql_batch_codes *codes, int code, int type,
-                                                    int block, int step, const uint8_t *pairs, uint32_t low) {
+                                                    bool apart, int block, int step, const uint8_t *pairs,
+                                                    uint32_t low) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const int h = i % 2, p = i / 2;
@@ -57,15 +73,12 @@ static __device__ __forceinline__ void raw_fragment(uint32_t a[4], const ql_batc
             else
                 a[i] = masked_or(shifted(word, 8 * p + 4 * h), 0x000f000fu, 0x43004300u);
         } else {
+            const int in_row = code == QL_CODE_INT2 ? 2 * h : 0, place = 4 * (step % 2) + in_row;
             /* Where the code's lowest bit is to stand. */
-            const int to = type != QL_VALUE_F16 ? 0 : 2 * h;
-            uint32_t word = word_of(codes->low[block / 2], block % 2 * 2 + step / 2);
-            uint32_t rest = type == QL_VALUE_F16 ? 0 : 0x43004300u;
-            if (code == QL_CODE_INT3) {
-                uint32_t high = block % 2 ? codes->high[block / 2].y : codes->high[block / 2].x;
-                rest = masked_or(shifted(high, high_bit(step, p, h) - (to + 2)), twice(4u << to), rest);
-            }
-            a[i] = masked_or(shifted(word, 8 * p + code_bit(code, step, h) - to), twice(3u << to), rest);
+            const int to = type != QL_VALUE_F16 ? 0 : apart ? place : in_row;
+            const uint32_t mask = twice((code == QL_CODE_INT2 ? 3u : 7u) << to);
+            const uint32_t word = two_steps(codes, code, block, step, h) >> (8 * p + place - to);
+            a[i] = type == QL_VALUE_F16 ? word & mask : masked_or(word, mask, 0x43004300u);
         }
     }
 }

@@ -27,11 +27,17 @@ extern __shared__ __align__(1024) uint8_t shared[];
 
 /* ---- weights ---- */
 
-/* A tile of the batch; at: the batch's first tile, for this lane's 16 bytes. */
-static __device__ __forceinline__ void load_tile(ql_batch_codes *codes, int code, const uint8_t *at, int tile,
-                                                 int lane) {
+/* The same address, which the compiler takes for something new: it would make it again at each use. */
+static __device__ __forceinline__ const uint8_t *held(const uint8_t *at) {
+    asm volatile("" : "+l"(at));
+    return at;
+}
+
+/* A tile of the batch. at: this lane's 16 bytes of the batch's first tile; high: for 3 bit its 8 bytes of high bits there. */
+static __device__ __forceinline__ void load_tile(ql_batch_codes *codes, int code, const uint8_t *at,
+                                                 const uint8_t *high, int tile) {
     codes->low[tile] = load_stream_16(at + tile * QL_TILE_BYTES(code));
-    if (code == QL_CODE_INT3) codes->high[tile] = load_stream_8(at + tile * QL_TILE_BYTES(code) + 512 - 8 * lane);
+    if (code == QL_CODE_INT3) codes->high[tile] = load_stream_8(high + tile * QL_TILE_BYTES(code));
 }
 
 /* ---- x ---- */
@@ -146,15 +152,18 @@ static __device__ __forceinline__ int thread_anew(void) {
 
 #define ONES(type) ((type) == QL_VALUE_F16 ? 0x3c003c00u : 0x3f803f80u)
 
-/* The four steps of a block: sum += W x and, but for 16 tokens and tables, sum_x += 1 x. */
-static __device__ __forceinline__ void multiply_block(float *sum, float *sum_x, const ql_batch_codes *codes, int code,
-                                                      int type, int tokens, int block, uint32_t x, uint32_t low) {
+/* The four steps of a block: sum += W x, of odd steps `odd` where they are apart, and, but for 16 tokens and tables, sum_x +=
+ * 1 x. */
+static __device__ __forceinline__ void multiply_block(float *sum, float *odd, float *sum_x, const ql_batch_codes *codes,
+                                                      int code, int type, int tokens, int block, uint32_t x,
+                                                      uint32_t low) {
+    const bool apart = QL_RAW_APART(code, type, tokens);
     const uint32_t ones[4] = {ONES(type), ONES(type), ONES(type), ONES(type)};
 #pragma unroll
     for (int step = 0; step < 4; step += 2) {
         uint32_t a[4], b[2][2];
         load_matrices(b[0], b[1], x + (uint32_t)(step * 32));
-        raw_fragment(a, codes, code, type, block, step, shared, low);
+        raw_fragment(a, codes, code, type, apart, block, step, shared, low);
         multiply_16816(sum, a, b[0], type);
         if (tokens != 16 && code != QL_CODE_TABLE4) {
             multiply_16816(sum_x, ones, b[0], type);
@@ -164,10 +173,16 @@ static __device__ __forceinline__ void multiply_block(float *sum, float *sum_x, 
             multiply_16816(sum + 4, a, b[1], type);
             load_matrices(b[0], b[1], x + (uint32_t)(step * 32 + 32));
         }
-        raw_fragment(a, codes, code, type, block, step + 1, shared, low);
-        multiply_16816(sum, a, b[tokens == 16 ? 0 : 1], type);
+        raw_fragment(a, codes, code, type, apart, block, step + 1, shared, low);
+        multiply_16816(apart ? odd : sum, a, b[tokens == 16 ? 0 : 1], type);
         if (tokens == 16) multiply_16816(sum + 4, a, b[1], type);
     }
+}
+
+/* sum += the odd steps' sums, where they are apart. */
+static __device__ __forceinline__ void add_odd(float sum[4], const float odd[4], int code, int type, int tokens) {
+#pragma unroll
+    for (int j = 0; QL_RAW_APART(code, type, tokens) && j < 4; j++) sum[j] = fmaf(odd[j], 1.0f / QL_RAW_ODD, sum[j]);
 }
 
 /* Sums of 16 tokens' x over the parts of groups in a warp's batches. */
@@ -327,6 +342,7 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     int strip = block + team * p->blocks;
     const uint8_t *at = p->codes + (uint64_t)(uint32_t)strip * p->strip_bytes +
                         (uint32_t)(first * QL_DECODE_BATCH_BYTES(code) + lane * 16);
+    const int to_high = 512 - 8 * lane; /* of 3 bit: from the lane's low bits to its high ones */
     const int tail = first + count == p->batches ? p->last_tiles : tiles;
     int have = strip >= p->strips || count <= 0 ? 0 : count == 1 ? tail : tiles;
     /* The lane's entry of the batch's first pair. */
@@ -347,7 +363,7 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     const int early = groups == QL_DECODE_CHANNEL ? tiles / 2 : 0;
 #pragma unroll
     for (int i = 0; i < early; i++)
-        if (i < have) load_tile(&codes, code, at, i, lane);
+        if (i < have) load_tile(&codes, code, at, at + to_high, i);
     start_next_kernel();
     if (p->cluster_shift) arrive_cluster_started();
     const uint32_t x_at = shared_address(shared) + (uint32_t)(p->x_at + own * batch_k * 2);
@@ -364,7 +380,7 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     if (code == QL_CODE_TABLE4) table = load_table(&p->product);
 #pragma unroll
     for (int i = early; i < tiles; i++)
-        if (i < have) load_tile(&codes, code, at, i, lane);
+        if (i < have) load_tile(&codes, code, at, at + to_high, i);
     if (code == QL_CODE_TABLE4) store_table(shared, (float *)(shared + p->nested_at), &p->product, &table, type);
     ql_decode_x x = place_x(p, tokens, slots, x_at, lane);
     if (!p->x_aligned) {
@@ -386,7 +402,7 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
 #pragma unroll 1
     for (int round = 0; round < p->rounds; round++) {
         if (strip < p->strips) {
-            float out[8] = {0}, sum[8] = {0}, sum_x[4] = {0}, row_zero[2] = {0};
+            float out[8] = {0}, sum[8] = {0}, odd[4] = {0}, sum_x[4] = {0}, row_zero[2] = {0};
             if (!groups) load_row_zeros(row_zero, p, code, type, strip * 16 + g);
 #pragma unroll 1
             for (int to_go = count; to_go > 0; to_go--) {
@@ -394,6 +410,8 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                 const int next_strip = last ? strip + p->hop : strip, next = last ? first : first + count - to_go + 1;
                 have = next_strip >= p->strips ? 0 : to_go == 2 || (last && count == 1) ? tail : tiles;
                 at += last ? p->hop_bytes - (count - 1) * QL_DECODE_BATCH_BYTES(code) : QL_DECODE_BATCH_BYTES(code);
+                const uint8_t *high = at;
+                if (code == QL_CODE_INT3) high = held(at + to_high);
                 if (groups >= 2 && ahead) entry += (last ? p->hop * p->pairs - (count - 1) * pairs : pairs) * 32;
                 if (groups == 1) entry = group_entry(p, next_strip, next, g);
 #pragma unroll
@@ -401,13 +419,13 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                     const int set = groups ? b / (part * slots) : 0, slot = slots == 2 ? b / part % 2 : 0;
                     if (groups && b % (part * slots) == 0)
 #pragma unroll
-                        for (int j = 0; j < 8; j++) sum[j] = sum_x[j % 4] = 0.0f;
-                    multiply_block(sum, sum_x, &codes, code, type, tokens, b,
+                        for (int j = 0; j < 8; j++) sum[j] = odd[j % 4] = sum_x[j % 4] = 0.0f;
+                    multiply_block(sum, odd, sum_x, &codes, code, type, tokens, b,
                                    (slot ? x.row + x.other : x.row) + (uint32_t)(b * 128), (uint32_t)lane * 4);
 #pragma unroll
                     for (int j = 0; j < tiles; j++)
                         if ((j + 1) * QL_TILE_K(code) > b * 64 && (j + 1) * QL_TILE_K(code) <= (b + 1) * 64 && j < have)
-                            load_tile(&codes, code, at, j, lane);
+                            load_tile(&codes, code, at, high, j);
                     if (groups && b % (part * slots) == part * slots - 1) {
                         const int pair = both ? set / 2 : set;
                         if (!ahead && (!both || set % 2 == 0)) {
@@ -417,6 +435,7 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                         }
                         const ql_entry e =
                             entry_of(p, code, type, both, &raw, set, (const float *)(shared + p->nested_at));
+                        add_odd(sum, odd, code, type, tokens);
                         take_zeros(sum, sum_x, e.zero, code, tokens, sums + set * 64);
 #pragma unroll
                         for (int j = 0; j < width; j++) out[j] = fmaf(e.scale[j % 4 / 2], sum[j], out[j]);
@@ -436,6 +455,7 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
             }
             x.row -= (uint32_t)(count * batch_k * 2);
             sums -= count * groups * 64;
+            if (!groups) add_odd(sum, odd, code, type, tokens);
             if (!groups && count > 0) take_zeros(sum, sum_x, row_zero, code, tokens, sums);
             const float *from = groups ? out : sum;
             leave_sums(p, from, type, tokens, groups, slots, roomy, partials, round - begin);

@@ -107,7 +107,9 @@ static __device__ __forceinline__ ql_entry entry_of(const ql_decode_params *p, i
         /* As denormals they have the units of the codes. */
         zero >>= 8 * which;
         e.zero[0] = half_value(zero & 15);
-        e.zero[1] = half_value(code == QL_CODE_INT4 ? zero & 0xf0 : zero >> 2 & 0x3c);
+        e.zero[1] = half_value(code == QL_CODE_INT4   ? zero & 0xf0
+                               : code == QL_CODE_INT2 ? zero >> 2 & 0x3c
+                                                      : zero >> 4 & 15);
     } else {
         zero >>= 8 * which;
         e.zero[0] = __uint_as_float((zero & 15) << 16 | 0x43000000u);

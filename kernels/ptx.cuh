@@ -225,6 +225,13 @@ static __device__ __forceinline__ uint32_t masked_or(uint32_t word, uint32_t mas
     return result;
 }
 
+/* (word & mask) | (rest & ~mask), likewise. */
+static __device__ __forceinline__ uint32_t masked_else(uint32_t word, uint32_t mask, uint32_t rest) {
+    uint32_t result;
+    asm("lop3.b32 %0, %1, %2, %3, 0xe2;" : "=r"(result) : "r"(word), "r"(mask), "r"(rest));
+    return result;
+}
+
 /* (~word & mask) | rest, likewise. */
 static __device__ __forceinline__ uint32_t masked_not_or(uint32_t word, uint32_t mask, uint32_t rest) {
     uint32_t result;

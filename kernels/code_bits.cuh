@@ -18,12 +18,12 @@ static __device__ __forceinline__ int code_bit(int code, int s, int h) {
 /* The third bit of 3 bit, in its own word. */
 static __device__ __forceinline__ int high_bit(int s, int p, int h) { return 8 * p + 2 * (s % 4) + h; }
 
-/* The codes of 2, 3 or 4 bits with their lowest bits at `at` of each half, zeros around them. */
-static __device__ __forceinline__ uint32_t codes_at(uint32_t word, uint32_t high, int code, int s, int p, int h,
-                                                    int at) {
-    const uint32_t low_mask = (code == QL_CODE_INT4 ? 15u : 3u) << at;
-    const uint32_t low = shifted(word, 8 * p + code_bit(code, s, h) - at) & twice(low_mask);
-    return code == QL_CODE_INT3 ? low | (shifted(high, high_bit(s, p, h) - (at + 2)) & twice(4u << at)) : low;
+/* The codes of 2, 3 or 4 bits with their lowest bits at `at` of each half, in `rest`, which has zeros there. */
+static __device__ __forceinline__ uint32_t codes_at(uint32_t word, uint32_t high, int code, int s, int p, int h, int at,
+                                                    uint32_t rest) {
+    const uint32_t low_mask = twice((code == QL_CODE_INT4 ? 15u : 3u) << at);
+    if (code == QL_CODE_INT3) rest = masked_or(shifted(high, high_bit(s, p, h) - (at + 2)), twice(4u << at), rest);
+    return masked_or(shifted(word, 8 * p + code_bit(code, s, h) - at), low_mask, rest);
 }
 
 /* Bytes h and h + 2 of a word as the low mantissa bits of fp16 1024: 1024 + code. */

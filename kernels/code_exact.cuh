@@ -38,10 +38,8 @@ static __device__ __forceinline__ uint32_t small_codes(uint32_t word, uint32_t h
     const int from = code_bit(code, s, h), room = type == QL_VALUE_F16 ? 10 : 7;
     /* Where the mantissa has no room for the code in its place, it comes down. */
     const int at = from + bits <= room ? from : from - (code == QL_CODE_INT4 ? 4 : 2);
-    const uint32_t low_mask = twice((code == QL_CODE_INT4 ? 15u : 3u) << at);
-    uint32_t magic = twice(type == QL_VALUE_F16 ? 0x6400u : 0x4300u);
-    if (code == QL_CODE_INT3) magic = masked_or(shifted(high, high_bit(s, p, h) - (at + 2)), twice(4u << at), magic);
-    return take_away(masked_or(word >> (8 * p + from - at), low_mask, magic), at, minus_pair(zero, at, type), type);
+    const uint32_t magic = twice(type == QL_VALUE_F16 ? 0x6400u : 0x4300u);
+    return take_away(codes_at(word, high, code, s, p, h, at, magic), at, minus_pair(zero, at, type), type);
 }
 
 /* Two 8-bit codes less their zero: bytes h and h + 2 of the word. */

@@ -112,22 +112,22 @@ static __device__ __forceinline__ void use_group(ql_group16 *to, const ql_group_
     }
 }
 
-/* Codes of 2, 3 or 4 bits of a step of a tile; at: where their lowest bits are to stand. */
-static __device__ __forceinline__ uint32_t small_codes(const ql_lane_codes *c, int code, int step, int h, int p,
-                                                       int at) {
+/* Codes of 2, 3 or 4 bits of a step of a tile; at: where their lowest bits are to stand in `rest`. */
+static __device__ __forceinline__ uint32_t small_codes(const ql_lane_codes *c, int code, int step, int h, int p, int at,
+                                                       uint32_t rest) {
     const uint32_t word = word_of(c->low, code == QL_CODE_INT4 ? step : step / 2);
-    return codes_at(word, step / 4 ? c->high.y : c->high.x, code, step, p, h, at);
+    return codes_at(word, step / 4 ? c->high.y : c->high.x, code, step, p, h, at, rest);
 }
 
 /* Codes as fp16 1024 + q, or for row g + 8 as 1024 + q * 2^bits: what the mask leaves in place. */
 static __device__ __forceinline__ uint32_t raw_half(const ql_lane_codes *c, int code, int step, int h, int p) {
     if (code == QL_CODE_INT8) return half_bytes(word_of(c->low, step * 2 + p), h);
-    return small_codes(c, code, step, h, p, (code == QL_CODE_INT4 ? 4 : 2) * h) | 0x64006400u;
+    return small_codes(c, code, step, h, p, (code == QL_CODE_INT4 ? 4 : 2) * h, 0x64006400u);
 }
 
 /* Codes of up to 4 bits as bf16 128 + q. */
 static __device__ __forceinline__ uint32_t raw_bf16(const ql_lane_codes *c, int code, int step, int h, int p) {
-    return small_codes(c, code, step, h, p, 0) | 0x43004300u;
+    return small_codes(c, code, step, h, p, 0, 0x43004300u);
 }
 
 /* Two neighbouring weights in fp32, before they are scaled. */

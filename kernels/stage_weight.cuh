@@ -61,7 +61,7 @@ static __device__ __forceinline__ reader make_reader(const ql_streamk_params *q,
     r.scales = entries + ((strip * 64 + g * 8) << r.scale_shift);
     r.seconds = entries + k.rows / 16 * 128;
     r.seconds += table || k.code == QL_CODE_INT8 ? strip * 32 + g * 4 : strip * 16 + g * 2;
-    r.nested_table = base + QL_STREAMK_TABLE_AT(k.tokens) + QL_STREAMK_TABLE_BYTES;
+    r.nested_table = base + QL_STREAMK_TABLE_AT + QL_STREAMK_TABLE_BYTES;
     r.nested_offset = p->nested_offset;
     return r;
 }
@@ -176,7 +176,7 @@ static __device__ __forceinline__ void look_up(uint32_t a[4], uint32_t word, uin
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const uint32_t at = __byte_perm(word, lane_at, 0x7604 | i << 4); /* lane_at, with a byte as bits 8-15 */
-        a[i] = *(const uint32_t *)(shared + QL_STREAMK_TABLE_AT(k.tokens) + at);
+        a[i] = *(const uint32_t *)(shared + QL_STREAMK_TABLE_AT + at);
     }
 }
 

@@ -96,7 +96,7 @@ static __device__ __forceinline__ int stage_bytes(shape k) {
 }
 
 static __device__ __forceinline__ uint32_t stages_at(uint32_t base, shape k) {
-    return base + QL_STREAMK_HEAD_BYTES(k.code, k.tokens);
+    return base + QL_STREAMK_HEAD_BYTES(k.code);
 }
 
 /* Full: the codes' bytes, those of x, and 32 lanes' copies of entries. */

@@ -21,6 +21,7 @@ enum {
     QL_STREAMK_WARPS = 8,        /* that multiply */
     QL_STREAMK_THREADS = (QL_STREAMK_WARPS + 4) * 32,
     QL_STREAMK_BARRIER_BYTES = 1024,
+    QL_STREAMK_OUTPUT_TOKENS = 32, /* of a buffer of outputs, 64 rows of W wide */
     QL_STREAMK_MOST_STAGES = 24,
     QL_STREAMK_TABLE_BYTES = 65536, /* pairs of a table's values */
     QL_STREAMK_NESTED_BYTES = 1024  /* the table of nested absmax */
@@ -54,10 +55,10 @@ typedef struct ql_streamk_params {
 /* An element of codes_map, in bytes: a box has at most 256 of them along a row. */
 #define QL_STREAMK_CODES_UNIT(code, stage_k) (QL_STREAMK_STRIP_BYTES(code, stage_k) > 1024 ? 8 : 4)
 
-/* Before the stages: barriers, a buffer for each warp's outputs, tables. */
-#define QL_STREAMK_OUTPUT_BYTES(tokens) ((tokens) * 32)
-#define QL_STREAMK_TABLE_AT(tokens) (QL_STREAMK_BARRIER_BYTES + QL_STREAMK_WARPS * QL_STREAMK_OUTPUT_BYTES(tokens))
-#define QL_STREAMK_HEAD_BYTES(code, tokens)                                                                            \
-    (QL_STREAMK_TABLE_AT(tokens) + ((code) == QL_CODE_TABLE4 ? QL_STREAMK_TABLE_BYTES + QL_STREAMK_NESTED_BYTES : 0))
+/* Before the stages: barriers, two buffers of outputs for each warpgroup, tables. */
+#define QL_STREAMK_OUTPUT_BYTES (64 * QL_STREAMK_OUTPUT_TOKENS * 2)
+#define QL_STREAMK_TABLE_AT (QL_STREAMK_BARRIER_BYTES + 2 * QL_STREAMK_WARPS / 4 * QL_STREAMK_OUTPUT_BYTES)
+#define QL_STREAMK_HEAD_BYTES(code)                                                                                    \
+    (QL_STREAMK_TABLE_AT + ((code) == QL_CODE_TABLE4 ? QL_STREAMK_TABLE_BYTES + QL_STREAMK_NESTED_BYTES : 0))
 
 #endif

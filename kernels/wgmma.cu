@@ -11,48 +11,93 @@
 #include "stage_weight.cuh"
 #include "variants.h"
 
-enum { TABLE_BARRIER = 1, STEPS = 4 /* of 16 columns that are decoded at once */ };
+enum {
+    TABLE_BARRIER = 1,
+    OUTPUT_BARRIER = 3 /* and the next */,
+    STEPS = 4 /* of 16 columns that are decoded at once */
+};
 
-/* 16 rows of W, all tokens of the tile: turned over in shared memory, so that 16 bytes go along a row of out. */
-static __device__ __forceinline__ void store_strip(const float *sums, const ql_packed_params *p, uint32_t buffer,
-                                                   int row, int token, float2 scale, shape k) {
-    const int lane = (int)threadIdx.x % WARP, g = lane / 4;
-    float2 bias = {0.0f, 0.0f};
-    if (p->bias) {
-        bias.x = load_value(p->bias, p->bias_type, min((int64_t)(row + g), p->n - 1) * p->bias_stride);
-        bias.y = load_value(p->bias, p->bias_type, min((int64_t)(row + g + 8), p->n - 1) * p->bias_stride);
-    }
-    /* A token has 32 bytes of the buffer; halves change places every four tokens, for the banks' sake. */
-    const int to_token = lane / 16 * 8 + lane % 8, from_token = lane / 2;
-    const uint32_t to = buffer + to_token * 32 + (lane / 8 % 2 ^ (to_token >> 2 & 1)) * 16;
-    const uint32_t from = buffer + from_token * 32 + (lane % 2 ^ (from_token >> 2 & 1)) * 16;
-    __syncwarp();
+/* ---- outputs ----
+ *
+ * The four warps of a warpgroup turn 64 rows of W over in shared memory, some tokens at a time, so that whole lines of out
+ * are written: 32 bytes of 16 lines an instruction, as a warp has by itself, take four times as long. */
+
+/* Asks for a row's scale, one group for all of the row, and waits for nothing: the word that it is in. */
+static __device__ __forceinline__ uint32_t load_scale_word(const ql_packed_params *p, int row) {
+    const int64_t at = (int64_t)row << (p->scales_type == QL_VALUE_F32 ? 2 : 1);
+    return __ldg((const uint32_t *)((const uint8_t *)p->scales + (at & ~(int64_t)3)));
+}
+
+static __device__ __forceinline__ float scale_of_word(uint32_t word, int row, int type) {
+    if (type == QL_VALUE_F32) return __uint_as_float(word);
+    const uint32_t bits = row & 1 ? word >> 16 : word & 0xffffu;
+    return type == QL_VALUE_F16 ? __half2float(__ushort_as_half((uint16_t)bits)) : __uint_as_float(bits << 16);
+}
+
+/* Of a lane's rows g and g + 8. */
+typedef struct row_terms {
+    float scale[2], bias[2];
+} row_terms;
+
+/* A warp's 16 rows, 32 tokens, as a quarter of each of the buffer's lines of 128 bytes; their pieces of 16 bytes are
+ * swizzled by the token. */
+static __device__ __forceinline__ void turn_over(const float *sums, uint32_t buffer, const row_terms *rows, shape k) {
+    const int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP % 4;
+    const int token = lane / 16 * 8 + lane % 8, piece = (2 * warp + lane / 8 % 2) ^ lane % 8;
 #pragma unroll
-    for (int j = 0; j < k.tokens / 8; j += 2) {
+    for (int j = 0; j < QL_STREAMK_OUTPUT_TOKENS / 8; j += 2) {
         uint32_t m[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const float *s = sums + 4 * (j + i / 2) + 2 * (i % 2);
-            const float by = i % 2 ? scale.y : scale.x, and_bias = i % 2 ? bias.y : bias.x;
+            const float by = rows->scale[i % 2], and_bias = rows->bias[i % 2];
             m[i] = round16_pair(s[0] * by + and_bias, s[1] * by + and_bias, k.type);
         }
-        store_matrices_transposed(to + j * 8 * 32, m);
+        store_matrices_transposed(buffer + (token + 8 * j) * 128 + piece * 16, m);
     }
-    __syncwarp();
-    const bool whole = HAS_WHOLE_PIECES(p);
-    const int col = row + lane % 2 * 8, columns = min(8, (int)p->n - col);
-    const int tokens = columns > 0 ? min(k.tokens, (int)p->m - token) : 0;
-    uint16_t *out = (uint16_t *)p->out + (int64_t)(token + from_token) * p->n + col;
-    /* Rolled up: it is run once, and would have to be fetched. */
+}
+
+/* A warpgroup's buffer of 64 rows from `row` on and 32 tokens from `token` on: eight lanes a line. */
+static __device__ __forceinline__ void store_buffer(const ql_packed_params *p, uint32_t buffer, int row, int token) {
+    const int thread = (int)threadIdx.x % 128, line = thread / 8, piece = thread % 8, col = row + piece * 8;
+    const int columns = min(8, (int)p->n - col);
+    const int tokens = columns > 0 ? min(QL_STREAMK_OUTPUT_TOKENS, (int)p->m - token) : 0;
+    uint32_t from = buffer + line * 128 + (piece ^ line % 8) * 16;
+    uint16_t *out = (uint16_t *)p->out + (int64_t)(token + line) * p->n + col;
+    if (HAS_WHOLE_PIECES(p)) {
+#pragma unroll
+        for (int i = 0; i < QL_STREAMK_OUTPUT_TOKENS; i += 16)
+            if (line + i < tokens) store_global_16(out + i * p->n, load_shared_16(from + i * 128));
+        return;
+    }
 #pragma unroll 1
-    for (int i = 0; i < k.tokens; i += 16, out += 16 * p->n) {
-        if (from_token + i >= tokens) continue;
-        if (whole) {
-            store_global_16(out, load_shared_16(from + i * 32));
-        } else {
+    for (int i = line; i < tokens; i += 16, from += 16 * 128, out += 16 * p->n)
 #pragma unroll 1
-            for (int c = 0; c < columns; c++) out[c] = load_shared_2(from + i * 32 + 2 * c);
-        }
+        for (int c = 0; c < columns; c++) out[c] = load_shared_2(from + 2 * c);
+}
+
+/* A warpgroup's 64 rows from `row` on, all tokens of the tile. Its two buffers take turns, across tiles as well, so that one
+ * barrier a turn says both that a buffer is full and that the other is free. */
+static __device__ __forceinline__ void store_rows(const float *sums, int *turn, const ql_packed_params *p,
+                                                  uint32_t buffers, int row, int token, const uint32_t scale_words[2],
+                                                  shape k) {
+    const int warpgroup = (int)threadIdx.x / 128;
+    const int own = row + (int)threadIdx.x / WARP % 4 * 16 + (int)threadIdx.x % WARP / 4;
+    row_terms rows = {{1.0f, 1.0f}, {0.0f, 0.0f}};
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const int at = min(own + 8 * h, (int)p->n - 1);
+        if (k.groups == 0) rows.scale[h] = scale_of_word(scale_words[h], at, p->scales_type);
+        if (p->bias) rows.bias[h] = load_value(p->bias, p->bias_type, at * p->bias_stride);
+    }
+#pragma unroll
+    for (int from = 0; from < k.tokens; from += QL_STREAMK_OUTPUT_TOKENS) {
+        if (token + from >= p->m) break;
+        const uint32_t buffer = buffers + (2 * warpgroup + *turn) * QL_STREAMK_OUTPUT_BYTES;
+        *turn ^= 1;
+        turn_over(sums + from / 2, buffer, &rows, k);
+        named_barrier(OUTPUT_BARRIER + warpgroup, 128);
+        store_buffer(p, buffer, row, token + from);
     }
 }
 
@@ -201,37 +246,36 @@ static __device__ __forceinline__ void sum_halves(float *sums, reader *reads, pl
     }
 }
 
-/* Of rows that are one group: zeros before the sums, scales after them. */
-static __device__ __forceinline__ void read_rows(float2 scales[2], reader *r, const ql_packed_params *p, int first_row,
-                                                 shape k) {
+/* Of rows that are one group: zeros before the sums; scales after them, so that nothing waits for these here. */
+static __device__ __forceinline__ void read_rows(uint32_t scale_words[2][2], reader *r, const ql_packed_params *p,
+                                                 int first_row, shape k) {
     const int g = (int)threadIdx.x % WARP / 4;
 #pragma unroll
     for (int i = 0; i < k.rows / 128; i++)
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             const int row = min(first_row + i * 64 + h * 8 + g, (int)p->n - 1);
-            const float scale = load_value(p->scales, p->scales_type, row);
+            scale_words[i][h] = load_scale_word(p, row);
             uint32_t zeros = 0;
             if (p->zeros) zeros = k.code == QL_CODE_INT8 ? p->zeros[row] : p->zeros[row / 2] >> row % 2 * 4;
             r->rows[i].zero[h] = zero_word(stored_zero(zeros, 0, p->zeros != NULL, k.code), k.code, k.type);
-            if (h == 0) scales[i].x = scale;
-            if (h == 1) scales[i].y = scale;
         }
 }
 
 static __device__ __forceinline__ void multiply_all(const ql_streamk_params *q, uint32_t base, walk w, shape k) {
     const ql_packed_params *p = &q->product;
-    const int warp = (int)threadIdx.x / WARP, strip = strip_of(k.rows), sub_tiles = k.rows / 128;
+    const int strip = strip_of(k.rows), sub_tiles = k.rows / 128;
     const reader first_group = make_reader(q, base, k);
     float sums[MOST_SUMS];
     place c = {base, 0, 0, 0, 1};
+    int turn = 0;
     do {
         int row_tile, token_tile;
         place_tile(q, w.tile, &row_tile, &token_tile);
         const int row = row_tile * k.rows + strip * 16;
         reader reads = first_group;
-        float2 scales[2] = {{1.0f, 1.0f}, {1.0f, 1.0f}};
-        if (k.groups == 0) read_rows(scales, &reads, p, row, k);
+        uint32_t scale_words[2][2];
+        if (k.groups == 0) read_rows(scale_words, &reads, p, row, k);
 #pragma unroll
         for (int i = 0; i < sub_tiles * k.tokens / 2; i++) sums[i] = 0.0f;
         find_group(&c, &reads, q, w.first, k);
@@ -246,9 +290,8 @@ static __device__ __forceinline__ void multiply_all(const ql_streamk_params *q, 
         add_partials(sums, q, w.end, k);
 #pragma unroll
         for (int i = 0; i < sub_tiles; i++)
-            store_strip(sums + i * k.tokens / 2, p,
-                        base + QL_STREAMK_BARRIER_BYTES + warp * QL_STREAMK_OUTPUT_BYTES(k.tokens), row + i * 64,
-                        token_tile * k.tokens, scales[i], k);
+            store_rows(sums + i * k.tokens / 2, &turn, p, base + QL_STREAMK_BARRIER_BYTES,
+                       row - strip % 4 * 16 + i * 64, token_tile * k.tokens, scale_words[i], k);
     } while (next_tile(&w, q));
 }
 
@@ -283,7 +326,7 @@ static __device__ __forceinline__ void product(const ql_streamk_params *q, shape
     } else {
         WARPGROUP_TAKES_REGISTERS(224);
         if (k.code == QL_CODE_TABLE4) {
-            fill_tables(&q->product, base + QL_STREAMK_TABLE_AT(k.tokens), k.type);
+            fill_tables(&q->product, base + QL_STREAMK_TABLE_AT, k.type);
             named_barrier(TABLE_BARRIER, MULTIPLIERS);
         }
         wait_for_previous_kernel();

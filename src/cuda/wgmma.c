@@ -51,7 +51,7 @@ static int stage_bytes(const variant *v) {
 
 /* As many stages as there is room for. */
 static int stages_of(const variant *v, int room) {
-    const int stages = (room - QL_STREAMK_HEAD_BYTES(v->code, v->tokens)) / stage_bytes(v);
+    const int stages = (room - QL_STREAMK_HEAD_BYTES(v->code)) / stage_bytes(v);
     return stages < QL_STREAMK_MOST_STAGES ? stages : QL_STREAMK_MOST_STAGES;
 }
 
@@ -132,12 +132,11 @@ static bool prepare(ql_cuda_prepared *prepared, const ql_cuda_device *device, co
     params->stages = stages_of(v, device->properties.shared_bytes);
     while (p->nested_blocksize >> (params->nested_shift + 1)) params->nested_shift++;
     prepared->kernel = v->kernel;
-    prepared->grid =
-        (ql_cuda_grid){.x = grid,
-                       .y = 1,
-                       .threads = QL_STREAMK_THREADS,
-                       .shared_bytes = QL_STREAMK_HEAD_BYTES(v->code, v->tokens) + params->stages * stage_bytes(v),
-                       .overlaps = true};
+    prepared->grid = (ql_cuda_grid){.x = grid,
+                                    .y = 1,
+                                    .threads = QL_STREAMK_THREADS,
+                                    .shared_bytes = QL_STREAMK_HEAD_BYTES(v->code) + params->stages * stage_bytes(v),
+                                    .overlaps = true};
     /* Sums of a range's first, broken tile, then a flag for each of its warps. */
     prepared->flags_at = (int64_t)choice.parameter * v->rows * v->tokens * 4;
     prepared->scratch_bytes =

@@ -56,7 +56,7 @@ def fourbit(group: Group) -> Layer:
     group.need("weight", "weight.absmax", "weight.quant_map")
     kind = states[0].removeprefix(_STATE)
     group.check(states[0], (torch.uint8,))
-    numbers = functional.unpack_json(group.shards.tensor(group.full(states[0])))
+    numbers = functional.parse_state(functional.state_bytes(group.shards.tensor(group.full(states[0]))))
     shape, blocksize = numbers.get("shape"), numbers.get("blocksize")
     if not isinstance(shape, list) or len(shape) != 2 or not all(type(size) is int and size > 0 for size in shape):
         raise ValueError(f"{group.where(states[0])}: shape must be [out_features, in_features], got {shape!r:.60}")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -158,7 +161,7 @@ class QuantState:
                 f"there should be exactly one quant_state.bitsandbytes__* entry, got {sorted(packed) or 'none'}"
             )
         if packed:
-            parts |= unpack_json(parts.pop(packed[0]))
+            parts |= parse_state(state_bytes(parts.pop(packed[0])))
         nested = {"nested_absmax", "nested_quant_map", *_NESTED_FIELDS}
         plain = {"absmax", "quant_map", *_PLAIN_FIELDS}
         unknown = parts.keys() - plain - nested
@@ -205,15 +208,21 @@ def _pack_json(parts: dict[str, Any]) -> Tensor:
     return torch.tensor(list(json.dumps(parts).encode()), dtype=torch.uint8, device="cpu")
 
 
-def unpack_json(packed: Tensor) -> dict[str, Any]:
-    """The numbers of a packed quant state. ValueError where the bytes are no JSON object of the known fields."""
+def state_bytes(packed: Tensor) -> bytes:
+    """The JSON of a packed quant state, of which many layers of a model have the same."""
+    return bytes(packed.detach().cpu().to(torch.uint8).flatten().tolist())
+
+
+@functools.lru_cache(maxsize=256)
+def parse_state(text: bytes) -> Mapping[str, Any]:
+    """The numbers of a quant state. ValueError where the bytes are no JSON object of the known fields."""
     try:
-        parts = json.loads(bytes(packed.detach().cpu().to(torch.uint8).flatten().tolist()))
+        parts = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"quant_state is not JSON: {error}") from None
     if not isinstance(parts, dict) or not parts.keys() <= set(_STATE_FIELDS):
         raise ValueError(f"quant_state must be an object with fields among {list(_STATE_FIELDS)}, got {parts!r:.200}")
-    return parts
+    return MappingProxyType(parts)
 
 
 def _float_dtype(name: Any) -> torch.dtype:

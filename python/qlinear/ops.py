@@ -63,7 +63,7 @@ class Format(NamedTuple):
     def check_data(self, arguments: tuple) -> None:
         """ValueError where one of the tensors is on the meta device: a product of it would be whatever memory held."""
         for at, argument in enumerate(arguments):
-            if isinstance(argument, Tensor) and argument.device.type == "meta":
+            if isinstance(argument, Tensor) and argument.is_meta:
                 raise ValueError(f"{self.names[at]} is on the meta device, it has no data: load it first")
 
     def linear_arguments(self, arguments: Sequence[Any]) -> list[Any]:

@@ -31,7 +31,7 @@ def wanted(device: torch.device) -> bool:
 
 def is_real(*tensors: Tensor | None) -> bool:
     """Whether every tensor has data that C can read: no meta, fake or wrapped one among them."""
-    return all(t is None or (type(t) in (Tensor, Parameter) and t.device.type != "meta") for t in tensors)
+    return all(t is None or (type(t) in (Tensor, Parameter) and not t.is_meta) for t in tensors)
 
 
 def _is_capturing(device: torch.device) -> bool:
@@ -100,7 +100,7 @@ class PackingModule(torch.nn.Module):
 
     def _is_away(self, name: str) -> bool:
         tensor = self._raw(name)
-        return tensor is not None and tensor.device.type == "meta"
+        return tensor is not None and tensor.is_meta
 
     def _place(self, name: str, tensor: Tensor | None) -> None:
         if name in self._parameters and tensor is not None:

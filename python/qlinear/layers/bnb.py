@@ -136,7 +136,7 @@ class Linear8bitLt(QuantizedLinear):
     def _fill(self, weight: Tensor, SCB: Tensor | None, bias: Tensor | None, threshold: float, index: Any) -> None:
         QuantizedLinear.__init__(self)
         self._note(index=index, threshold=_check_threshold(threshold), has_fp16_weights=SCB is None)
-        self.weight = weight if SCB is None else Parameter(frozen(weight), requires_grad=False)
+        self._parameters["weight"] = weight if SCB is None else Parameter(frozen(weight), requires_grad=False)
         marker = None if SCB is None else torch.zeros((), dtype=torch.uint8, device=weight.device)
         self._hold(SCB=frozen(SCB), weight_format=marker, bias=frozen(bias))
         self.init_8bit_state()
@@ -294,37 +294,19 @@ class Linear4bit(QuantizedLinear):
         if len(keys) != 1:
             raise ValueError(f"there should be exactly one {_PREFIX}* entry, got {keys or 'none'}")
         QuantizedLinear.__init__(self)
-        self.compute_dtype = compute_dtype
-        self.weight = Parameter(frozen(tensors["weight"]), requires_grad=False)
+        self._note(compute_dtype=compute_dtype)
+        self._parameters["weight"] = Parameter(frozen(tensors["weight"]), requires_grad=False)
         buffers = {name: tensors.get(key) for key, name in _STATE_KEYS.items()}
         buffers |= {"packed_state": tensors[keys[0]], "bias": bias}
         # Absent ones last: torch.export loses count of a root module's buffers where they stand before others.
         last = sorted(buffers, key=lambda name: buffers[name] is None)
         self._hold(**{name: frozen(buffers[name]) for name in last})
         self._non_persistent_buffers_set.update(buffers.keys() - {"bias"})
-        numbers = functional.unpack_json(self.packed_state)
+        numbers = _numbers(functional.state_bytes(tensors[keys[0]]))
         _check_nested(numbers, tensors)
-        self._take_numbers(numbers)
+        self._note(**numbers)
         check_bias(bias, self.out_features)
         self._check()
-
-    def _take_numbers(self, numbers: dict[str, Any]) -> None:
-        """Reads the numbers of a quant state; ValueError, and nothing changed, where one is missing or wrong."""
-        keys = ("absmax", "quant_map", *(("nested_absmax", "nested_quant_map") if _is_nested(numbers) else ()))
-        state = QuantState.from_dict(dict.fromkeys(keys, torch.empty(0, device="cpu")) | numbers)
-        if state.quant_type not in ("nf4", "fp4"):
-            raise ValueError(f"quant_type must be nf4 or fp4, got {state.quant_type!r:.60}")
-        if len(state.shape) != 2:
-            raise ValueError(f"shape must be [out_features, in_features], got {numbers['shape']!r:.60}")
-        sizes = (state.blocksize, state.state2.blocksize if state.state2 else 256)
-        if not all(type(size) is int and size > 0 for size in sizes):
-            raise ValueError(f"blocksize and nested_blocksize must be positive integers, got {sizes}")
-        self.quant_type = state.quant_type
-        self.blocksize, self.nested_blocksize = sizes
-        self.out_features, self.in_features = (int(size) for size in state.shape)
-        self.compress_statistics = state.nested
-        self.nested_offset = float(state.offset) if state.nested else 0.0
-        self.weight_dtype = state.dtype
 
     @classmethod
     def from_tensors(
@@ -460,11 +442,12 @@ class Linear4bit(QuantizedLinear):
             return f"size mismatch: {shape} has {count} bytes, the checkpoint's {weight.dtype} {weight.nbytes}"
         try:
             ops.check_tensors(**found)
-            numbers = functional.unpack_json(marker)
-            if numbers.get("shape") != shape:
-                return f"size mismatch: the checkpoint's is {numbers.get('shape')}, the layer's {shape}"
+            numbers = _numbers(functional.state_bytes(marker))
+            there = [numbers["out_features"], numbers["in_features"]]
+            if there != shape:
+                return f"size mismatch: the checkpoint's is {there}, the layer's {shape}"
             _check_nested(numbers, found)
-            self._take_numbers(numbers)
+            self._note(**numbers)
         except (ValueError, TypeError) as error:
             return str(error)
         device = self.weight.device
@@ -492,13 +475,35 @@ class Linear4bit(QuantizedLinear):
         )
 
 
-def _is_nested(numbers: dict[str, Any]) -> bool:
-    return "nested_offset" in numbers
+@functools.lru_cache(maxsize=256)
+def _numbers(text: bytes) -> Mapping[str, Any]:
+    """A layer's attributes of a quant state's JSON. ValueError where a number is missing or wrong."""
+    parts = functional.parse_state(text)
+    keys = ("absmax", "quant_map", *(("nested_absmax", "nested_quant_map") if "nested_offset" in parts else ()))
+    state = QuantState.from_dict(dict.fromkeys(keys, torch.empty(0, device="cpu")) | dict(parts))
+    if state.quant_type not in ("nf4", "fp4"):
+        raise ValueError(f"quant_type must be nf4 or fp4, got {state.quant_type!r:.60}")
+    if len(state.shape) != 2:
+        raise ValueError(f"shape must be [out_features, in_features], got {parts['shape']!r:.60}")
+    sizes = (state.blocksize, state.state2.blocksize if state.state2 else 256)
+    if not all(type(size) is int and size > 0 for size in sizes):
+        raise ValueError(f"blocksize and nested_blocksize must be positive integers, got {sizes}")
+    return {
+        "quant_type": state.quant_type,
+        "blocksize": sizes[0],
+        "nested_blocksize": sizes[1],
+        "out_features": int(state.shape[0]),
+        "in_features": int(state.shape[1]),
+        "compress_statistics": state.nested,
+        "nested_offset": float(state.offset) if state.nested else 0.0,
+        "weight_dtype": state.dtype,
+    }
 
 
-def _check_nested(numbers: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def _check_nested(numbers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """ValueError where the numbers and the tensors do not say the same of double quantization."""
-    if any(_is_nested(numbers) != (f"weight.{key}" in tensors) for key in ("nested_absmax", "nested_quant_map")):
+    nested = numbers["compress_statistics"]
+    if any(nested != (f"weight.{key}" in tensors) for key in ("nested_absmax", "nested_quant_map")):
         raise ValueError("nested_absmax, nested_quant_map and nested_offset go together")
 
 

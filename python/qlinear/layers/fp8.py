@@ -141,7 +141,7 @@ class Fp8Linear(QuantizedLinear):
         key = "weight_scale_inv" if "weight_scale_inv" in tensors else "weight_scale"
         weight, scale, bias = take(tensors, bias, "weight", key)
         self = cls(weight, bias, scale, tensors.get("input_scale"), **options)
-        self.scale_key = key
+        self._note(scale_key=key)
         return self
 
     @classmethod

@@ -351,6 +351,8 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     if (groups == 1) entry = group_entry(p, strip, first, g);
     ql_batch_codes codes;
     ql_raw_entries raw;
+    ql_table_part table = {{0}, {0}, 0};
+    if (code == QL_CODE_TABLE4) table = load_table(&p->product);
 #pragma unroll
     for (int i = 0; i < pairs; i++) {
         clear_pair(&raw, p, i);
@@ -359,12 +361,14 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     if (code == QL_CODE_TABLE4 && p->scale_size == 1 && have)
         load_nested(p, &raw, strip * 16 + g, groups == 1 ? first >> p->group_shift : first * groups);
     /* What is asked for after the codes comes after them, 64 KB a multiprocessor later, so what the first of them meet goes
-     * before. x may have to wait for the kernel before: where little else is waited for, half of the codes go first. */
-    const int early = groups == QL_DECODE_CHANNEL ? tiles / 2 : 0;
+     * before. x may have to wait for the kernel before: some of the codes are on their way then, half where little else is
+     * waited for; more would hold up x in a launch by itself. */
+    const int early = groups == QL_DECODE_CHANNEL || code == QL_CODE_TABLE4 ? tiles / 2 : roomy ? tiles / 4 : 0;
 #pragma unroll
     for (int i = 0; i < early; i++)
         if (i < have) load_tile(&codes, code, at, at + to_high, i);
     start_next_kernel();
+    if (code == QL_CODE_TABLE4) store_table(shared, (float *)(shared + p->nested_at), &p->product, &table, type);
     if (p->cluster_shift) arrive_cluster_started();
     const uint32_t x_at = shared_address(shared) + (uint32_t)(p->x_at + own * batch_k * 2);
     if (p->x_aligned) {
@@ -376,12 +380,9 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
             copy_x(p, slots, first * batch_k, count * batch_k, x_at, 0, 1, team, p->teams, lane);
     }
     cp_async_commit();
-    ql_table_part table = {{0}, {0}, 0};
-    if (code == QL_CODE_TABLE4) table = load_table(&p->product);
 #pragma unroll
     for (int i = early; i < tiles; i++)
         if (i < have) load_tile(&codes, code, at, at + to_high, i);
-    if (code == QL_CODE_TABLE4) store_table(shared, (float *)(shared + p->nested_at), &p->product, &table, type);
     ql_decode_x x = place_x(p, tokens, slots, x_at, lane);
     if (!p->x_aligned) {
         gather_x(p, first_batch * batch_k, p->block_batches * batch_k);

@@ -95,6 +95,9 @@ static int cut(ql_decode_params *p, const ql_packed_params *product, const ql_cu
     const int64_t usable = cluster > 2 ? gpu->multiprocessors * 10 / 11 : gpu->multiprocessors;
     const int64_t room = usable / cluster > 0 ? usable / cluster : 1, wanted = ql_ceil_div(p->strips, p->teams);
     p->blocks = (int32_t)(room < wanted ? room : wanted);
+    /* Where a few less do it in no more rounds: the small kernels between layers then have a place while this one runs. */
+    const int64_t even = ql_ceil_div(wanted, ql_ceil_div(wanted, p->blocks));
+    if (even >= p->blocks - p->blocks / 32) p->blocks = (int32_t)even;
     p->hop = p->blocks * p->teams;
     p->hop_bytes = (int64_t)p->strip_bytes * p->hop;
     p->rounds = (int32_t)ql_ceil_div(p->strips, p->hop);

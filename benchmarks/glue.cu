@@ -1,5 +1,7 @@
 /* What lies between a Llama block's linear layers, in fp16 with sums in fp32. Every kernel waits for the one before it
- * by itself and lets the next one start at once, so that launches overlap and a layer may fetch weights meanwhile. */
+ * by itself and lets the next one start at once, so that launches overlap and a layer may fetch weights meanwhile. What
+ * nothing writes between a step's first kernel, which overlaps with none, and its last is fetched before the wait: the
+ * norms' weights, the place of the token, keys and values of those before it. */
 extern "C" {
 
 typedef unsigned short half_bits;
@@ -20,11 +22,21 @@ typedef struct __align__(16) eight {
     half_bits at[8];
 } eight;
 
-static __device__ __forceinline__ void begin(void) {
+static __device__ __forceinline__ void let_next_start(void) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+static __device__ __forceinline__ void wait_for_previous(void) {
+#if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+
+static __device__ __forceinline__ void begin(void) {
+    let_next_start();
+    wait_for_previous();
 }
 
 /* The sum over a block of 32 * n threads, in every thread of it. */
@@ -37,19 +49,29 @@ static __device__ __forceinline__ float sum_of_block(float value, float *shared)
     return value;
 }
 
-/* out = values / rms(values) * weight of a row of n values, of which a thread has 8 and 8 more blockDim.x * 8 on. */
-static __device__ __forceinline__ void norm(half_bits *out, const float values[2][8], const half_bits *weight, int n,
+/* A norm's weights, those of a thread. */
+static __device__ __forceinline__ void fetch_scales(eight scales[2], const half_bits *weight, int n) {
+#pragma unroll
+    for (int part = 0, at = threadIdx.x * 8; part < 2; part++, at += blockDim.x * 8)
+        if (at < n) scales[part] = *(const eight *)(weight + at);
+}
+
+/* out = values / rms(values) * scales of a row of n values, of which a thread has 8 and 8 more blockDim.x * 8 on. */
+static __device__ __forceinline__ void norm(half_bits *out, const float values[2][8], const eight scales[2], int n,
                                             float eps) {
     __shared__ float shared[32];
     float squares = 0;
-    for (int part = 0, at = threadIdx.x * 8; part < 2 && at < n; part++, at += blockDim.x * 8)
-        for (int i = 0; i < 8; i++) squares += values[part][i] * values[part][i];
+#pragma unroll
+    for (int part = 0, at = threadIdx.x * 8; part < 2; part++, at += blockDim.x * 8)
+        if (at < n)
+            for (int i = 0; i < 8; i++) squares += values[part][i] * values[part][i];
     const float factor = rsqrtf(sum_of_block(squares, shared) / (float)n + eps);
-    for (int part = 0, at = threadIdx.x * 8; part < 2 && at < n; part++, at += blockDim.x * 8) {
-        const eight scale = *(const eight *)(weight + at);
+#pragma unroll
+    for (int part = 0, at = threadIdx.x * 8; part < 2; part++, at += blockDim.x * 8) {
+        if (at >= n) continue;
         eight made;
         for (int i = 0; i < 8; i++)
-            made.at[i] = rounded(widened(rounded(values[part][i] * factor)) * widened(scale.at[i]));
+            made.at[i] = rounded(widened(rounded(values[part][i] * factor)) * widened(scales[part].at[i]));
         *(eight *)(out + at) = made;
     }
 }
@@ -57,10 +79,15 @@ static __device__ __forceinline__ void norm(half_bits *out, const float values[2
 /* x [rows, n] += delta if that is not null; out = norm of x. A block a row; n a multiple of 8, at most 16 a thread. */
 __global__ void __launch_bounds__(1024)
     add_norm(half_bits *out, half_bits *x, const half_bits *delta, const half_bits *weight, int n, float eps) {
-    begin();
+    eight scales[2];
+    let_next_start();
+    fetch_scales(scales, weight, n);
+    wait_for_previous();
     const long long row = (long long)blockIdx.x * n;
     float values[2][8];
-    for (int part = 0, at = threadIdx.x * 8; part < 2 && at < n; part++, at += blockDim.x * 8) {
+#pragma unroll
+    for (int part = 0, at = threadIdx.x * 8; part < 2; part++, at += blockDim.x * 8) {
+        if (at >= n) continue;
         eight own = *(const eight *)(x + row + at);
         if (delta) {
             const eight more = *(const eight *)(delta + row + at);
@@ -69,7 +96,7 @@ __global__ void __launch_bounds__(1024)
         }
         for (int i = 0; i < 8; i++) values[part][i] = widened(own.at[i]);
     }
-    norm(out + row, values, weight, n, eps);
+    norm(out + row, values, scales, n, eps);
 }
 
 typedef struct __align__(16) packet {
@@ -107,30 +134,40 @@ typedef union words {
 __global__ void __launch_bounds__(1024)
     exchange_add_norm(half_bits *out, half_bits *x, const half_bits *delta, const half_bits *weight, packet *inbox,
                       packet *outbox, unsigned *epochs, int n, float eps) {
-    begin();
+    eight scales[2];
+    let_next_start();
+    fetch_scales(scales, weight, n);
+    wait_for_previous();
     const long long row = (long long)blockIdx.x * n;
     const unsigned epoch = epochs[blockIdx.x] + 1;
     const long long place = ((long long)(epoch & 1) * gridDim.x + blockIdx.x) * (n / 4);
     words own[2];
-    for (int part = 0, at = threadIdx.x * 8; part < 2 && at < n; part++, at += blockDim.x * 8) {
+#pragma unroll
+    for (int part = 0, at = threadIdx.x * 8; part < 2; part++, at += blockDim.x * 8) {
+        if (at >= n) continue;
         own[part].halves = *(const eight *)(delta + row + at);
         send(outbox + place + at / 4, own[part].word[0], own[part].word[1], epoch);
         send(outbox + place + at / 4 + 1, own[part].word[2], own[part].word[3], epoch);
     }
+    eight sum[2];
+#pragma unroll
+    for (int part = 0, at = threadIdx.x * 8; part < 2; part++, at += blockDim.x * 8)
+        if (at < n) sum[part] = *(const eight *)(x + row + at);
     float values[2][8];
-    for (int part = 0, at = threadIdx.x * 8; part < 2 && at < n; part++, at += blockDim.x * 8) {
+#pragma unroll
+    for (int part = 0, at = threadIdx.x * 8; part < 2; part++, at += blockDim.x * 8) {
+        if (at >= n) continue;
         const packet low = receive(inbox + place + at / 4, epoch), high = receive(inbox + place + at / 4 + 1, epoch);
         words other;
         other.word[0] = low.data, other.word[1] = low.more, other.word[2] = high.data, other.word[3] = high.more;
-        eight sum = *(const eight *)(x + row + at);
         for (int i = 0; i < 8; i++) {
             const half_bits both = rounded(widened(own[part].halves.at[i]) + widened(other.halves.at[i]));
-            sum.at[i] = rounded(widened(sum.at[i]) + widened(both));
-            values[part][i] = widened(sum.at[i]);
+            sum[part].at[i] = rounded(widened(sum[part].at[i]) + widened(both));
+            values[part][i] = widened(sum[part].at[i]);
         }
-        *(eight *)(x + row + at) = sum;
+        *(eight *)(x + row + at) = sum[part];
     }
-    norm(out + row, values, weight, n, eps);
+    norm(out + row, values, scales, n, eps);
     if (threadIdx.x == 0) epochs[blockIdx.x] = epoch;
 }
 
@@ -212,6 +249,16 @@ typedef struct running {
     float most, sum, average[4];
 } running;
 
+/* KEYS keys and values, every WARPS-th from `first` on. For those that there are not any place will do. */
+static __device__ __forceinline__ void fetch_keys(ushort4 key[KEYS], ushort4 value[KEYS], const half_bits *keys,
+                                                  const half_bits *values, long long cache, int first, int bound) {
+#pragma unroll
+    for (int j = 0; j < KEYS; j++) {
+        const long long offset = cache + (long long)min(first + WARPS * j, bound - 1) * 128;
+        key[j] = *(const ushort4 *)(keys + offset), value[j] = *(const ushort4 *)(values + offset);
+    }
+}
+
 /* One new token: qkv [batch, heads + 2 * kv_heads, 128] -> out [batch, heads * 128], its attention to the caches up to
  * place[0] and to itself; its key, turned, and its value go into the caches there. A block has `queries` heads that
  * share their keys: a warp takes every WARPS-th key, KEYS of them at a time, and what warps found is put together at
@@ -220,14 +267,19 @@ static __device__ __forceinline__ void attend(half_bits *out, half_bits *keys, h
                                               const float *turns, const long long *place, int heads, int kv_heads,
                                               int capacity, float scale, const int queries) {
     __shared__ float greatest[MOST_QUERIES][WARPS], sums[MOST_QUERIES][WARPS], averages[MOST_QUERIES][WARPS][128];
-    begin();
+    let_next_start();
     const int head = (int)blockIdx.x * queries, batch = (int)blockIdx.y, each = heads / kv_heads, kv_head = head / each;
     const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
     const long long cache = ((long long)batch * kv_heads + kv_head) * capacity * 128 + lane * 4;
     const half_bits *row = qkv + (long long)batch * (heads + 2 * kv_heads) * 128 + lane * 4;
+    /* The first keys are fetched before it is known how many there are. Four heads leave no registers for that. */
+    const bool ahead = queries == 1;
+    ushort4 key[KEYS], held[KEYS];
+    if (ahead) fetch_keys(key, held, keys, values, cache, warp, capacity);
     const int count = (int)place[0];
     const float4 *turn = (const float4 *)(turns + ((long long)count * 64 + lane % 16 * 4) * 2);
     const float4 own[2] = {turn[0], turn[1]};
+    wait_for_previous();
     float query[MOST_QUERIES][4];
     running state[MOST_QUERIES];
 #pragma unroll
@@ -237,15 +289,10 @@ static __device__ __forceinline__ void attend(half_bits *out, half_bits *keys, h
         state[h].most = -1e30f, state[h].sum = 0;
         for (int i = 0; i < 4; i++) state[h].average[i] = 0;
     }
-    /* The first keys are fetched before it is known how many there are. */
-    int first = warp, bound = capacity;
-    do {
-        ushort4 key[KEYS], value[KEYS];
-        for (int j = 0; j < KEYS; j++) {
-            /* For keys that there are not any place will do. */
-            const long long offset = cache + (long long)min(first + WARPS * j, bound - 1) * 128;
-            key[j] = *(const ushort4 *)(keys + offset), value[j] = *(const ushort4 *)(values + offset);
-        }
+    const ushort4 value = *(const ushort4 *)(row + (heads + kv_heads + kv_head) * 128);
+    const ushort4 unturned = *(const ushort4 *)(row + (heads + kv_head) * 128);
+    for (int first = warp; first < count; first += WARPS * KEYS) {
+        if (!ahead || first > warp) fetch_keys(key, held, keys, values, cache, first, count);
         const bool is_key = first + WARPS * (lane / 4) < count;
 #pragma unroll
         for (int h = 0; h < queries; h++) {
@@ -258,23 +305,21 @@ static __device__ __forceinline__ void attend(half_bits *out, half_bits *keys, h
             const float shrink = __expf(state[h].most - now), share = is_key ? __expf(mine - now) : 0;
             state[h].most = now, state[h].sum = state[h].sum * shrink + share;
             for (int i = 0; i < 4; i++) state[h].average[i] *= shrink;
-            for (int j = 0; j < KEYS; j++) add_share(state[h].average, __shfl_sync(~0u, share, 4 * j), value[j]);
+            for (int j = 0; j < KEYS; j++) add_share(state[h].average, __shfl_sync(~0u, share, 4 * j), held[j]);
         }
-        first += WARPS * KEYS, bound = count;
-    } while (first < count);
-    const ushort4 value = *(const ushort4 *)(row + (heads + kv_heads + kv_head) * 128);
+    }
     float wide[4];
-    turned(wide, *(const ushort4 *)(row + (heads + kv_head) * 128), own, lane);
-    const ushort4 key = narrowed(wide);
+    turned(wide, unturned, own, lane);
+    const ushort4 own_key = narrowed(wide);
     if (warp == 0 && head % each == 0) {
-        *(ushort4 *)(keys + cache + (long long)count * 128) = key;
+        *(ushort4 *)(keys + cache + (long long)count * 128) = own_key;
         *(ushort4 *)(values + cache + (long long)count * 128) = value;
     }
 #pragma unroll
     for (int h = 0; h < queries; h++) {
         /* Every fourth lane has a sum of its own. */
         for (int step = 16; step >= 4; step /= 2) state[h].sum += __shfl_xor_sync(~0u, state[h].sum, step);
-        float score = product(query[h], key);
+        float score = product(query[h], own_key);
         for (int step = 16; step; step >>= 1) score += __shfl_xor_sync(~0u, score, step);
         if (warp == 0) {
             const float now = fmaxf(state[h].most, score), shrink = __expf(state[h].most - now),
@@ -323,5 +368,45 @@ __global__ void gate(half_bits *out, const half_bits *both, int n, long long cou
         made.at[i] = rounded(widened(rounded(value / (1 + __expf(-value)))) * widened(b.at[i]));
     }
     *(eight *)(out + at) = made;
+}
+
+/* A value's bits so that greater values are greater integers. */
+static __device__ __forceinline__ unsigned ordered(float value) {
+    const unsigned bits = __float_as_uint(value);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+/* The end of a step: tokens[row] = the first place of the greatest of logits [rows, n], place[0]++. n a multiple of 8.
+ * best, done [rows], zero, which they are again: of a row the greatest value so far above the complement of its place, and
+ * how many blocks are through. A row has gridDim.x blocks. */
+__global__ void pick(long long *tokens, long long *place, unsigned long long *best, unsigned *done,
+                     const half_bits *logits, int n) {
+    __shared__ unsigned long long found[32];
+    begin();
+    const int row = (int)blockIdx.y;
+    unsigned long long own = 0;
+    for (int at = ((int)blockIdx.x * (int)blockDim.x + (int)threadIdx.x) * 8; at < n;
+         at += (int)(gridDim.x * blockDim.x) * 8) {
+        const eight values = *(const eight *)(logits + (long long)row * n + at);
+        for (int i = 0; i < 8; i++) {
+            const unsigned long long here =
+                (unsigned long long)ordered(widened(values.at[i])) << 32 | ~(unsigned)(at + i);
+            own = here > own ? here : own;
+        }
+    }
+    for (int step = 16; step; step >>= 1) {
+        const unsigned long long other = __shfl_xor_sync(~0u, own, step);
+        own = other > own ? other : own;
+    }
+    if (threadIdx.x % 32 == 0) found[threadIdx.x / 32] = own;
+    __syncthreads();
+    if (threadIdx.x) return;
+    for (int warp = 1; warp < (int)blockDim.x / 32; warp++) own = found[warp] > own ? found[warp] : own;
+    atomicMax(best + row, own);
+    __threadfence();
+    if (atomicAdd(done + row, 1) != gridDim.x - 1) return;
+    tokens[row] = (long long)(~(unsigned)atomicExch(best + row, 0));
+    done[row] = 0;
+    if (row == 0) place[0]++;
 }
 }

@@ -98,16 +98,25 @@ class TorchGlue:
         gate, up = both.chunk(2, -1)
         return F.silu(gate) * up
 
+    def pick(self, tokens: Tensor, logits: Tensor, cache: Cache) -> None:
+        """The end of a step: the likeliest token of each sequence into tokens [batch, 1], the cache a place further."""
+        tokens.copy_(logits.argmax(-1, keepdim=True))
+        cache.place.add_(1)
+
 
 class CudaGlue(TorchGlue):
     """The same by glue.cu, in fp16, heads of 128 values."""
 
     SOURCE = Path(__file__).with_name("glue.cu")
-    KERNELS = ("add_norm", "turn_and_store", "attend_1", "attend_4", "gate")
+    KERNELS = ("add_norm", "turn_and_store", "attend_1", "attend_4", "gate", "pick")
+    MOST_SEQUENCES = 64
 
     def __init__(self) -> None:
         self._kernels = nvrtc.Kernels(self.SOURCE, self.KERNELS)
         self._overlap = torch.cuda.get_device_capability() >= (9, 0)
+        self._best, self._done = (
+            torch.zeros(self.MOST_SEQUENCES, dtype=dtype, device="cuda") for dtype in (torch.int64, torch.int32)
+        )
 
     def _launch(self, name: str, grid: tuple[int, ...], threads: int, *values: Tensor | c_int | None) -> None:
         words = (c_void_p(v.data_ptr()) if isinstance(v, Tensor) else c_void_p() if v is None else v for v in values)
@@ -142,6 +151,12 @@ class CudaGlue(TorchGlue):
         sizes = (c_int(out.shape[1]), c_longlong(out.numel()))
         self._launch("gate", (-(-out.numel() // 2048),), 256, out, both, *sizes)
         return out
+
+    def pick(self, tokens, logits, cache):
+        rows, n = logits.shape
+        assert rows <= self.MOST_SEQUENCES and n % 8 == 0
+        grid = (-(-n // 8192), rows)
+        self._launch("pick", grid, 1024, tokens, cache.place, self._best, self._done, logits, c_int(n))
 
 
 class Llama:

@@ -104,8 +104,7 @@ class Model:
         tokens = torch.randint(0, self.config.vocab, (batch, 1), device="cuda")
 
         def step() -> None:
-            tokens.copy_(self.llama(tokens, cache).argmax(-1, keepdim=True))
-            cache.place.add_(1)
+            self.llama.glue.pick(tokens, self.llama(tokens, cache), cache)
 
         return Replayed(step, before=lambda: cache.place.fill_(CONTEXT), count=STEPS)
 

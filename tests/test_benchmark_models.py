@@ -226,6 +226,24 @@ def test_the_glue_on_a_gpu_is_that_of_torch(benchmarks, batch, count, place):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that torch can use")
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 128256), (16, 128256), (3, 8), (2, 8200)])
+def test_the_likeliest_token_is_picked(benchmarks, rows, vocab):
+    llama = benchmarks("llama")
+    cache = llama.Cache(llama.Config(1032, 520, 1, 8, 2), rows, 64, "cuda", torch.float16)
+    glue, tokens = llama.CudaGlue(), torch.zeros(rows, 1, dtype=torch.int64, device="cuda")
+    generator = torch.Generator("cuda").manual_seed(0)
+    for place, sign in enumerate((1, -1, 1)):
+        # Few values, so that the greatest is there more than once.
+        logits = torch.randint(1, 99, (rows, vocab), device="cuda", generator=generator).half() * sign
+        glue.pick(tokens, logits, cache)
+        assert torch.equal(logits.gather(1, tokens), logits.amax(1, keepdim=True))
+        earlier = torch.arange(vocab, device="cuda") < tokens
+        assert not (earlier & (logits == logits.amax(1, keepdim=True))).any()
+        assert int(cache.place) == place + 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that torch can use")
 @pytest.mark.parametrize(("rows", "hidden"), [(1, 8192), (3, 1032)])
 def test_two_exchange_their_parts(benchmarks, rows, hidden):
     """Both ends of it on one GPU, each on a stream of its own: many times, so that places are taken again."""

@@ -128,15 +128,6 @@ static __device__ __forceinline__ entry make_entry(const reader *r, const raw_en
     entry e;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        if (k.code == QL_CODE_TABLE4) {
-            float absmax = __uint_as_float(raw->scales[h]);
-            if (r->has_seconds) {
-                const uint32_t nested = r->nested_table + (raw->second >> 8 * h & 255u) * 4;
-                absmax = __fadd_rn(__fmul_rn(__uint_as_float(load_shared_4(nested)), absmax), r->nested_offset);
-            }
-            e.scale[h] = __float_as_uint(absmax);
-            continue;
-        }
         e.zero[h] = zero_word(stored_zero(raw->second, h, r->has_seconds, k.code), k.code, k.type);
         if (!k.wide) {
             e.scale[h] = __byte_perm(raw->scales[0], 0, h ? 0x3232 : 0x1010);
@@ -152,6 +143,22 @@ static __device__ __forceinline__ entry make_entry(const reader *r, const raw_en
         }
     }
     return e;
+}
+
+/* Absmax of a stage's groups. Nested ones are looked up in one branch: in one each they would be waited for in turn. */
+static __device__ __forceinline__ void make_absmax(entry *e, const reader *r, const raw_entry *raw, int groups) {
+    uint32_t by[4];
+#pragma unroll
+    for (int i = 0; i < 2 * groups; i++) e[i / 2].scale[i % 2] = raw[i / 2].scales[i % 2];
+    if (!r->has_seconds) return;
+#pragma unroll
+    for (int i = 0; i < 2 * groups; i++)
+        by[i] = load_shared_4(r->nested_table + (raw[i / 2].second >> 8 * (i % 2) & 255u) * 4);
+#pragma unroll
+    for (int i = 0; i < 2 * groups; i++) {
+        const float absmax = __fmul_rn(__uint_as_float(by[i]), __uint_as_float(raw[i / 2].scales[i % 2]));
+        e[i / 2].scale[i % 2] = __float_as_uint(__fadd_rn(absmax, r->nested_offset));
+    }
 }
 
 /* a[4 * steps]: exact codes become weights. */
@@ -198,16 +205,15 @@ static __device__ __forceinline__ void decode(uint32_t *a, const stage_words *d,
     settle_bits(a, 4 * steps);
 }
 
-/* Pairs of a table's values by a byte of two codes, one for each lane. */
+/* Pairs of a table's values by a byte of two codes, one for each lane: a thread makes one of them. */
 static __device__ __forceinline__ void fill_tables(const ql_packed_params *p, uint32_t table, int type) {
-    const int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
-#pragma unroll 1
-    for (int i = warp; i < 256; i += WARPS)
-        store_shared_4(table + i * 256 + lane * 4,
-                       round16_pair(__ldg(p->table + (i & 15)), __ldg(p->table + (i >> 4)), type));
+    const int thread = (int)threadIdx.x, first = thread / WARP * WARP, lane = thread % WARP;
+    const uint32_t pair = round16_pair(__ldg(p->table + (thread & 15)), __ldg(p->table + (thread >> 4)), type);
     if (p->nested_table)
-        store_shared_4(table + QL_STREAMK_TABLE_BYTES + threadIdx.x * 4,
-                       __float_as_uint(__ldg(p->nested_table + threadIdx.x)));
+        store_shared_4(table + QL_STREAMK_TABLE_BYTES + thread * 4, __float_as_uint(__ldg(p->nested_table + thread)));
+#pragma unroll 4
+    for (int i = 0; i < WARP; i++)
+        store_shared_4(table + (first + i) * 256 + lane * 4, __shfl_sync(ALL_LANES, pair, i));
 }
 
 #endif

@@ -222,8 +222,8 @@ static __device__ __forceinline__ void sum_halves(float *sums, reader *reads, pl
         const uint64_t x = descriptor_of(c, k);
         const uint32_t empty = c->base + 8 * c->slot + EMPTY;
         multiply_steps(part[0], a[0], x, 0, 0, k);
-        e[0] = make_entry(reads, &d.entries[0][0], k);
-        e[1] = k.groups == 2 ? make_entry(reads, &d.entries[0][1], k) : e[0];
+        make_absmax(e, reads, d.entries[0], k.groups);
+        if (k.groups == 1) e[1] = e[0];
         decode(a[1], &d, e, false, 0, STEPS, STEPS, k);
         if (!second) {
             WARPGROUP_WAIT(0);

@@ -101,6 +101,16 @@ static __device__ __forceinline__ void copy_box_once(uint32_t to, const void *ma
                  : "memory");
 }
 
+/* The same box, or the 32 bytes at an address, into the second-level cache alone: no barrier is needed. */
+static __device__ __forceinline__ void prefetch_box(const void *map, int col, int row) {
+    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(col), "r"(row)
+                 : "memory");
+}
+
+static __device__ __forceinline__ void prefetch_sector(const void *from) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+}
+
 static __device__ __forceinline__ void prefetch_map(const void *map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

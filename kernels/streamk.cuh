@@ -95,6 +95,18 @@ static __device__ __forceinline__ int stage_bytes(shape k) {
     return QL_STREAMK_STAGE_BYTES(k.code, k.rows, k.tokens, k.stage_k, k.groups);
 }
 
+/* Where a block's codes are in codes_map. */
+static __device__ __forceinline__ int codes_column(int block, shape k) {
+    return block * (QL_STREAMK_STRIP_BYTES(k.code, k.stage_k) / QL_STREAMK_CODES_UNIT(k.code, k.stage_k));
+}
+
+/* Scales of a strip and a pair of groups are 16 << shift bytes. */
+static __device__ __forceinline__ int scale_shift_of(const ql_streamk_params *q, shape k) {
+    const ql_packed_params *p = &q->product;
+    if (k.code == QL_CODE_TABLE4) return p->nested_table ? 1 : 3;
+    return p->scales_type == QL_VALUE_F32 ? 3 : 2;
+}
+
 static __device__ __forceinline__ uint32_t stages_at(uint32_t base, shape k) {
     return base + QL_STREAMK_HEAD_BYTES(k.code);
 }
@@ -110,6 +122,40 @@ static __device__ __forceinline__ void init_barriers(uint32_t base, int stages, 
     barrier_init_done();
 }
 
+/* ---- the first things to wait for ---- */
+
+enum { EARLY_BLOCKS = 2 };
+
+/* A strip's sectors of a section from its pair of groups on, four lanes a strip. pair_bytes: of a strip and a pair. */
+static __device__ __forceinline__ void prefetch_section(const void *section, int pair_bytes, int first_strip,
+                                                        int strips, int last_strip, int pair, int pairs) {
+    const int lane = (int)threadIdx.x % WARP, at = min(pair * pair_bytes + lane % 4 * 32, (pairs - 1) * pair_bytes);
+    if (!section) return;
+#pragma unroll
+    for (int strip = 0; strip < strips; strip += 8)
+        prefetch_sector((const uint8_t *)section +
+                        (int64_t)min(first_strip + strip + lane / 4, last_strip) * pairs * pair_bytes + at);
+}
+
+/* Asks for what the first stages take of the weight, while barriers are made and the copies' instructions are on their
+ * way. Of few stages: a whole ring would stand in its own way. */
+static __device__ __forceinline__ void prefetch_first(const ql_streamk_params *q, walk w, shape k) {
+    const ql_packed_params *p = &q->product;
+    int row_tile, token_tile;
+    place_tile(q, w.tile, &row_tile, &token_tile);
+    if (is_elected()) {
+#pragma unroll 1
+        for (int block = w.first; block < min(w.end, w.first + EARLY_BLOCKS); block++)
+            prefetch_box(q->codes_map, codes_column(block, k), row_tile * (k.rows / 16));
+    }
+    if (k.groups == 0) return;
+    const int strips = k.rows / 16, last_strip = ((int)p->n + 15) / 16 - 1, pairs = ((int)p->groups + 1) / 2;
+    const int pair = group_of(q, w.first, k.groups) / 2;
+    prefetch_section(p->scales, 16 << scale_shift_of(q, k), row_tile * strips, strips, last_strip, pair, pairs);
+    if (k.code != QL_CODE_TABLE4)
+        prefetch_section(p->zeros, 16 << (k.code == QL_CODE_INT8), row_tile * strips, strips, last_strip, pair, pairs);
+}
+
 /* ---- the threads that copy codes and x, one each ---- */
 
 static __device__ __forceinline__ void copy_codes(const ql_streamk_params *q, uint32_t base, walk w, shape k) {
@@ -123,8 +169,8 @@ static __device__ __forceinline__ void copy_codes(const ql_streamk_params *q, ui
             const uint32_t full = base + 8 * r.slot, stage = stages_at(base, k) + r.slot * stage_bytes(k);
             barrier_wait(full + EMPTY, r.parity);
             barrier_arrive_expect(full, k.rows / 16 * strip_bytes);
-            copy_box(stage + QL_STREAMK_CODES_AT(k.tokens, k.stage_k), q->codes_map,
-                     block * (strip_bytes / QL_STREAMK_CODES_UNIT(k.code, k.stage_k)), row_tile * (k.rows / 16), full);
+            copy_box(stage + QL_STREAMK_CODES_AT(k.tokens, k.stage_k), q->codes_map, codes_column(block, k),
+                     row_tile * (k.rows / 16), full);
             advance(&r, q->stages);
         }
     } while (next_tile(&w, q));
@@ -200,14 +246,12 @@ static __device__ __forceinline__ void copy_entries(const ql_streamk_params *q, 
     const ql_packed_params *p = &q->product;
     const int strips = k.rows / 16, last_strip = ((int)p->n + 15) / 16 - 1, pairs = ((int)p->groups + 1) / 2;
     const bool nested = k.code == QL_CODE_TABLE4 && p->nested_table;
-    const int scale_shift = k.code == QL_CODE_TABLE4 || p->scales_type == QL_VALUE_F32 ? 3 : 2;
     ring r = {0, 1};
     do {
         int row_tile, token_tile;
         place_tile(q, w.tile, &row_tile, &token_tile);
         int group = group_of(q, w.first, k.groups), left = (group + 1) * q->group_blocks - w.first;
-        const pieces scales =
-            share_out(p->scales, nested ? 1 : scale_shift, row_tile * strips, strips, last_strip, pairs);
+        const pieces scales = share_out(p->scales, scale_shift_of(q, k), row_tile * strips, strips, last_strip, pairs);
         const pieces zeros = share_out(k.code == QL_CODE_TABLE4 ? NULL : p->zeros, k.code == QL_CODE_INT8,
                                        row_tile * strips, strips, last_strip, pairs);
 #pragma unroll 1

@@ -12,6 +12,7 @@
 #include "variants.h"
 
 enum {
+    START_BARRIER = 0,
     TABLE_BARRIER = 1,
     OUTPUT_BARRIER = 3 /* and the next */,
     STEPS = 4 /* of 16 columns that are decoded at once */
@@ -318,7 +319,13 @@ static __device__ __forceinline__ void product(const ql_streamk_params *q, shape
         prefetch_map(q->x_map);
         prefetch_map(q->codes_map);
     }
-    __syncthreads();
+    /* That warp uses no barrier of the ring, and nobody waits for its requests. */
+    if (warp == WARPS + 3) {
+        named_arrive(START_BARRIER, QL_STREAMK_THREADS);
+        prefetch_first(q, first_tile(q), k);
+    } else {
+        named_barrier(START_BARRIER, QL_STREAMK_THREADS);
+    }
     /* Nothing stands before the registers' change in a branch: it would have to fit in fewer. */
     if (warp >= WARPS) {
         WARPGROUP_GIVES_REGISTERS(56);

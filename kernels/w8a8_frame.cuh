@@ -105,7 +105,7 @@ static __device__ __forceinline__ layout layout_of(uint32_t base, shape k) {
     l.ready = base + 384;
     l.met = base + 512;
     l.outputs = base + QL_W8A8_BARRIER_BYTES;
-    l.tile_scales = l.outputs + QL_W8A8_WARPS * QL_W8A8_WARP_BYTES;
+    l.tile_scales = l.outputs + QL_W8A8_OUTPUT_BYTES(k.grouped, k.tokens);
     l.more = l.tile_scales + 2 * k.tokens * 4;
     l.stages = base + QL_W8A8_HEAD_BYTES(k.code, k.grouped, k.tokens);
     return l;

@@ -4,7 +4,12 @@
 
 #include "w8a8_frame.cuh"
 
-enum { MOST_SUMS = 128 };
+enum {
+    MOST_SUMS = 128,
+    OUTPUT_BARRIER = 1, /* and the next: a warpgroup each */
+    OUTPUT_TOKENS = 16,
+    OUTPUT_BYTES = OUTPUT_TOKENS * 128 /* of 64 rows: a warpgroup has two of them */
+};
 
 /* A multiplying warp's place: its sums are WIDTH / 2 registers for each of SUBS. */
 typedef struct reader {
@@ -14,6 +19,7 @@ typedef struct reader {
     uint32_t ready;       /* barriers of stages that may be multiplied */
     uint32_t rows, width; /* in a stage: the warpgroup's rows, and what they are multiplied with */
     bool outliers;
+    int turn; /* which of the two buffers of outputs is next: its place */
 } reader;
 
 static __device__ __forceinline__ int lane_of(void) { return (int)threadIdx.x % WARP; }
@@ -69,30 +75,7 @@ static __device__ __forceinline__ void leave_scales(reader *d) {
     advance(&d->scales, 2);
 }
 
-/* sums become outputs without bias, where no token's scale is in them yet. */
-static __device__ __forceinline__ void scale_by_tokens_and_rows(uint32_t *sums, reader *d, const row_terms *rows,
-                                                                shape k) {
-    await_scales(d);
-#pragma unroll
-    for (int j = 0; j < k.tokens / 16; j++) {
-        const token_scales tokens = load_token_scales(d, j, k);
-#pragma unroll
-        for (int c = 0; c < 8; c++) {
-            uint32_t *sum = sums + 8 * j + c;
-            const float row = rows->scale[c / 2 % 2], token = tokens.scale[c / 4 * 2 + c % 2];
-            *sum = __float_as_uint(k.code == QL_W8A8_INT8 ? (float)(int32_t)*sum * (1.0f / 127.0f) * row * token
-                                                          : __uint_as_float(*sum) * token * row);
-        }
-    }
-    leave_scales(d);
-}
-
-static __device__ __forceinline__ void scale_by_rows(uint32_t *sums, const row_terms *rows, shape k) {
-#pragma unroll
-    for (int i = 0; i < k.tokens / 2; i++) sums[i] = __float_as_uint(__uint_as_float(sums[i]) * rows->scale[i / 2 % 2]);
-}
-
-/* Integers become fp32, times the tokens' scales. */
+/* Sums become fp32, times the tokens' scales. */
 static __device__ __forceinline__ void scale_by_tokens(uint32_t *sums, reader *d, shape k) {
     await_scales(d);
 #pragma unroll
@@ -101,64 +84,83 @@ static __device__ __forceinline__ void scale_by_tokens(uint32_t *sums, reader *d
 #pragma unroll
         for (int c = 0; c < 8; c++) {
             uint32_t *sum = sums + 8 * j + c;
-            *sum = __float_as_uint((float)(int32_t)*sum * (1.0f / 127.0f) * tokens.scale[c / 4 * 2 + c % 2]);
+            const float value = k.code == QL_W8A8_INT8 ? (float)(int32_t)*sum * (1.0f / 127.0f) : __uint_as_float(*sum);
+            *sum = __float_as_uint(value * tokens.scale[c / 4 * 2 + c % 2]);
         }
     }
     leave_scales(d);
 }
 
+/* A sum of row g + 8 * h, times the tokens' scales, as an output. */
+static __device__ __forceinline__ float finished(uint32_t sum, const row_terms *rows, int h) {
+    return __fmaf_rn(__uint_as_float(sum), rows->scale[h], rows->bias[h]);
+}
+
 /* 64 rows as they are in registers: 32 bytes along a row of out. */
-static __device__ __forceinline__ void store_wide(const uint32_t *sums, const ql_w8a8_params *p, const float *bias,
+static __device__ __forceinline__ void store_wide(const uint32_t *sums, const ql_w8a8_params *p, const row_terms *rows,
                                                   int row, int token, shape k) {
 #pragma unroll
     for (int c = 0; c < k.tokens / 2; c++) {
         const int64_t m = token + c / 4 * 8 + lane_of() % 4 * 2 + c % 2, at = row + c / 2 % 2 * 8;
-        if (m < p->m && at < p->n) ((float *)p->out)[m * p->n + at] = __uint_as_float(sums[c]) + bias[c / 2 % 2];
+        if (m < p->m && at < p->n) ((float *)p->out)[m * p->n + at] = finished(sums[c], rows, c / 2 % 2);
     }
 }
 
-/* Eight outputs along a row of out from shared memory; where it has no whole pieces, `count` of them one by one. */
-static __device__ __forceinline__ void store_piece(uint16_t *to, uint32_t from, bool whole, int count) {
-    if (whole) {
-        *(uint4 *)to = load_shared_16(from);
-        return;
+/* A warp's 16 rows, OUTPUT_TOKENS tokens, as a quarter of each of the buffer's lines of 128 bytes; their pieces of 16 bytes
+ * are swizzled by the token. */
+static __device__ __forceinline__ void turn_over(const uint32_t *sums, uint32_t buffer, const row_terms *rows,
+                                                 int type) {
+    const int lane = lane_of(), warp = (int)threadIdx.x / WARP % 4;
+    const int token = lane / 16 * 8 + lane % 8, piece = (2 * warp + lane / 8 % 2) ^ lane % 8;
+    uint32_t m[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const uint32_t *s = sums + 4 * (i / 2) + 2 * (i % 2);
+        m[i] = round16_pair(finished(s[0], rows, i % 2), finished(s[1], rows, i % 2), type);
     }
+    store_matrices_transposed(buffer + token * 128 + piece * 16, m);
+}
+
+static __device__ __forceinline__ void store_ragged(uint16_t *to, uint4 v, int count) {
 #pragma unroll 1
-    for (int c = 0; c < count; c++) to[c] = load_shared_2(from + 2 * c);
+    for (int c = 0; c < count; c++) {
+        to[c] = (uint16_t)v.x;
+        v = make_uint4(__funnelshift_r(v.x, v.y, 16), __funnelshift_r(v.y, v.z, 16), __funnelshift_r(v.z, v.w, 16),
+                       v.w >> 16);
+    }
 }
 
-/* A warp's 16 rows, 32 tokens at a time: turned over in shared memory, so that 16 bytes go along a row of out. */
-static __device__ __forceinline__ void store_narrow(const uint32_t *sums, const ql_w8a8_params *p, const float *bias,
-                                                    uint32_t buffer, int row, int token, shape k) {
-    enum { TOKENS = 32 };
-    const int lane = lane_of(), type = p->out_type;
+/* A warpgroup's 64 rows from `row` on, OUTPUT_TOKENS tokens at a time: its warps turn them over in shared memory, so that
+ * whole lines of out are written, by eight lanes a line; 32 bytes of 16 lines an instruction, as a warp has by itself, take
+ * four times as long. The two buffers take turns, across tiles as well, so that one barrier a turn says both that a buffer
+ * is full and that the other is free; the next one is filled while the one before is read. */
+static __device__ __forceinline__ void store_narrow(const uint32_t *sums, reader *d, const row_terms *rows, int row,
+                                                    int token, shape k) {
+    const ql_w8a8_params *p = &d->q->product;
+    const int wg = (int)threadIdx.x / 128, thread = (int)threadIdx.x % 128, line = thread / 8, piece = thread % 8;
+    const int n = (int)p->n, tokens = (int)p->m - token, columns = min(8, n - (row + piece * 8));
+    const int own_tokens = columns > 0 ? tokens - line : 0;
     const bool whole = HAS_WHOLE_PIECES(p);
-    const int count = (int)min((int64_t)8, p->n - (row + lane % 2 * 8));
+    const uint32_t buffers = d->l->outputs + wg * 4 * QL_W8A8_WARP_BYTES;
+    const uint32_t from = buffers + line * 128 + (piece ^ line % 8) * 16;
+    uint16_t *to = (uint16_t *)p->out + (int64_t)(token + line) * n + row + piece * 8;
 #pragma unroll
-    for (int from = 0; from < k.tokens; from += TOKENS) {
-        if (token + from >= p->m) break;
-        __syncwarp();
-#pragma unroll
-        for (int j = 0; j < TOKENS / 8; j += 2) {
-            uint32_t m[4];
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const uint32_t *s = sums + 4 * (from / 8 + j + i / 2) + 2 * (i % 2);
-                m[i] = round16_pair(__uint_as_float(s[0]) + bias[i % 2], __uint_as_float(s[1]) + bias[i % 2], type);
-            }
-            const int at = 8 * (j + lane / 16) + lane % 8, half = lane / 8 % 2 ^ (at >> 2 & 1);
-            store_matrices_transposed(buffer + at * 32 + half * 16, m);
+    for (int first = 0; first <= k.tokens; first += OUTPUT_TOKENS) {
+        const int before = first - OUTPUT_TOKENS;
+        const bool more = first < k.tokens && first < tokens;
+        uint4 v;
+        if (first > 0) {
+            named_barrier(OUTPUT_BARRIER + wg, 128);
+            v = load_shared_16(from + d->turn);
+            d->turn ^= OUTPUT_BYTES;
         }
-        __syncwarp();
-#pragma unroll
-        for (int i = 0; i < TOKENS / 16; i++) {
-            const int at = i * 16 + lane / 2;
-            const uint32_t from_at = buffer + at * 32 + (lane % 2 ^ (at >> 2 & 1)) * 16;
-            const int64_t m = token + from + at;
-            if (m >= p->m || count <= 0) continue;
-            uint16_t *to = (uint16_t *)p->out + m * p->n + row + lane % 2 * 8;
-            store_piece(to, from_at, whole, count);
+        if (more) turn_over(sums + first / 2, buffers + d->turn, rows, p->out_type);
+        if (first > 0) {
+            if (before < own_tokens && whole) store_global_16(to, v);
+            if (before < own_tokens && !whole) store_ragged(to, v, columns);
+            to += (int64_t)OUTPUT_TOKENS * n;
         }
+        if (!more) break;
     }
 }
 
@@ -190,15 +192,19 @@ static __device__ __forceinline__ void store_wide_turned(const uint32_t *sums, c
     }
 }
 
-/* A warp's 16 tokens, 32 rows of the weight at a time, through shared memory, so that 64 bytes go along a row of out. */
+/* A warp's 16 tokens, 64 rows of the weight at a time, through shared memory, so that whole lines of out are written, by
+ * eight lanes a line. */
 static __device__ __forceinline__ void store_narrow_turned(const uint32_t *sums, const ql_w8a8_params *p,
-                                                           uint32_t buffer, int64_t row, int64_t token, shape k) {
-    enum { ROWS = 32 };
-    const int lane = lane_of(), type = p->out_type;
+                                                           uint32_t buffer, int row, int token, shape k) {
+    enum { ROWS = 64 };
+    const int lane = lane_of(), line = lane / 8, piece = lane % 8;
+    const int n = (int)p->n, own_tokens = (int)p->m - token - line;
     const bool whole = HAS_WHOLE_PIECES(p);
 #pragma unroll
     for (int from = 0; from < WIDTH(k); from += ROWS) {
-        if (row + from >= p->n) break;
+        const int col = row + from + piece * 8, columns = min(8, n - col);
+        uint16_t *to = (uint16_t *)p->out + (int64_t)(token + line) * n + col;
+        if (row + from >= n) break;
         __syncwarp();
 #pragma unroll
         for (int j = 0; j < ROWS / 8; j += 2) {
@@ -206,20 +212,19 @@ static __device__ __forceinline__ void store_narrow_turned(const uint32_t *sums,
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const uint32_t *s = sums + 4 * (from / 8 + j + i / 2) + 2 * (i % 2);
-                m[i] = round16_pair(__uint_as_float(s[0]), __uint_as_float(s[1]), type);
+                m[i] = round16_pair(__uint_as_float(s[0]), __uint_as_float(s[1]), p->out_type);
             }
-            const int at = lane % 16, piece = j + lane / 16;
-            store_matrices(buffer + at * 64 + (piece ^ (at >> 1 & 3)) * 16, m);
+            store_matrices(buffer + lane % 16 * 128 + ((j + lane / 16) ^ lane % 8) * 16, m);
         }
         __syncwarp();
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const int at = i * 8 + lane / 4, piece = lane % 4;
-            const uint32_t from_at = buffer + at * 64 + (piece ^ (at >> 1 & 3)) * 16;
-            const int64_t m = token + at, col = row + from + piece * 8;
-            if (m >= p->m || col >= p->n) continue;
-            uint16_t *to = (uint16_t *)p->out + m * p->n + col;
-            store_piece(to, from_at, whole, (int)min((int64_t)8, p->n - col));
+        for (int i = 0; i < 16; i += 4, to += 4 * (int64_t)n) {
+            const uint4 v = load_shared_16(buffer + (line + i) * 128 + (piece ^ (line + i) % 8) * 16);
+            if (i >= own_tokens || columns <= 0) continue;
+            if (whole)
+                store_global_16(to, v);
+            else
+                store_ragged(to, v, columns);
         }
     }
 }
@@ -235,7 +240,7 @@ static __device__ __forceinline__ void finish_turned(uint32_t *sums, const reade
         if (p->out_type == QL_VALUE_F32)
             store_wide_turned(sums + i * WIDTH(k) / 2, p, row, first, k);
         else
-            store_narrow_turned(sums + i * WIDTH(k) / 2, p, d->l->outputs + (wg * 4 + warp) * QL_W8A8_WARP_BYTES, row,
+            store_narrow_turned(sums + i * WIDTH(k) / 2, p, d->l->outputs + (wg * 4 + warp) * QL_W8A8_TURNED_BYTES, row,
                                 first, k);
     }
 }
@@ -244,14 +249,11 @@ static __device__ __forceinline__ void finish_tile(uint32_t *sums, reader *d, co
                                                    shape k) {
     const ql_w8a8_params *p = &d->q->product;
     const int warp = (int)threadIdx.x / WARP, first = row + warp * 16;
-    if (k.grouped || d->outliers)
-        scale_by_rows(sums, rows, k);
-    else
-        scale_by_tokens_and_rows(sums, d, rows, k);
+    if (!k.grouped && !d->outliers) scale_by_tokens(sums, d, k);
     if (p->out_type == QL_VALUE_F32)
-        store_wide(sums, p, rows->bias, first + lane_of() / 4, token, k);
+        store_wide(sums, p, rows, first + lane_of() / 4, token, k);
     else
-        store_narrow(sums, p, rows->bias, d->l->outputs + warp * QL_W8A8_WARP_BYTES, first, token, k);
+        store_narrow(sums, d, rows, row + warp / 4 * 64, token, k);
 }
 
 #endif

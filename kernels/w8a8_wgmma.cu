@@ -243,6 +243,7 @@ static __device__ __forceinline__ void multiply_all(const ql_w8a8_wgmma_params *
     d.rows = (uint32_t)((k.turned ? QL_W8A8_ROWS : 0) + wg * SUBS(k) * 64) * K;
     d.width = k.turned ? 0 : QL_W8A8_ROWS * K;
     d.outliers = k.code == QL_W8A8_INT8 && q->product.outliers;
+    d.turn = 0;
     d.ready = d.outliers ? l->ready : l->full;
     segment s;
 #pragma unroll 1

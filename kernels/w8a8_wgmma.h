@@ -27,9 +27,10 @@ enum {
     QL_W8A8_TOKEN_GROUP = 8, /* tiles of tokens that are done beside each other */
     QL_W8A8_MOST_STAGES = 16,
     QL_W8A8_BARRIER_BYTES = 1024,
-    QL_W8A8_WARP_BYTES = 1024,  /* 16 rows by 32 tokens of outputs */
-    QL_W8A8_SLICE_BYTES = 4096, /* of sums left in scratch: 16 of each thread that multiplies */
-    QL_W8A8_OUTLIERS = 16,      /* columns of an outlier slot */
+    QL_W8A8_WARP_BYTES = 1024,   /* of outputs: two buffers of 64 rows by 16 tokens a warpgroup */
+    QL_W8A8_TURNED_BYTES = 2048, /* the same where scales have groups: 64 rows by 16 tokens a warp */
+    QL_W8A8_SLICE_BYTES = 4096,  /* of sums left in scratch: 16 of each thread that multiplies */
+    QL_W8A8_OUTLIERS = 16,       /* columns of an outlier slot */
     QL_W8A8_OUTLIER_SLOTS = 2
 };
 
@@ -41,10 +42,13 @@ enum {
 /* What a thread block of a cluster leaves in another's shared memory, after the stages: the sums of a warpgroup. */
 #define QL_W8A8_MEETING_BYTES(tokens) ((tokens) * 256)
 
+#define QL_W8A8_OUTPUT_BYTES(grouped, tokens)                                                                          \
+    (QL_W8A8_WARPS * ((grouped) && (tokens) > 64 ? QL_W8A8_TURNED_BYTES : QL_W8A8_WARP_BYTES))
+
 /* Before the stages: barriers, outputs, x's scales of two tiles, then scales of stages, times those of the weight's blocks,
  * or outlier slots. A multiple of 1024. */
 #define QL_W8A8_HEAD_BYTES(code, grouped, tokens)                                                                      \
-    ((QL_W8A8_BARRIER_BYTES + QL_W8A8_WARPS * QL_W8A8_WARP_BYTES + 2 * (tokens) * 4 +                                  \
+    ((QL_W8A8_BARRIER_BYTES + QL_W8A8_OUTPUT_BYTES(grouped, tokens) + 2 * (tokens) * 4 +                               \
       ((grouped)                ? QL_W8A8_MOST_STAGES * (tokens) * 4                                                   \
        : (code) == QL_W8A8_INT8 ? QL_W8A8_OUTLIER_SLOTS * QL_W8A8_OUTLIER_BYTES(tokens)                                \
                                 : 0) +                                                                                 \

@@ -62,36 +62,49 @@ static __device__ __forceinline__ void copy_partials(const ql_w8a8_wgmma_params 
     }
 }
 
-static __device__ __forceinline__ void copy_codes(const ql_w8a8_wgmma_params *q, const layout *l, shape k) {
-    ring r = {0, 1};
+/* The cluster's first segment, and where it lies: found before the barriers are there, as it takes some divisions. */
+typedef struct start {
     segment s;
     int row, token;
-    if (!segment_at(&s, 0, q, k)) return;
-    place_tile(q, s.tile, &row, &token, k);
+    bool any;
+} start;
+
+static __device__ __forceinline__ start find_start(const ql_w8a8_wgmma_params *q, shape k) {
+    start from;
+    from.any = segment_at(&from.s, 0, q, k);
+    place_tile(q, from.s.tile, &from.row, &from.token, k);
+    return from;
+}
+
+static __device__ __forceinline__ void copy_codes(const ql_w8a8_wgmma_params *q, const layout *l, start at, shape k) {
+    ring r = {0, 1};
+    if (!at.any) return;
     /* Weights may be read before the kernel before is done. */
-    const int early = min(s.end - s.first, q->stages);
-    for (int i = 0; i < early; i++) copy_w(q, l, i, s.first + i, row, k);
+    const int early = min(at.s.end - at.s.first, q->stages);
+#pragma unroll 1
+    for (int i = 0; i < early; i++) copy_w(q, l, i, at.s.first + i, at.row, k);
     wait_for_previous_kernel();
+#pragma unroll 1
     for (int i = 0; i < early; i++) {
-        copy_x(q, l, i, s.first + i, token, k);
+        copy_x(q, l, i, at.s.first + i, at.token, k);
         advance(&r, q->stages);
     }
-    int partials = count_partials(q, &s, k), index = 1;
-    s.first += early;
+    int partials = count_partials(q, &at.s, k), index = 1;
+    at.s.first += early;
 #pragma unroll 1
-    do {
-        place_tile(q, s.tile, &row, &token, k);
+    while (true) {
 #pragma unroll 1
-        for (int block = s.first; block < s.end; block++) {
+        for (int block = at.s.first; block < at.s.end; block++) {
             barrier_wait(l->empty + 8 * r.slot, r.parity);
-            copy_w(q, l, r.slot, block, row, k);
-            copy_x(q, l, r.slot, block, token, k);
+            copy_w(q, l, r.slot, block, at.row, k);
+            copy_x(q, l, r.slot, block, at.token, k);
             advance(&r, q->stages);
         }
         copy_partials(q, l, &r, partials, k);
-        if (!segment_at(&s, index++, q, k)) break;
-        partials = count_partials(q, &s, k);
-    } while (true);
+        if (!segment_at(&at.s, index++, q, k)) break;
+        place_tile(q, at.s.tile, &at.row, &at.token, k);
+        partials = count_partials(q, &at.s, k);
+    }
 }
 
 /* ---- the warps beside it: scales ---- */

@@ -111,20 +111,22 @@ static __device__ __forceinline__ layout layout_of(uint32_t base, shape k) {
     return l;
 }
 
-static __device__ __forceinline__ void init_barriers(const ql_w8a8_wgmma_params *q, const layout *l, int lane,
-                                                     shape k) {
-    if (k.meets && lane == 0) barrier_init(l->met, (q->members - 1) * QL_W8A8_WARPS / 2);
-    if (lane < QL_W8A8_MOST_STAGES) {
-        barrier_init(l->full + 8 * lane, k.grouped ? 2 : 1);
-        barrier_init(l->ready + 8 * lane, 1);
-        barrier_init(l->empty + 8 * lane, QL_W8A8_WARPS * (k.pair + 1));
+/* By one thread: of a thread of 32 each the compiler makes a loop over the lanes. */
+static __device__ __forceinline__ void init_barriers(const ql_w8a8_wgmma_params *q, const layout *l, shape k) {
+#pragma unroll 1
+    for (int i = 0; i < q->stages; i++) {
+        barrier_init(l->full + 8 * i, k.grouped ? 2 : 1);
+        barrier_init(l->empty + 8 * i, QL_W8A8_WARPS * (k.pair + 1));
+        if (k.code == QL_W8A8_INT8) barrier_init(l->ready + 8 * i, 1);
     }
-    if (lane < 2) {
-        barrier_init(l->scales_full + 8 * lane, HELPERS);
-        barrier_init(l->scales_empty + 8 * lane, QL_W8A8_WARPS);
-        barrier_init(l->slot_full + 8 * lane, HELPERS + 1);
-        barrier_init(l->slot_empty + 8 * lane, QL_W8A8_WARPS);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        barrier_init(l->scales_full + 8 * i, HELPERS);
+        barrier_init(l->scales_empty + 8 * i, QL_W8A8_WARPS);
+        if (k.code == QL_W8A8_INT8) barrier_init(l->slot_full + 8 * i, HELPERS + 1);
+        if (k.code == QL_W8A8_INT8) barrier_init(l->slot_empty + 8 * i, QL_W8A8_WARPS);
     }
+    if (k.meets) barrier_init(l->met, (q->members - 1) * QL_W8A8_WARPS / 2);
     barrier_init_done();
 }
 

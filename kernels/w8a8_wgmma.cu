@@ -282,26 +282,27 @@ static __device__ __forceinline__ void multiply_all(const ql_w8a8_wgmma_params *
 static __device__ __forceinline__ void product(const ql_w8a8_wgmma_params *q, shape k) {
     extern __shared__ __align__(1024) uint8_t shared[];
     const layout l = layout_of(shared_address(shared), k);
-    const int lane = (int)threadIdx.x - (QL_W8A8_THREADS - FEEDERS);
+    const int feeder = __shfl_sync(ALL_LANES, (int)threadIdx.x / WARP, 0) - QL_W8A8_WARPS;
     const bool clustered = k.pair || k.meets;
-    if (lane >= 0) {
+    if (feeder >= 0) {
         if (k.tokens > 64 && k.grouped) WARPGROUP_GIVES_REGISTERS(56);
         if (k.tokens > 64 && !k.grouped) WARPGROUP_GIVES_REGISTERS(72);
-        if (lane < WARP) {
-            if (lane == 0) {
-                prefetch_map(q->w_map);
-                prefetch_map(q->x_map);
-            }
-            init_barriers(q, &l, lane, k);
+        start from;
+        if (feeder == 0) from = find_start(q, k);
+        if (feeder == 1 && is_elected()) init_barriers(q, &l, k);
+        if (feeder == 2 && is_elected()) {
+            prefetch_map(q->w_map);
+            prefetch_map(q->x_map);
         }
         __syncthreads();
         if (clustered) meet_cluster();
-        if (lane < WARP) start_next_kernel();
-        if (lane == 0) copy_codes(q, &l, k);
-        if (lane >= WARP) {
+        if (feeder == 0) {
+            start_next_kernel();
+            if (is_elected()) copy_codes(q, &l, from, k);
+        } else {
             if (k.grouped)
                 scale_stages(q, &l, k);
-            else if (lane >= 2 * WARP)
+            else if (feeder >= 2)
                 help_segments(q, &l, k);
             else if (k.code == QL_W8A8_INT8 && q->product.outliers)
                 clear_stages(q, &l, k);

@@ -75,8 +75,8 @@ static __device__ __forceinline__ void leave_scales(reader *d) {
     advance(&d->scales, 2);
 }
 
-/* Sums become fp32, times the tokens' scales. */
-static __device__ __forceinline__ void scale_by_tokens(uint32_t *sums, reader *d, shape k) {
+/* Sums become fp32, times the tokens' scales; those of int8 times `first` before, by the lane's rows, as in w8a8.h. */
+static __device__ __forceinline__ void scale_by_tokens(uint32_t *sums, reader *d, const float first[2], shape k) {
     await_scales(d);
 #pragma unroll
     for (int j = 0; j < k.tokens / 16; j++) {
@@ -84,7 +84,8 @@ static __device__ __forceinline__ void scale_by_tokens(uint32_t *sums, reader *d
 #pragma unroll
         for (int c = 0; c < 8; c++) {
             uint32_t *sum = sums + 8 * j + c;
-            const float value = k.code == QL_W8A8_INT8 ? (float)(int32_t)*sum * (1.0f / 127.0f) : __uint_as_float(*sum);
+            const float value = k.code == QL_W8A8_INT8 ? (float)(int32_t)*sum * (1.0f / 127.0f) * first[c / 2 % 2]
+                                                       : __uint_as_float(*sum);
             *sum = __float_as_uint(value * tokens.scale[c / 4 * 2 + c % 2]);
         }
     }
@@ -245,11 +246,14 @@ static __device__ __forceinline__ void finish_turned(uint32_t *sums, const reade
     }
 }
 
-static __device__ __forceinline__ void finish_tile(uint32_t *sums, reader *d, const row_terms *rows, int row, int token,
+static __device__ __forceinline__ void finish_tile(uint32_t *sums, reader *d, row_terms *rows, int row, int token,
                                                    shape k) {
     const ql_w8a8_params *p = &d->q->product;
     const int warp = (int)threadIdx.x / WARP, first = row + warp * 16;
-    if (!k.grouped && !d->outliers) scale_by_tokens(sums, d, k);
+    if (!k.grouped && !d->outliers) {
+        scale_by_tokens(sums, d, rows->scale, k);
+        if (k.code == QL_W8A8_INT8) rows->scale[0] = rows->scale[1] = 1.0f;
+    }
     if (p->out_type == QL_VALUE_F32)
         store_wide(sums, p, rows, first + lane_of() / 4, token, k);
     else

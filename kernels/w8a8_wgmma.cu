@@ -261,7 +261,8 @@ static __device__ __forceinline__ void multiply_all(const ql_w8a8_wgmma_params *
         else
             sum_plain(sums, &d, s.end - s.first, k);
         if (d.outliers) {
-            scale_by_tokens(sums, &d, k);
+            const float none[2] = {1.0f, 1.0f}; /* rows scale outliers as well: last */
+            scale_by_tokens(sums, &d, none, k);
             add_slots(sums, &d, k);
         }
         if (k.meets) {

@@ -119,6 +119,15 @@
     X(ql_w8a8_mma_groups, w8a8_mma, QL_W8A8_E4M3, true)                                                                \
     X(ql_w8a8_mma_int8, w8a8_mma, QL_W8A8_INT8, false)
 
+/* X(name, source, mode, code, type): the quantizers of 16-bit activations whose rows a thread block can hold. */
+#define QL_W8A8_ROWS_VARIANTS(X)                                                                                       \
+    X(ql_w8a8_rows_tokens_f16, w8a8_rows, QL_W8A8_TOKEN, QL_W8A8_E4M3, QL_VALUE_F16)                                   \
+    X(ql_w8a8_rows_tokens_bf16, w8a8_rows, QL_W8A8_TOKEN, QL_W8A8_E4M3, QL_VALUE_BF16)                                 \
+    X(ql_w8a8_rows_groups_f16, w8a8_rows, QL_W8A8_GROUPS, QL_W8A8_E4M3, QL_VALUE_F16)                                  \
+    X(ql_w8a8_rows_groups_bf16, w8a8_rows, QL_W8A8_GROUPS, QL_W8A8_E4M3, QL_VALUE_BF16)                                \
+    X(ql_w8a8_rows_int8_f16, w8a8_rows, QL_W8A8_TOKEN, QL_W8A8_INT8, QL_VALUE_F16)                                     \
+    X(ql_w8a8_rows_int8_bf16, w8a8_rows, QL_W8A8_TOKEN, QL_W8A8_INT8, QL_VALUE_BF16)
+
 /* X(name, source, code, grouped, tokens, in pairs, meeting, turned): 8-bit activations with an 8-bit weight on wgmma
  * (w8a8_wgmma.h). */
 #define QL_W8A8_WGMMA_FEW(X, code, grouped, name)                                                                      \
@@ -191,6 +200,7 @@
     QL_WGMMA_VARIANTS(X)                                                                                               \
     QL_W8A8_DECODE_VARIANTS(X)                                                                                         \
     QL_W8A8_MMA_VARIANTS(X)                                                                                            \
+    QL_W8A8_ROWS_VARIANTS(X)                                                                                           \
     QL_W8A8_WGMMA_VARIANTS(X)                                                                                          \
     QL_SINGLE_KERNELS(X)                                                                                               \
     QL_QUANTIZE_KERNELS(X)

@@ -38,7 +38,7 @@ typedef struct ql_w8a8_params {
     const uint8_t *codes;     /* [n, k], rows row_stride apart */
     const float *w_scales;    /* any strides */
     const void *bias;         /* [n], bias_stride apart, bias_type, or NULL */
-    const uint32_t *outliers; /* bit col % 32 of word col / 32, x_pitch / 32 words; or NULL: none */
+    const uint32_t *outliers; /* bit col % 32 of word col / 32, x_pitch / 32 words and a mark; or NULL: none */
     const void *x;            /* the activations [m, k], rows x_stride apart, x_type: read where outliers are marked */
     int64_t m, n, k, x_pitch, row_stride, x_stride, bias_stride;
     int64_t x_token_stride, x_group_stride, w_row_stride, w_group_stride;

@@ -157,7 +157,8 @@ static __device__ __forceinline__ void scale_stages(const ql_w8a8_wgmma_params *
     }
 }
 
-/* What the end of a segment takes: its tokens' scales, and outliers. Two warps. */
+/* What the end of a segment takes: its tokens' scales, and outliers, whose mask's mark is set to 0 for the quantizer. Two
+ * warps. */
 static __device__ __forceinline__ void help_segments(const ql_w8a8_wgmma_params *q, const layout *l, shape k) {
     const ql_w8a8_params *p = &q->product;
     const int thread = (int)threadIdx.x % (HELPERS * WARP);
@@ -165,6 +166,7 @@ static __device__ __forceinline__ void help_segments(const ql_w8a8_wgmma_params 
     ring r = {0, 1}, slots = {0, 1};
     segment s;
     wait_for_previous_kernel();
+    if (outliers && blockIdx.x == 0 && thread == 0) *(uint64_t *)(p->outliers + p->x_pitch / 32) = 0;
 #pragma unroll 1
     for (int index = 0; segment_at(&s, index, q, k); index++) {
         if (s.first > 0 && !outliers && !k.meets) continue;

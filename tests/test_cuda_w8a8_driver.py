@@ -59,7 +59,7 @@ def test_at_most_two_launches_that_overlap(server, kind, size, dtype):
             assert shared_bytes <= 232448
             assert grid[0] % max(cluster, 1) == 0
         if len(launches) == 2:
-            assert launches[0][0] == "ql_w8a8_quantize"
+            assert launches[0][0].startswith(("ql_w8a8_quantize", "ql_w8a8_rows_"))
 
 
 def launches_of(driver, kinds, K, N, rows):

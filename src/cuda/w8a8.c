@@ -116,6 +116,43 @@ static ql_w8a8_quantize_params quantizer_of(const ql_cuda_w8a8 *product) {
     };
 }
 
+/* By mode, code and type of x. */
+static ql_cuda_kernel rows_kernel(const ql_w8a8_quantize_params *p) {
+    const bool half = p->x_type == QL_VALUE_F16;
+    if (p->code == QL_W8A8_INT8) return half ? QL_KERNEL_ql_w8a8_rows_int8_f16 : QL_KERNEL_ql_w8a8_rows_int8_bf16;
+    if (p->mode == QL_W8A8_GROUPS) return half ? QL_KERNEL_ql_w8a8_rows_groups_f16 : QL_KERNEL_ql_w8a8_rows_groups_bf16;
+    return half ? QL_KERNEL_ql_w8a8_rows_tokens_f16 : QL_KERNEL_ql_w8a8_rows_tokens_bf16;
+}
+
+/* Whether a thread block can hold a row, whose scales are its own. Of the products only those on wgmma reset the mark that
+ * it leaves with a mask. */
+static bool has_short_rows(const ql_cuda_device *device, const ql_w8a8_quantize_params *p, ql_cuda_w8a8_engine engine) {
+    return p->codes && p->vector && p->x_type != QL_VALUE_F32 && p->k % 8 == 0 &&
+           p->pitch <= QL_W8A8_ROW_THREADS * QL_W8A8_ROW_RUNS * 8 &&
+           (p->mode == QL_W8A8_TOKEN || p->mode == QL_W8A8_GROUPS) && (!p->outliers || engine == QL_CUDA_W8A8_WGMMA) &&
+           device->kernels[rows_kernel(p)];
+}
+
+/* Threads that hold few runs are many, so that a row is done soon; with more rows than so many threads have room for, few
+ * threads with many runs each do all of them sooner. */
+static int launch_rows(const ql_cuda_guard *guard, void *stream, ql_w8a8_quantize_params *p,
+                       char message[QL_CUDA_MESSAGE]) {
+    enum { BUSY_THREADS = 1024 /* of a multiprocessor */ };
+    const int64_t runs = ql_ceil_div(p->pitch, 8);
+    const int64_t multiprocessors = guard->properties->multiprocessors, rows = ql_ceil_div(p->m, multiprocessors);
+    int each = 0;
+    int64_t threads;
+    do {
+        each++;
+        threads = ql_ceil_div(runs, each * 32) * 32;
+    } while (each < QL_W8A8_ROW_RUNS && threads * rows > BUSY_THREADS);
+    const int64_t blocks = multiprocessors * (BUSY_THREADS / threads);
+    p->row_blocks = (int32_t)(blocks < p->m ? blocks : p->m);
+    const ql_cuda_grid grid = {
+        .x = p->row_blocks + (p->outliers != NULL), .y = 1, .threads = (int)threads, .overlaps = true};
+    return ql_cuda_launch(guard, rows_kernel(p), stream, &grid, p, message);
+}
+
 static int launch_quantizer(const ql_cuda_guard *guard, void *stream, ql_w8a8_quantize_params *p,
                             const ql_cuda_w8a8 *product, char message[QL_CUDA_MESSAGE]) {
     const int64_t runs = ql_ceil_div(p->pitch, 8 * 32) * 32;
@@ -361,7 +398,7 @@ static int64_t quantizer_scratch(ql_cuda_w8a8_plan *plan, const ql_cuda_device *
     int64_t end = 0;
     add_part(&end, m, as_values ? product->params.k * 4 : pitch);
     plan->scales_at = add_part(&end, stride ? stride : m, stride ? pitch / QL_W8A8_GROUP * 4 : 4);
-    plan->outliers_at = add_part(&end, has_mask(product) ? pitch / 32 : 0, 4);
+    plan->outliers_at = add_part(&end, has_mask(product) ? pitch / 32 + 2 : 0, 4); /* and its mark */
     plan->meeting_at = add_part(&end, product->mode == QL_W8A8_TENSOR ? meeting * meeting : 0, 12);
     return end;
 }
@@ -411,7 +448,10 @@ int ql_cuda_w8a8_run(ql_w8a8_params *filled, const ql_cuda_guard *guard, void *s
         p.marks = (uint64_t *)(void *)(at + plan->meeting_at);
         p.absmax = (uint32_t *)(void *)(at + plan->meeting_at + meeting * meeting * 8);
         p.nonce = ql_cuda_nonce();
-        if (launch_quantizer(guard, stream, &p, product, message) < 0) return -1;
+        const int launched = has_short_rows(guard->device, &p, plan->engine)
+                                 ? launch_rows(guard, stream, &p, message)
+                                 : launch_quantizer(guard, stream, &p, product, message);
+        if (launched < 0) return -1;
     }
     switch (plan->engine) {
     case QL_CUDA_W8A8_DECODE: return launch_decode(guard, stream, plan, product, filled, message);

@@ -1,0 +1,189 @@
+/* Quantizes the activations of an 8-bit layer, as w8a8_quantize.cu does, where a thread block can hold a row: 16-bit values at
+ * multiples of 16 bytes, each read once, and of a row all at once. A block has each row_blocks-th row; with outliers there is
+ * one block more, the first, which clears the mask before others set bits in it. */
+#include "ptx.cuh"
+#include "variants.h"
+#include "w8a8_activation.cuh"
+
+enum { WARP = 32, HELD = QL_W8A8_ROW_RUNS };
+
+/* What a thread holds of its row: runs that are blockDim.x apart, zeros from k on. */
+typedef struct row {
+    uint4 run[HELD];
+} row;
+
+static __device__ __forceinline__ int column_of(int i) { return (i * (int)blockDim.x + (int)threadIdx.x) * QL_RUN; }
+
+/* Zeros where there is no such row. */
+static __device__ __forceinline__ row load_row(const ql_w8a8_quantize_params *p, int64_t index) {
+    const uint16_t *from = (const uint16_t *)p->x + index * p->x_stride;
+    row r;
+#pragma unroll
+    for (int i = 0; i < HELD; i++)
+        r.run[i] = index < p->m && column_of(i) < (int)p->k ? __ldg((const uint4 *)(from + column_of(i)))
+                                                            : make_uint4(0, 0, 0, 0);
+    return r;
+}
+
+/* The larger magnitudes of a run's even and of its odd values. */
+static __device__ __forceinline__ uint32_t pair_magnitude(uint4 run) {
+    const uint32_t sign = 0x80008000u;
+    return __vmaxu2(__vmaxu2(run.x & ~sign, run.y & ~sign), __vmaxu2(run.z & ~sign, run.w & ~sign));
+}
+
+static __device__ __forceinline__ uint32_t larger_of(uint32_t pair) { return max(pair & 0xffffu, pair >> 16); }
+
+/* The maximum over the block. Two buffers take turns, so that one barrier is enough. */
+static __device__ __forceinline__ uint32_t row_max(uint32_t value, int turn) {
+    __shared__ uint32_t most[2][WARP];
+    const int lane = (int)threadIdx.x % WARP;
+    value = __reduce_max_sync(ALL_LANES, value);
+    if (lane == 0) most[turn][threadIdx.x / WARP] = value;
+    __syncthreads();
+    return __reduce_max_sync(ALL_LANES, lane < (int)blockDim.x / WARP ? most[turn][lane] : 0);
+}
+
+/* As e4m3_run, without a branch in each pair. */
+static __device__ __forceinline__ uint2 encode_e4m3(uint4 bits, int type, const ql_encoder *e) {
+    float x[QL_RUN], code[QL_RUN];
+    uint32_t pair[QL_RUN / 2];
+    unpack_run(x, bits, type);
+#pragma unroll
+    for (int i = 0; i < QL_RUN; i++) code[i] = e4m3_quotient(x[i], e);
+    if (e->exact) {
+#pragma unroll
+        for (int i = 0; i < QL_RUN; i++) code[i] = exact_quotient(x[i], e->scale);
+    }
+#pragma unroll
+    for (int i = 0; i < QL_RUN / 2; i++)
+        pair[i] = __nv_cvt_float2_to_fp8x2(make_float2(code[2 * i], code[2 * i + 1]), __NV_SATFINITE, __NV_E4M3);
+    return make_uint2(pair[0] | pair[1] << 16, pair[2] | pair[3] << 16);
+}
+
+static __device__ __forceinline__ void store_run(const ql_w8a8_quantize_params *p, int64_t index, int i, uint2 codes) {
+    if (column_of(i) < (int)p->pitch) *(uint2 *)(p->codes + index * p->pitch + column_of(i)) = codes;
+}
+
+static __device__ __forceinline__ void quantize_token(const ql_w8a8_quantize_params *p, int64_t index, const row *r,
+                                                      int turn, int type) {
+    uint32_t pair = 0;
+#pragma unroll
+    for (int i = 0; i < HELD; i++) pair = __vmaxu2(pair, pair_magnitude(r->run[i]));
+    const uint32_t most = widened(row_max(larger_of(pair), turn), type);
+    const float scale = token_scale(most, p->upper_bound, p->least_scale);
+    const ql_encoder e = e4m3_encoder(scale, most, false);
+    if (threadIdx.x == 0) p->scales[index] = scale;
+#pragma unroll
+    for (int i = 0; i < HELD; i++)
+        if (column_of(i) < (int)p->pitch) store_run(p, index, i, encode_e4m3(r->run[i], type, &e));
+}
+
+/* A group of 128 columns is 16 lanes' run. */
+static __device__ __forceinline__ void quantize_groups(const ql_w8a8_quantize_params *p, int64_t index, const row *r,
+                                                       int type) {
+    enum { LANES = QL_W8A8_GROUP / QL_RUN };
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        if (i * (int)blockDim.x * QL_RUN >= (int)p->pitch) break;
+        const uint32_t most = widened(lanes_max(larger_of(pair_magnitude(r->run[i])), LANES), type);
+        const float scale = e4m3_scale(__uint_as_float(most));
+        const ql_encoder e = e4m3_encoder(scale, most, false);
+        store_run(p, index, i, encode_e4m3(r->run[i], type, &e));
+        if (threadIdx.x % LANES == 0 && column_of(i) < (int)p->pitch)
+            p->scales[column_of(i) / QL_W8A8_GROUP * p->group_stride + index] = scale;
+    }
+}
+
+/* ---- LLM.int8() ---- */
+
+static __device__ __forceinline__ uint64_t *mark_of_mask(const ql_w8a8_quantize_params *p) {
+    return (uint64_t *)(p->outliers + p->pitch / 32);
+}
+
+static __device__ __forceinline__ void clear_mask(const ql_w8a8_quantize_params *p) {
+    for (int i = (int)threadIdx.x; i < p->pitch / 32; i += (int)blockDim.x) p->outliers[i] = 0;
+    __syncthreads();
+    if (threadIdx.x == 0) store_release(mark_of_mask(p), p->nonce);
+}
+
+/* Sets the bits of eight columns; most find them set by another row. */
+static __device__ __forceinline__ void mark_columns(const ql_w8a8_quantize_params *p, int col, uint32_t marked) {
+    uint32_t *word = p->outliers + col / 32;
+    marked <<= col % 32;
+    if (marked & ~*(volatile uint32_t *)word) atomicOr(word, marked);
+}
+
+/* Bit i: value i of the run is an outlier. *most: of the run's others. */
+static __device__ __forceinline__ uint32_t split_run(uint32_t *most, uint4 bits, uint32_t limit, int type) {
+    float x[QL_RUN];
+    unpack_run(x, bits, type);
+    const uint32_t marked = outliers_of(x, limit);
+    *most = inlier_magnitude(*most, x, marked);
+    return marked;
+}
+
+static __device__ __forceinline__ void quantize_int8(const ql_w8a8_quantize_params *p, int64_t index, const row *r,
+                                                     int turn, int type) {
+    const uint32_t limit = outlier_limit(p->threshold);
+    uint32_t most = 0, marked = 0;
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        const uint32_t own = widened(larger_of(pair_magnitude(r->run[i])), type);
+        if (own < limit)
+            most = max(most, own);
+        else
+            marked |= split_run(&most, r->run[i], limit, type) << i * QL_RUN;
+    }
+    most = row_max(most, turn);
+    const ql_encoder e = int8_encoder(most);
+    if (threadIdx.x == 0) p->scales[index] = __uint_as_float(most);
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        float x[QL_RUN];
+        unpack_run(x, r->run[i], type);
+        store_run(p, index, i, int8_run(x, &e, marked >> i * QL_RUN & 0xff));
+    }
+    if (!marked) return;
+    while (load_acquire(mark_of_mask(p)) != p->nonce) {
+    }
+#pragma unroll
+    for (int i = 0; i < HELD; i++)
+        if (marked >> i * QL_RUN & 0xff) mark_columns(p, column_of(i), marked >> i * QL_RUN & 0xff);
+}
+
+static __device__ __forceinline__ void quantize_rows(const ql_w8a8_quantize_params *p, int mode, int code, int type) {
+    int64_t index = (int64_t)blockIdx.x - (p->outliers != NULL);
+    if (index < 0) {
+        clear_mask(p);
+        return;
+    }
+    /* Groups wait for nothing but their own values: warps go ahead of each other. */
+    if (mode == QL_W8A8_GROUPS) {
+#pragma unroll 1
+        for (; index < p->m; index += p->row_blocks) {
+            const row r = load_row(p, index);
+            quantize_groups(p, index, &r, type);
+        }
+        return;
+    }
+    row r = load_row(p, index);
+#pragma unroll 1
+    for (int turn = 0; index < p->m; turn ^= 1) {
+        const row next = load_row(p, index + p->row_blocks);
+        if (code == QL_W8A8_INT8)
+            quantize_int8(p, index, &r, turn, type);
+        else
+            quantize_token(p, index, &r, turn, type);
+        r = next;
+        index += p->row_blocks;
+    }
+}
+
+#define KERNEL(name, source, mode, code, type)                                                                         \
+    extern "C" __global__ void __launch_bounds__(QL_W8A8_ROW_THREADS, 1)                                               \
+        name(const __grid_constant__ ql_w8a8_quantize_params p) {                                                      \
+        start_next_kernel();                                                                                           \
+        wait_for_previous_kernel();                                                                                    \
+        quantize_rows(&p, mode, code, type);                                                                           \
+    }
+QL_W8A8_ROWS_VARIANTS(KERNEL)

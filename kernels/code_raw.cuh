@@ -17,9 +17,14 @@ typedef struct ql_batch_codes {
 } ql_batch_codes;
 
 /* Row g + 8 * half of the fragment holds (code + QL_RAW_OFFSET) * QL_RAW_ONE * QL_RAW_UNIT, of odd steps times QL_RAW_ODD
- * where those are `apart`: then they need no shift, and have sums of their own. */
-#define QL_RAW_APART(code, type, tokens) ((type) == QL_VALUE_F16 && (tokens) != 16 && (code) == QL_CODE_INT3)
-#define QL_RAW_ODD 16.0f
+ * where those are apart and need no shift. Where codes are QL_RAW_JOINED row g + 8 holds row g's numbers as well: a byte of
+ * two codes, one mask fewer; sums of row g are taken away from its sums. That wants registers, which sm_90 has left. */
+#if __CUDA_ARCH__ == 900
+#define QL_RAW_JOINED(code, type) ((code) == QL_CODE_INT4 && (type) == QL_VALUE_F16)
+#else
+#define QL_RAW_JOINED(code, type) false
+#endif
+#define QL_RAW_ODD(code, type) ((type) == QL_VALUE_F16 && (code) == QL_CODE_INT3 ? 16.0f : 1.0f)
 #define QL_RAW_UNIT(code, type, half)                                                                                  \
     ((type) != QL_VALUE_F16 || !(half) ? 1.0f : (code) == QL_CODE_INT4 ? 16.0f : (code) == QL_CODE_INT2 ? 4.0f : 1.0f)
 #define QL_RAW_ONE(code, type) ((type) == QL_VALUE_F16 && (code) != QL_CODE_TABLE4 ? 0x1p-24f : 1.0f)
@@ -49,7 +54,7 @@ static __device__ __forceinline__ uint32_t two_steps(const ql_batch_codes *codes
 /* The fragment of step `step` (of 4) of block `block` of a batch. low: of a table, 4 * lane. All but codes, pairs and low
  * are constants. */
 static __device__ __forceinline__ void raw_fragment(uint32_t a[4], const ql_batch_codes *codes, int code, int type,
-                                                    bool apart, int block, int step, const uint8_t *pairs,
+                                                    bool odd_apart, int block, int step, const uint8_t *pairs,
                                                     uint32_t low) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -68,14 +73,16 @@ static __device__ __forceinline__ void raw_fragment(uint32_t a[4], const ql_batc
             }
         } else if (code == QL_CODE_INT4) {
             uint32_t word = word_of(codes->low[block], step);
-            if (type == QL_VALUE_F16)
-                a[i] = shifted(word, 8 * p) & (h ? 0x00f000f0u : 0x000f000fu);
-            else
+            if (type == QL_VALUE_F16) {
+                const uint32_t bytes = p ? __byte_perm(word, 0, 0x4341) : word & 0x00ff00ffu;
+                a[i] = !h ? bytes & 0x000f000fu : QL_RAW_JOINED(code, type) ? bytes : bytes & 0x00f000f0u;
+            } else {
                 a[i] = masked_or(shifted(word, 8 * p + 4 * h), 0x000f000fu, 0x43004300u);
+            }
         } else {
             const int in_row = code == QL_CODE_INT2 ? 2 * h : 0, place = 4 * (step % 2) + in_row;
             /* Where the code's lowest bit is to stand. */
-            const int to = type != QL_VALUE_F16 ? 0 : apart ? place : in_row;
+            const int to = type != QL_VALUE_F16 ? 0 : odd_apart ? place : in_row;
             const uint32_t mask = twice((code == QL_CODE_INT2 ? 3u : 7u) << to);
             const uint32_t word = two_steps(codes, code, block, step, h) >> (8 * p + place - to);
             a[i] = type == QL_VALUE_F16 ? word & mask : masked_or(word, mask, 0x43004300u);

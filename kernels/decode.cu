@@ -7,11 +7,10 @@
  * blocks of a cluster, which then add their sums once at the end. While a warp multiplies a batch the next one is on its
  * way: each tile is loaded again, from the next batch or strip, as soon as its registers are free.
  *
- * Codes are multiplied as they are (code_raw.cuh); what they lack is made up in fp32 at the end of each group (entries.cuh),
- * for which sums of x come from mma as well, with ones as the large operand: beside the products of every batch, as the
- * tensor cores have time for that and a stage before the first product would be waited for, or for 16 tokens, of which
- * there are twice as many products, ahead of the first strip. Up to four tokens leave half the columns of mma free: there
- * two groups have their sums side by side, and what is done at the end of a group is done for both at once.
+ * Codes are multiplied as they are (code_raw.cuh); what they lack is made up in fp32 at the end of each group (entries.cuh).
+ * The sums of x that this takes come from mma, too, in a team's first strip, batch by batch, and lie in shared memory from
+ * then on. Up to four tokens leave half the columns of mma free: there two groups have their sums side by side, and what is
+ * done at the end of a group is done for both at once.
  *
  * The weight does not depend on the kernel before, so its loads go out before that one is waited for.
  *
@@ -40,13 +39,18 @@ static __device__ __forceinline__ void load_tile(ql_batch_codes *codes, int code
     if (code == QL_CODE_INT3) codes->high[tile] = load_stream_8(high + tile * QL_TILE_BYTES(code));
 }
 
+/* Brings `tiles` tiles of a batch into the second-level cache, a line a lane. */
+static __device__ __forceinline__ void prefetch_tiles(const uint8_t *at, int tiles, int lane) {
+    if (lane < tiles * 4) prefetch_line(at + lane * (128 - 16));
+}
+
 /* ---- x ---- */
 
 /* Columns of rows of x into shared memory, zeros beyond k, and a row of zeros where slots are left empty: of `columns` from
- * `first` on, the piece of 256 that is `piece`, and every `pieces`-th after it; of the rows every `rows`-th from `row` on.
- * to: the place of column `first`. */
-static __device__ __forceinline__ void copy_x(const ql_decode_params *p, int slots, int first, int columns, uint32_t to,
-                                              int piece, int pieces, int row, int rows, int lane) {
+ * `first` on, the piece of 256 that is `piece`, and every `pieces`-th after it; of the rows, `most` at most, every `rows`-th
+ * from `row` on. to: the place of column `first`. */
+static __device__ __forceinline__ void copy_x(const ql_decode_params *p, int slots, int most, int first, int columns,
+                                              uint32_t to, int piece, int pieces, int row, int rows, int lane) {
 #pragma unroll 1
     for (int column = piece * 256 + lane * 8; column < columns; column += pieces * 256) {
         const int bytes = min(max((p->k - first - column) * 2, 0), 16);
@@ -54,9 +58,9 @@ static __device__ __forceinline__ void copy_x(const ql_decode_params *p, int slo
         uint32_t at = to + (uint32_t)(column * 2);
         if (slots == 2) store_shared_16(at + (uint32_t)(p->m * p->x_pitch), make_uint4(0, 0, 0, 0));
         at += (uint32_t)(row * p->x_pitch);
-#pragma unroll 1
-        for (int i = row; i < p->m; i += rows, from += rows * p->x_stride, at += (uint32_t)(rows * p->x_pitch))
-            cp_async_16(at, from, bytes);
+#pragma unroll
+        for (int i = 0; i < most; i++, from += rows * p->x_stride, at += (uint32_t)(rows * p->x_pitch))
+            if (row + i * rows < p->m) cp_async_16(at, from, bytes);
     }
 }
 
@@ -68,13 +72,29 @@ static __device__ __forceinline__ void wait_for_teams(int teams, int member) {
         named_barrier(member + 1, teams * 32);
 }
 
+/* Rows of x as they come, all their columns, into shared memory at `to`: by all threads. */
+static __device__ __forceinline__ void stage_x(const uint16_t *x, int m, int k, int x_stride, int x_pitch,
+                                               uint32_t to) {
+#pragma unroll 1
+    for (int column = (int)threadIdx.x * 8; column < k; column += (int)blockDim.x * 8) {
+        const int bytes = min((k - column) * 2, 16);
+#pragma unroll 1
+        for (int row = 0; row < m; row++)
+            cp_async_16(to + (uint32_t)(row * x_pitch + column * 2), x + row * x_stride + column, bytes);
+    }
+    cp_async_commit();
+    cp_async_wait(0);
+    __syncthreads();
+}
+
 /* Columns of another order, or of rows that pieces of 16 bytes do not meet: a thread takes eight neighbours of every row,
  * out of x as it lies in shared memory at stage_at, or where there is no room for that out of global memory. The order
- * belongs to the weight: its first part is loaded before the wait. */
-static __device__ __forceinline__ void gather_x(const ql_decode_params *p, int first, int columns) {
-    const int32_t *order = p->product.order;
-    const int inside = min(columns, p->k - first);
-    const bool staged = p->stage_at >= 0;
+ * belongs to the weight: its first part is loaded before the wait. A call, so that the loop of strips has its registers; it
+ * takes values, as it could not read the kernel's parameters as constants. */
+static __device__ __noinline__ void gather_x(const uint16_t *x, const int32_t *order, int m, int k, int x_stride,
+                                             int x_pitch, int stage_at, int x_at, int first, int columns) {
+    const int inside = min(columns, k - first);
+    const bool staged = stage_at >= 0;
     bool waited = false;
 #pragma unroll 1
     for (int column = (int)threadIdx.x * 8; column < columns || !waited; column += (int)blockDim.x * 8) {
@@ -87,25 +107,21 @@ static __device__ __forceinline__ void gather_x(const ql_decode_params *p, int f
         if (!waited) {
             wait_for_previous_kernel();
             if (staged) {
-                copy_x(p, 1, 0, p->k, shared_address(shared) + (uint32_t)p->stage_at, (int)threadIdx.x / 32,
-                       (int)blockDim.x / 32, 0, 1, (int)threadIdx.x % 32);
-                cp_async_commit();
-                cp_async_wait(0);
-                __syncthreads();
+                stage_x(x, m, k, x_stride, x_pitch, shared_address(shared) + (uint32_t)stage_at);
+                x = (const uint16_t *)(shared + stage_at);
+                x_stride = x_pitch / 2;
             }
             waited = true;
         }
         if (column >= columns) continue;
-        const uint16_t *x = staged ? (const uint16_t *)(shared + p->stage_at) : (const uint16_t *)p->x;
-        uint8_t *to = shared + p->x_at + column * 2;
+        const uint16_t *in_row = x;
+        uint8_t *to = shared + x_at + column * 2;
 #pragma unroll 1
-        for (int row = 0; row < p->m; row++) {
+        for (int row = 0; row < m; row++, in_row += x_stride, to += x_pitch) {
             __align__(16) uint16_t values[8];
 #pragma unroll
-            for (int i = 0; i < 8; i++) values[i] = column + i < inside ? x[from[i]] : (uint16_t)0;
+            for (int i = 0; i < 8; i++) values[i] = column + i < inside ? in_row[from[i]] : (uint16_t)0;
             *(uint4 *)to = *(const uint4 *)values;
-            x += staged ? p->x_pitch / 2 : p->x_stride;
-            to += p->x_pitch;
         }
     }
 }
@@ -152,77 +168,88 @@ static __device__ __forceinline__ int thread_anew(void) {
 
 #define ONES(type) ((type) == QL_VALUE_F16 ? 0x3c003c00u : 0x3f803f80u)
 
-/* The four steps of a block: sum += W x, of odd steps `odd` where they are apart, and, but for 16 tokens and tables, sum_x +=
- * 1 x. */
-static __device__ __forceinline__ void multiply_block(float *sum, float *odd, float *sum_x, const ql_batch_codes *codes,
-                                                      int code, int type, int tokens, int block, uint32_t x,
+/* Whether odd steps have sums of their own: wherever there are registers for it. Some want for them as the compiler asks for
+ * much of x at once. */
+#define TWO_CHAINS(code, type, tokens, groups)                                                                         \
+    ((tokens) == 16 || (code) == QL_CODE_INT2 ? false                                                                  \
+     : (code) == QL_CODE_TABLE4               ? (tokens) == 8 || (type) == QL_VALUE_F16                                \
+     : (tokens) == 4                          ? true                                                                   \
+     : (groups)                               ? (groups) < 8 && ((code) != QL_CODE_INT8 || (type) == QL_VALUE_F16)     \
+                                              : (code) != QL_CODE_INT4)
+
+/* The four steps of a block: sum += W x, of odd steps `odd`: chains of products half as long. 16 tokens have two chains as
+ * it is. */
+static __device__ __forceinline__ void multiply_block(float *sum, float *odd, const ql_batch_codes *codes, int code,
+                                                      int type, int tokens, int groups, int block, uint32_t x,
                                                       uint32_t low) {
-    const bool apart = QL_RAW_APART(code, type, tokens);
-    const uint32_t ones[4] = {ONES(type), ONES(type), ONES(type), ONES(type)};
+    const bool odd_apart = TWO_CHAINS(code, type, tokens, groups) && QL_RAW_ODD(code, type) != 1.0f;
 #pragma unroll
     for (int step = 0; step < 4; step += 2) {
         uint32_t a[4], b[2][2];
         load_matrices(b[0], b[1], x + (uint32_t)(step * 32));
-        raw_fragment(a, codes, code, type, apart, block, step, shared, low);
+        raw_fragment(a, codes, code, type, odd_apart, block, step, shared, low);
         multiply_16816(sum, a, b[0], type);
-        if (tokens != 16 && code != QL_CODE_TABLE4) {
-            multiply_16816(sum_x, ones, b[0], type);
-            multiply_16816(sum_x, ones, b[1], type);
-        }
         if (tokens == 16) {
             multiply_16816(sum + 4, a, b[1], type);
             load_matrices(b[0], b[1], x + (uint32_t)(step * 32 + 32));
         }
-        raw_fragment(a, codes, code, type, apart, block, step + 1, shared, low);
-        multiply_16816(apart ? odd : sum, a, b[tokens == 16 ? 0 : 1], type);
+        raw_fragment(a, codes, code, type, odd_apart, block, step + 1, shared, low);
+        multiply_16816(TWO_CHAINS(code, type, tokens, groups) ? odd : sum, a, b[tokens == 16 ? 0 : 1], type);
         if (tokens == 16) multiply_16816(sum + 4, a, b[1], type);
     }
 }
 
-/* sum += the odd steps' sums, where they are apart. */
-static __device__ __forceinline__ void add_odd(float sum[4], const float odd[4], int code, int type, int tokens) {
+/* What sums of one group lack: the odd steps', what rows g + 8 have of rows g, and zeros. sums: where sums of x over the group
+ * lie, for the lane's tokens. */
+static __device__ __forceinline__ void complete_sums(float *sum, const float *odd, const float *zero, int code,
+                                                     int type, int tokens, int groups, int sums) {
 #pragma unroll
-    for (int j = 0; QL_RAW_APART(code, type, tokens) && j < 4; j++) sum[j] = fmaf(odd[j], 1.0f / QL_RAW_ODD, sum[j]);
-}
-
-/* Sums of 16 tokens' x over the parts of groups in a warp's batches. */
-static __device__ __forceinline__ void sum_x_16(int code, int type, int groups, int count, int lane, uint32_t x,
-                                                int sums) {
-    const int parts = groups ? groups : 1, blocks = QL_DECODE_BATCH_K(code) / QL_DECODE_BLOCK / parts;
-    const uint32_t ones[4] = {ONES(type), ONES(type), ONES(type), ONES(type)};
-    float sum[8] = {0};
-#pragma unroll 1
-    for (int i = count * parts * blocks; i > 0; i--, x += QL_DECODE_BLOCK * 2) {
-#pragma unroll
-        for (int step = 0; step < 4; step++) {
-            uint32_t b[2][2];
-            load_matrices(b[0], b[1], x + (uint32_t)(step * 32));
-            multiply_16816(sum, ones, b[0], type);
-            multiply_16816(sum + 4, ones, b[1], type);
-        }
-        if (groups ? (i - 1) % blocks : i > 1) continue;
-        if (lane < 4) {
-            *(float2 *)(shared + sums + lane * 8) = make_float2(sum[0], sum[1]);
-            *(float2 *)(shared + sums + lane * 8 + 32) = make_float2(sum[4], sum[5]);
-        }
-#pragma unroll
-        for (int j = 0; j < 8; j++) sum[j] = 0.0f;
-        sums += 64;
-    }
-    __syncwarp();
-}
-
-/* sum -= zero * sum of x. sums: where the lane's tokens' sums of x lie, for 16 tokens. */
-static __device__ __forceinline__ void take_zeros(float *sum, const float *sum_x, const float *zero, int code,
-                                                  int tokens, int sums) {
+    for (int j = 0; j < 4; j++)
+        if (TWO_CHAINS(code, type, tokens, groups)) sum[j] = fmaf(odd[j], 1.0f / QL_RAW_ODD(code, type), sum[j]);
     if (code == QL_CODE_TABLE4) return;
 #pragma unroll
     for (int i = 0; i < (tokens == 16 ? 8 : 4); i += 4) {
-        float2 x = make_float2(sum_x[0], sum_x[1]);
-        if (tokens == 16) x = *(const float2 *)(shared + sums + i * 8);
+        const float2 x = *(const float2 *)(shared + sums + i * 8);
+        if (QL_RAW_JOINED(code, type)) sum[i + 2] -= sum[i], sum[i + 3] -= sum[i + 1];
 #pragma unroll
         for (int j = 0; j < 4; j++) sum[i + j] = fmaf(-zero[j / 2], j % 2 ? x.y : x.x, sum[i + j]);
     }
+}
+
+/* Sums of x over the parts of groups in a batch, [parts][tokens] in fp32 at `sums`, or one sum over a warp's batches. x is the
+ * large operand of mma: its 16 rows are all tokens of a run of columns, then of the next. at: the batch's first column; sums:
+ * lanes 0, 4, ... store. */
+static __device__ __forceinline__ void sum_x(const ql_decode_params *p, int code, int type, int tokens, int groups,
+                                             bool first, int lane, uint32_t at, int sums) {
+    const int runs = 16 / tokens, run_k = QL_DECODE_BATCH_K(code) / runs, parts = groups ? groups : 1;
+    const int run_parts = parts > runs ? parts / runs : 1, steps = run_k / run_parts / 16;
+    const uint32_t ones[2] = {ONES(type), ONES(type)};
+    const int row = lane % 16, here = lane / 4;
+    at += (uint32_t)(min(row % tokens, p->m - 1) * p->x_pitch + row / tokens * run_k * 2 + lane / 16 * 16);
+#pragma unroll 1
+    for (int i = 0; i < run_parts; i++, at += (uint32_t)(steps * 32)) {
+        float sum[4] = {0}, odd[4] = {0};
+#pragma unroll
+        for (int step = 0; step < steps; step++) {
+            uint32_t a[4];
+            load_matrices(a, a + 2, at + (uint32_t)(step * 32));
+            multiply_16816(step % 2 ? odd : sum, a, ones, type);
+        }
+        /* Rows here and here + 8. */
+        float low = sum[0] + odd[0], high = sum[2] + odd[2];
+        if (runs == 4 && parts < 4) {
+            low += __shfl_xor_sync(ALL_LANES, low, 16);
+            high += __shfl_xor_sync(ALL_LANES, high, 16);
+        }
+        if (runs > parts && parts == 1) high = low += high;
+        if (lane % 4) continue;
+        float *to = (float *)(shared + sums) + i * tokens;
+        float *to_low = to + here / tokens * parts / runs * tokens + here % tokens;
+        float *to_high = to + (here + 8) / tokens * parts / runs * tokens + (here + 8) % tokens;
+        if (!groups && !first) low += *to_low, high += *to_high;
+        *to_low = low, *to_high = high;
+    }
+    __syncwarp();
 }
 
 /* Zeros of rows g and g + 8 of a strip where all of K is one group. */
@@ -240,18 +267,19 @@ static __device__ __forceinline__ void load_row_zeros(float zero[2], const ql_de
 }
 
 /* A warp's sums of a strip into shared memory; turn: of the rounds that are held. */
-static __device__ __forceinline__ void leave_sums(const ql_decode_params *p, const float *from, int type, int tokens,
+static __device__ __forceinline__ void leave_sums(const ql_decode_params *p, float *sum, int type, int tokens,
                                                   int groups, int slots, bool roomy, int partials, int turn) {
     const int width = tokens == 16 ? 8 : 4;
     const int thread =
         tokens == 16 || groups == 8 || type == QL_VALUE_BF16 || (!roomy && !groups) ? thread_anew() : (int)threadIdx.x;
-    const int column = thread % 4 * 2, token = slots == 2 ? column % 4 : column;
+    const int token = thread % 4 * 2;                                  /* with slots: of the first */
     const int place = turn * p->teams * p->team_warps + (thread >> 5); /* team * team_warps + member */
-    uint8_t *to =
-        shared + partials + ((place * slots + (slots == 2 ? column / 4 : 0)) * p->m + token) * 64 + thread % 32 / 4 * 4;
+    uint8_t *to = shared + partials + (place * p->m + token) * 64 + thread % 32 / 4 * 4;
 #pragma unroll
-    for (int j = 0; j < width; j++)
-        if (j / 4 * 8 + j % 2 + token < p->m) *(float *)(to + j / 4 * 512 + j % 2 * 64 + j % 4 / 2 * 32) = from[j];
+    for (int j = 0; j < width; j++) {
+        if (slots == 2) sum[j] += __shfl_xor_sync(ALL_LANES, sum[j], 2);
+        if (j / 4 * 8 + j % 2 + token < p->m) *(float *)(to + j / 4 * 512 + j % 2 * 64 + j % 4 / 2 * 32) = sum[j];
+    }
 }
 
 /* Where block `rank`'s sums of the strip of a round lie with the block that owns the strip. */
@@ -259,42 +287,108 @@ static __device__ __forceinline__ int exchange_at(const ql_decode_params *p, int
     return p->exchange_at + (((round >> p->cluster_shift) * p->teams + team << p->cluster_shift) + rank) * p->m * 64;
 }
 
+/* `rows` values of an array, `stride` apart, of which `inside` are there. */
+static __device__ __forceinline__ void load_rows_of(float *values, const void *array, int type, int64_t at,
+                                                    int64_t stride, int rows, int inside) {
+#pragma unroll
+    for (int i = 0; i < rows; i++, at += stride) values[i] = i < inside ? load_value(array, type, at) : 0.0f;
+}
+
+/* The same of any of the three types. */
+static __device__ __forceinline__ void load_rows(float *values, const void *array, int type, int64_t at, int64_t stride,
+                                                 int rows, int inside) {
+    if (type == QL_VALUE_F16)
+        load_rows_of(values, array, QL_VALUE_F16, at, stride, rows, inside);
+    else if (type == QL_VALUE_BF16)
+        load_rows_of(values, array, QL_VALUE_BF16, at, stride, rows, inside);
+    else
+        load_rows_of(values, array, QL_VALUE_F32, at, stride, rows, inside);
+}
+
+/* Neighbours in a row of outputs. */
+static __device__ __forceinline__ void store_rows(void *array, int type, int64_t at, const float *values, int rows,
+                                                  int inside) {
+    uint16_t *to = (uint16_t *)array + at;
+    if (rows == 4 && inside >= rows && (uintptr_t)to % (uintptr_t)(rows * 2) == 0) {
+        const uint32_t low = round16_pair(values[0], values[1], type);
+        *(uint2 *)to = make_uint2(low, round16_pair(values[2], values[3], type));
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < rows; i++)
+        if (i < inside) to[i] = round16(values[i], type);
+}
+
+/* sum += the first `count` of `most` parts, all of which are loaded first. */
+static __device__ __forceinline__ void add_parts(float *sum, const uint8_t *from, int pitch, int rows, int count,
+                                                 int most) {
+    float4 part[8];
+#pragma unroll
+    for (int i = 0; i < most; i++, from += pitch) {
+        part[i] = make_float4(0, 0, 0, 0);
+        if (i >= count) continue;
+        if (rows == 4)
+            part[i] = *(const float4 *)from;
+        else
+            part[i].x = *(const float *)from;
+    }
+#pragma unroll
+    for (int i = 0; i < most; i++) {
+        sum[0] += part[i].x;
+        if (rows == 4) sum[1] += part[i].y, sum[2] += part[i].z, sum[3] += part[i].w;
+    }
+}
+
 /* Adds the warps' sums of `rounds` rounds from `round` on, which lie at `partials` once all warps are here. They become
- * outputs, or go to the block that owns the strip. */
-static __device__ __forceinline__ void finish_rounds(const ql_decode_params *p, int code, int type, int groups,
-                                                     int slots, int block, int rank, int round, int rounds,
-                                                     int partials) {
+ * outputs, or go to the block that owns the strip. A thread takes `rows` neighbouring rows of a token: four where there are
+ * many, as where their sums are, and where they go, is found once for all of them. */
+static __device__ __forceinline__ void finish_rows(const ql_decode_params *p, int code, int type, int groups, int rows,
+                                                   int block, int rank, int round, int rounds, int partials) {
     const ql_packed_params *w = &p->product;
-    const int items = rounds * p->teams * p->m * 16, parts = p->team_warps * slots;
+    const int line_items = 16 / rows, most = groups && rows == 4 ? 4 : 8;
+    const int items = rounds * p->teams * p->m * line_items, parts = p->team_warps, pitch = p->m * 64;
     const float one = 1.0f / QL_RAW_ONE(code, type), one_8 = one / QL_RAW_UNIT(code, type, 1);
     bool first = true;
 #pragma unroll 1
-    for (int item = (int)threadIdx.x; item < (items + 31 & ~31); item += (int)blockDim.x) {
-        const int row = item & 15, line = item >> 4;
-        const int place = line * p->token_part >> 16, token = line - place * p->m, pitch = p->m * 64;
+    for (uint32_t item = (uint32_t)thread_anew(); item < (uint32_t)(items + 31 & ~31); item += blockDim.x) {
+        const int row = (int)(item % (uint32_t)line_items) * rows, line = (int)(item / (uint32_t)line_items);
+        const int place = line * p->token_part >> 16, token = line - place * p->m;
         const int strip = block + (place + round * p->teams) * p->blocks, out = strip * 16 + row;
-        const bool inside = item < items && out < (int)w->n;
+        const int inside = (int)item < items ? (int)w->n - out : 0;
         /* What is far is asked for before the others are waited for. */
-        const float scale = groups || !inside ? 1.0f : load_value(p->scales, w->scales_type, out);
-        const float bias = p->cluster_shift || !inside ? 0.0f : BIAS_AT(w, out);
+        float scale[4] = {1, 1, 1, 1}, bias[4] = {0};
+        if (!groups) load_rows(scale, p->scales, w->scales_type, out, 1, rows, inside);
+        if (w->bias && !p->cluster_shift)
+            load_rows(bias, w->bias, w->bias_type, out * w->bias_stride, w->bias_stride, rows, inside);
         if (first) __syncthreads();
         first = false;
-        if (!inside) continue;
+        if (inside <= 0) continue;
         const uint8_t *from = shared + partials + place * parts * pitch + token * 64 + row * 4;
-        float sum = 0.0f;
-#pragma unroll 8
-        for (int i = 0; i < parts; i++, from += pitch) sum += *(const float *)from;
-        sum *= scale * (row < 8 ? one : one_8);
+        float sum[4] = {0};
+#pragma unroll 1
+        for (int left = parts; left > 0; left -= most, from += most * pitch)
+            add_parts(sum, from, pitch, rows, left, most);
+#pragma unroll
+        for (int i = 0; i < rows; i++) sum[i] = fmaf(sum[i], scale[i] * (row < 8 ? one : one_8), bias[i]);
         if (!p->cluster_shift) {
-            store_value(w->out, type, token * w->n + out, sum + bias);
-        } else {
-            const int turn = round + place / p->teams;
-            store_remote(shared_address(shared) +
-                             (uint32_t)(exchange_at(p, place % p->teams, turn, rank) + (token * 16 + row) * 4),
-                         turn & (1 << p->cluster_shift) - 1, sum);
+            store_rows(w->out, type, token * w->n + out, sum, rows, inside);
+            continue;
         }
+        const int turn = round + place / p->teams, owner = turn & (1 << p->cluster_shift) - 1;
+        const int to = exchange_at(p, place % p->teams, turn, rank) + (token * 16 + row) * 4;
+#pragma unroll
+        for (int i = 0; i < rows; i++) store_remote(shared_address(shared) + (uint32_t)(to + i * 4), owner, sum[i]);
     }
     if (first) __syncthreads();
+}
+
+static __device__ __forceinline__ void finish_rounds(const ql_decode_params *p, int code, int type, int tokens,
+                                                     int groups, int block, int rank, int round, int rounds,
+                                                     int partials) {
+    if (tokens != 4 && rounds * p->teams * p->m * 16 > 2 * (int)blockDim.x)
+        finish_rows(p, code, type, groups, 4, block, rank, round, rounds, partials);
+    else
+        finish_rows(p, code, type, groups, 1, block, rank, round, rounds, partials);
 }
 
 /* Adds the sums of a cluster's blocks, in order, for the strips that this block owns. */
@@ -323,14 +417,15 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     const int part = groups ? blocks / groups : blocks; /* blocks of a batch in one group */
     const int pairs = groups >= 2 ? groups / 2 : groups;
     const bool both = slots == 1 && groups >= 2;
-    /* Elsewhere than on sm_90 the compiler wants for registers: there entries of many groups are not asked for a batch
-     * ahead, and what can be found again is not kept. */
+    /* Elsewhere than on sm_90, and for 2 bit, of which the compiler asks for much at once, it wants for registers: there entries
+     * of many groups are not asked for a batch ahead, and what can be found again is not kept. */
 #if __CUDA_ARCH__ == 900
-    const bool roomy = true;
+    const bool roomy = code != QL_CODE_INT2;
 #else
     const bool roomy = false;
 #endif
-    const bool ahead = roomy || groups < 8 || tokens < 8;
+    const bool ahead =
+        groups < 2 || (groups < 8 ? tokens != 16 || type == QL_VALUE_F16 : tokens == 4 && code != QL_CODE_INT2);
     /* Few rows of x are there so soon that warps do better to start together, next to each other in memory; of many a warp
      * waits for the columns that it wants. */
     const bool shared_start = tokens == 4;
@@ -363,7 +458,9 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     /* What is asked for after the codes comes after them, 64 KB a multiprocessor later, so what the first of them meet goes
      * before. x may have to wait for the kernel before: some of the codes are on their way then, half where little else is
      * waited for; more would hold up x in a launch by itself. */
-    const int early = groups == QL_DECODE_CHANNEL || code == QL_CODE_TABLE4 ? tiles / 2 : roomy ? tiles / 4 : 0;
+    const int early = groups == QL_DECODE_CHANNEL || code == QL_CODE_TABLE4 ? tiles / 2
+                      : roomy && tokens != 16                               ? tiles / 4
+                                                                            : 0;
 #pragma unroll
     for (int i = 0; i < early; i++)
         if (i < have) load_tile(&codes, code, at, at + to_high, i);
@@ -374,18 +471,30 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     if (p->x_aligned) {
         wait_for_previous_kernel();
         if (shared_start)
-            copy_x(p, slots, first_batch * batch_k, p->block_batches * batch_k,
+            copy_x(p, slots, tokens, first_batch * batch_k, p->block_batches * batch_k,
                    shared_address(shared) + (uint32_t)p->x_at, warp, (int)(blockDim.x >> 5), 0, 1, lane);
         else
-            copy_x(p, slots, first * batch_k, count * batch_k, x_at, 0, 1, team, p->teams, lane);
+            copy_x(p, slots, tokens, first * batch_k, count * batch_k, x_at, 0, 1, team, p->teams, lane);
     }
     cp_async_commit();
 #pragma unroll
     for (int i = early; i < tiles; i++)
         if (i < have) load_tile(&codes, code, at, at + to_high, i);
+    /* Meanwhile the cache may fetch the next batch. */
+    if (code == QL_CODE_INT8 && p->ahead) {
+        if (count > 1)
+            prefetch_tiles(at + QL_DECODE_BATCH_BYTES(code), count == 2 ? tail : tiles, lane);
+        else if (strip + p->hop < p->strips)
+            prefetch_tiles(at + p->hop_bytes, have, lane);
+    }
+    /* The scales of strips, which the last sums would wait for. */
+    if (!groups && (int)threadIdx.x < p->rounds * p->teams && block + (int)threadIdx.x * p->blocks < p->strips)
+        prefetch_line((const uint8_t *)p->scales +
+                      (int64_t)(block + (int)threadIdx.x * p->blocks) * 16 * p->scale_size);
     ql_decode_x x = place_x(p, tokens, slots, x_at, lane);
     if (!p->x_aligned) {
-        gather_x(p, first_batch * batch_k, p->block_batches * batch_k);
+        gather_x((const uint16_t *)p->x, p->product.order, p->m, p->k, p->x_stride, p->x_pitch, p->stage_at, p->x_at,
+                 first_batch * batch_k, p->block_batches * batch_k);
         if (slots == 2) clear_row(p);
     }
     cp_async_wait(0);
@@ -393,20 +502,25 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
         __syncthreads();
     else
         wait_for_teams(p->teams, member);
-    /* 16 tokens: a warp's sums of x; the lane's column of them. */
-    int sums = p->sums_at + (groups ? (team * p->block_batches + own) * groups : warp) * 64;
-    if (tokens == 16 && code != QL_CODE_TABLE4) sum_x_16(code, type, groups, count, lane, x.row, sums);
+    /* The warp's sums of x; the lane's tokens in them. */
+    int sums = p->sums_at + (groups ? (team * p->block_batches + own) * groups : warp) * tokens * 4;
     sums += lane % 4 * 8;
+    /* The first batch's while its codes are on their way, but where registers are few. */
+    const bool sums_ahead = code != QL_CODE_TABLE4 && tokens != 16;
+    if (sums_ahead && strip < p->strips && count > 0) sum_x(p, code, type, tokens, groups, true, lane, x_at, sums);
     int partials = p->partials_at;
     if (p->cluster_shift) wait_cluster();
     int begin = 0; /* the first round whose sums are held */
 #pragma unroll 1
     for (int round = 0; round < p->rounds; round++) {
         if (strip < p->strips) {
-            float out[8] = {0}, sum[8] = {0}, odd[4] = {0}, sum_x[4] = {0}, row_zero[2] = {0};
+            float out[8] = {0}, sum[8] = {0}, odd[4] = {0}, row_zero[2] = {0};
             if (!groups) load_row_zeros(row_zero, p, code, type, strip * 16 + g);
 #pragma unroll 1
             for (int to_go = count; to_go > 0; to_go--) {
+                if (code != QL_CODE_TABLE4 && round == 0 && !(sums_ahead && to_go == count))
+                    sum_x(p, code, type, tokens, groups, to_go == count, thread_anew() % 32,
+                          x_at + (uint32_t)((count - to_go) * batch_k * 2), sums);
                 const bool last = to_go == 1;
                 const int next_strip = last ? strip + p->hop : strip, next = last ? first : first + count - to_go + 1;
                 have = next_strip >= p->strips ? 0 : to_go == 2 || (last && count == 1) ? tail : tiles;
@@ -420,8 +534,8 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                     const int set = groups ? b / (part * slots) : 0, slot = slots == 2 ? b / part % 2 : 0;
                     if (groups && b % (part * slots) == 0)
 #pragma unroll
-                        for (int j = 0; j < 8; j++) sum[j] = odd[j % 4] = sum_x[j % 4] = 0.0f;
-                    multiply_block(sum, odd, sum_x, &codes, code, type, tokens, b,
+                        for (int j = 0; j < 8; j++) sum[j] = odd[j % 4] = 0.0f;
+                    multiply_block(sum, odd, &codes, code, type, tokens, groups, b,
                                    (slot ? x.row + x.other : x.row) + (uint32_t)(b * 128), (uint32_t)lane * 4);
 #pragma unroll
                     for (int j = 0; j < tiles; j++)
@@ -436,8 +550,7 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                         }
                         const ql_entry e =
                             entry_of(p, code, type, both, &raw, set, (const float *)(shared + p->nested_at));
-                        add_odd(sum, odd, code, type, tokens);
-                        take_zeros(sum, sum_x, e.zero, code, tokens, sums + set * 64);
+                        complete_sums(sum, odd, e.zero, code, type, tokens, groups, sums + set * slots * tokens * 4);
 #pragma unroll
                         for (int j = 0; j < width; j++) out[j] = fmaf(e.scale[j % 4 / 2], sum[j], out[j]);
                         if (ahead && (!both || set % 2)) {
@@ -452,19 +565,17 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                     load_nested(p, &raw, next_strip * 16 + g, groups == 1 ? next >> p->group_shift : next * groups);
                 if (!ahead) entry += (to_go == 1 ? p->hop * p->pairs - (count - 1) * pairs : pairs) * 32;
                 x.row += (uint32_t)(batch_k * 2);
-                sums += groups * 64;
+                sums += groups * tokens * 4;
             }
             x.row -= (uint32_t)(count * batch_k * 2);
-            sums -= count * groups * 64;
-            if (!groups) add_odd(sum, odd, code, type, tokens);
-            if (!groups && count > 0) take_zeros(sum, sum_x, row_zero, code, tokens, sums);
-            const float *from = groups ? out : sum;
-            leave_sums(p, from, type, tokens, groups, slots, roomy, partials, round - begin);
+            sums -= count * groups * tokens * 4;
+            if (!groups && count > 0) complete_sums(sum, odd, row_zero, code, type, tokens, groups, sums);
+            leave_sums(p, groups ? out : sum, type, tokens, groups, slots, roomy, partials, round - begin);
         }
         strip += p->hop;
         if (round + 1 < p->rounds && round + 1 < begin + p->flush_rounds) continue;
         wait_for_previous_kernel();
-        finish_rounds(p, code, type, groups, slots, block, rank, begin, round + 1 - begin, partials);
+        finish_rounds(p, code, type, tokens, groups, block, rank, begin, round + 1 - begin, partials);
         begin = round + 1;
         if (!p->partials_bytes)
             __syncthreads();

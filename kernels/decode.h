@@ -22,7 +22,8 @@ enum { QL_DECODE_PAIRS_BYTES = 65536 };
 
 /* A thread block is `teams` teams of `team_warps` warps. A team takes a strip and the block's part of K, its warps split
  * that in whole batches. The blocks of a cluster split K. Offsets and sizes are bytes of dynamic shared memory; where the
- * code is a table's, its pairs lie at 0. What is needed first comes first. */
+ * code is a table's, its pairs lie at 0. What is needed before the first loads comes first, in as few lines of the cache of
+ * parameters as can be: each is waited for. */
 typedef struct ql_decode_params {
     const uint8_t *codes;
     const void *scales;
@@ -39,21 +40,22 @@ typedef struct ql_decode_params {
     int32_t cluster_shift; /* log2 of the blocks of a cluster */
     int32_t block_batches; /* of a block's part of a strip */
     int32_t bare_zero;     /* what every byte of zeros would be, where there are none, or -1 */
-    int32_t scale_size;    /* bytes of one */
-    int32_t group_shift;   /* log2 of the batches of a group, where it has one or more */
-    int32_t m, k;
-    int32_t x_at, x_pitch; /* rows of x, and one of zeros where there are slots */
-    int32_t stage_at;      /* x as it comes, for columns in another order; where partials lie later; or -1 */
     int32_t x_aligned;     /* whether pieces of 16 bytes of x can be copied */
-    int64_t x_stride;
+    int32_t m, k;
+    int32_t x_stride;
+    int32_t x_at, x_pitch;  /* rows of x, and one of zeros where there are slots */
+    int32_t ahead;          /* whether a warp's second batch is asked into the cache early; of 8 bit */
+    int32_t scale_size;     /* bytes of one */
+    int32_t group_shift;    /* log2 of the batches of a group, where it has one or more */
+    int32_t stage_at;       /* x as it comes, for columns in another order; where partials lie later; or -1 */
     int64_t hop_bytes;      /* of codes: from a team's strip to its next */
     int32_t teams, hop;     /* hop: blocks * teams */
     int32_t rounds;         /* strips of the team that has most */
     int32_t flush_rounds;   /* of which the warps' sums are held at a time */
-    int32_t partials_at;    /* the warps' sums: [rounds][teams][warps][slots][m][16] */
+    int32_t partials_at;    /* the warps' sums: [rounds][teams][warps][m][16] */
     int32_t partials_bytes; /* of one of the two buffers, or 0 where there is one */
     int32_t token_part;     /* 65536 / m, rounded up */
-    int32_t sums_at;        /* 16 tokens: sums of x over each group's part in a batch, [parts][16] fp32 */
+    int32_t sums_at;        /* sums of x over each group's part in a batch, [parts][tokens of the kernel] fp32 */
     int32_t nested_shift;   /* log2(nested_blocksize) */
     int32_t nested_at;      /* nested_table */
     int32_t exchange_at;    /* the parts of a cluster's blocks of the strips that a block owns */

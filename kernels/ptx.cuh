@@ -46,6 +46,11 @@ static __device__ __forceinline__ uint2 load_stream_8(const void *from) {
     return value;
 }
 
+/* Into the second-level cache. */
+static __device__ __forceinline__ void prefetch_line(const void *line) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+}
+
 /* In one instruction: the compiler makes four of an assignment here. */
 static __device__ __forceinline__ void store_global_16(void *to, uint4 v) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)

@@ -70,7 +70,7 @@ static int cut(ql_decode_params *p, const ql_packed_params *product, const ql_cu
                             .cluster_shift = cluster_shift,
                             .m = (int32_t)m,
                             .k = (int32_t)k,
-                            .x_stride = product->x_stride,
+                            .x_stride = (int32_t)product->x_stride,
                             .product = *product};
     p->strips = (int32_t)ql_ceil_div(product->n, QL_STRIP);
     p->strip_bytes = (uint32_t)(tiles * QL_TILE_BYTES(code));
@@ -102,6 +102,8 @@ static int cut(ql_decode_params *p, const ql_packed_params *product, const ql_cu
     p->hop_bytes = (int64_t)p->strip_bytes * p->hop;
     p->rounds = (int32_t)ql_ceil_div(p->strips, p->hop);
     p->token_part = (int32_t)((65536 + m - 1) / m);
+    /* Where a warp walks few batches the second is better asked for when it is wanted. */
+    p->ahead = p->rounds * ql_ceil_div(p->block_batches, warps) > 3;
 
     int at = 0;
     if (table) take(&at, QL_DECODE_PAIRS_BYTES);
@@ -109,12 +111,11 @@ static int cut(ql_decode_params *p, const ql_packed_params *product, const ql_cu
     p->x_aligned = !product->order && is_aligned(product);
     p->x_pitch = p->block_batches * batch_k * 2 + 16;
     p->x_at = take(&at, (m + (slots == 2)) * p->x_pitch);
-    p->sums_at =
-        take(&at, table || tokens < 16 ? 0 : (int64_t)p->teams * (groups ? groups * p->block_batches : warps) * 64);
+    p->sums_at = take(&at, table ? 0 : (int64_t)p->teams * (groups ? groups * p->block_batches : warps) * tokens * 4);
     p->exchange_at = take(&at, cluster > 1 ? ql_ceil_div(p->rounds, cluster) * p->teams * cluster * m * 64 : 0);
     /* As many rounds as there is room for; if not all, half of that in each of two buffers: one is filled while the other is
      * added up. */
-    const int64_t round_bytes = (int64_t)p->teams * warps * slots * m * 64;
+    const int64_t round_bytes = (int64_t)p->teams * warps * m * 64;
     const int64_t fit = at < gpu->shared_bytes ? (gpu->shared_bytes - at) / round_bytes : 0;
     const bool two = fit >= 2 && fit < p->rounds;
     const int64_t rounds = fit >= p->rounds ? p->rounds : two ? fit / 2 : 1;

@@ -78,7 +78,7 @@ class Driver:
 
 # ---- tensors: host memory that says it is a GPU's ----
 
-CODES = {"f": 2, "i": 0, "u": 1}
+CODES = {"f": 2, "i": 0, "u": 1, "V": 4}  # V: the bfloat16 of ml_dtypes
 
 
 class DlpackArray:

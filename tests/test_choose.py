@@ -3,9 +3,14 @@
 import os
 import shutil
 
+import ml_dtypes
 import numpy as np
+import packed_forms
+import packed_layers
 import pytest
+import torch
 from fake_cuda import ExchangeArray
+from test_cuda_build import LISTED
 
 from qlinear import _qlinear
 
@@ -141,6 +146,36 @@ def too_many(driver):
     return None
 
 
+def forms():
+    """(code, a layer on the CPU) of each form and size that is tested on a GPU, made of random bits."""
+    random = np.random.default_rng(0)
+    for N, K in packed_forms.SIZES:
+        for bits, size, scales in packed_forms.GPTQ:
+            layer, *_ = packed_layers.make_gptq(random, N, K, bits, size, getattr(torch, scales), False, "gptq")
+            yield f"int{bits}", K if size == -1 else size, layer
+        for size, nested in packed_forms.FOURBIT:
+            width = max(K // size, 1) * size
+            layer, _ = packed_layers.make_fourbit(random, N, width, size, 256 if nested else 0)
+            yield "table4", size, layer
+
+
+def kernels_tried(driver):
+    """The names of all kernels that the candidates of the forms launch."""
+    tried = set()
+    for code, size, layer in forms():
+        packed, spec = layer.pack()
+        N, K, layer = layer.out_features, layer.in_features, _qlinear.PackedLinear(ExchangeArray(packed.numpy()), spec)
+        for name, dtype in (("float16", np.float16), ("bfloat16", ml_dtypes.bfloat16)):
+            for rows in packed_forms.ROWS:
+                x = ExchangeArray(np.zeros((rows, K), dtype))
+                for candidate in _qlinear.candidates(0, code, N, K, size, name, rows):
+                    _qlinear.set_choice(0, code, N, K, size, name, rows, *candidate)
+                    driver.forget()
+                    layer(x)
+                    tried.update(call.kernel.decode() for call in driver.launches())
+    return tried
+
+
 # ---- tests ----
 
 
@@ -217,3 +252,8 @@ def test_there_is_an_end_to_choices(server):
     assert 4000 < count <= 4097
     assert message == "there is no room for more than 4096 choices."
     assert ran not in BASE
+
+
+def test_the_forms_that_others_test_reach_every_kernel(server):
+    wanted = {name for name, source in LISTED if source in ("decode", "mma", "wgmma")}
+    assert wanted - server.run(kernels_tried) == set()

@@ -1,11 +1,15 @@
 """What a product with 8-bit activations asks of the driver, seen by a driver without a GPU: one or two launches, of
 which the second overlaps the first, and nothing else."""
 
+import os
 import shutil
 
+import ml_dtypes
 import numpy as np
 import pytest
 from fake_cuda import ExchangeArray
+from test_cuda_build import LISTED
+from w8a8_shapes import SHARED, WHOLE
 
 from qlinear import _qlinear
 
@@ -96,3 +100,25 @@ def test_few_rows_are_one_launch(server):
 def test_odd_rows_of_the_weight_are_left_to_the_base_kernels(server):
     assert server.run(calls_of, "int8", 100, 33, 5, np.float16)[1][1][0] == "ql_linear_int8"
     assert server.run(calls_of, "token", 100, 33, 5, np.float16)[1][1][0] == "ql_linear_few"
+
+
+def kernels_reached(driver, wish=""):
+    """The names of all that products of the shapes launch."""
+    os.environ["QLINEAR_KERNELS"] = wish
+    reached = set()
+    for kind in ("int8", "token", "group"):
+        for K, N, rows in WHOLE + SHARED:
+            layer = make(kind, K, N)
+            for dtype in (np.float16, ml_dtypes.bfloat16, np.float32):
+                driver.forget()
+                layer(ExchangeArray(np.zeros((rows, K), dtype)))
+                reached.update(call.kernel.decode() for call in driver.launches())
+    return reached
+
+
+@pytest.mark.skipif("sm_90a" not in _qlinear.cuda_info()["architectures"], reason="not compiled for sm_90a")
+def test_the_shapes_that_others_test_reach_every_kernel(server):
+    """With wgmma and, as on other GPUs, without it."""
+    reached = server.run(kernels_reached) | server.run(kernels_reached, "mma")
+    wanted = {name for name, source in LISTED if source.startswith("w8a8")}
+    assert wanted - reached == set()

@@ -44,6 +44,12 @@ static bool runs_on(const char *architectures, int major, int minor) {
     return false;
 }
 
+/* QLINEAR_KERNELS=mma in the environment leaves out what GPUs without wgmma do not have, to test the rest where it is. */
+static bool is_wanted(const char *image) {
+    const char *wish = getenv("QLINEAR_KERNELS");
+    return !wish || strcmp(wish, "mma") != 0 || !strstr(image, "wgmma");
+}
+
 /* An image that the driver finds of no use is one that is not there; its sentence counts if none is left. */
 static int load_image(int index, const ql_cuda_driver *driver, char message[QL_CUDA_MESSAGE]) {
     if (libraries[index]) return 0;
@@ -96,7 +102,7 @@ static int fill(ql_cu_kernel kernels[QL_KERNEL_COUNT], const ql_cuda_driver *dri
     memset(kernels, 0, QL_KERNEL_COUNT * sizeof *kernels);
     for (int index = 0; index < ql_cuda_image_count(); index++) {
         ql_cuda_image image = ql_cuda_image_at(index);
-        if (!runs_on(image.architectures, major, minor)) continue;
+        if (!runs_on(image.architectures, major, minor) || !is_wanted(image.name)) continue;
         if (!complete[index] && find_kernels(index, driver, message) < 0) return -1;
         for (int i = 0; i < QL_KERNEL_COUNT; i++) {
             if (strcmp(sources[i], image.name) != 0) continue;

@@ -58,8 +58,8 @@ class Inbox:
 
 
 def inbox_bytes(rows: int, hidden: int) -> int:
-    """Two places of 4 bytes a value."""
-    return 2 * rows * hidden * 4
+    """Two places of 4 bytes a value, of whole warps (glue.cu)."""
+    return 2 * rows * -(-hidden // 256) * 256 * 4
 
 
 class ExchangeGlue(CudaGlue):

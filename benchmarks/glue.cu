@@ -108,15 +108,21 @@ static __device__ __forceinline__ void send(packet *to, unsigned data, unsigned 
                  : "memory");
 }
 
-/* Waits for what the other process sends, some ten seconds at most. */
-static __device__ __forceinline__ packet receive(const packet *from, unsigned epoch) {
-    packet got;
+/* Of a row of n values: a thread's two packets are PACKETS_APART, so that each store of a warp is in one piece. */
+#define PACKETS_APART 32
+static __device__ __forceinline__ int packets_of_row(int n) { return (n + 255) / 256 * 64; }
+static __device__ __forceinline__ int packet_of(int at) { return at / 256 * 64 + at / 8 % 32; }
+
+/* Waits for a thread's two packets that the other process sends, some ten seconds at most. */
+static __device__ __forceinline__ void receive(packet got[2], const packet *from, unsigned epoch) {
     for (int tries = 0;; tries++) {
-        asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(got.data), "=r"(got.epoch), "=r"(got.more), "=r"(got.again)
-                     : "l"(from)
-                     : "memory");
-        if (got.epoch == epoch && got.again == epoch) return got;
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(got[i].data), "=r"(got[i].epoch), "=r"(got[i].more), "=r"(got[i].again)
+                         : "l"(from + PACKETS_APART * i)
+                         : "memory");
+        if (got[0].epoch == epoch && got[0].again == epoch && got[1].epoch == epoch && got[1].again == epoch) return;
         if (tries == 1 << 24) __trap();
     }
 }
@@ -127,7 +133,7 @@ typedef union words {
 } words;
 
 /* add_norm where delta is this process' part of a sum of two: it is sent into the other's inbox and the other's read
- * from this one's. Inboxes [2, rows, n / 4] packets, whose words are valid by the epoch beside them (as NCCL's LL
+ * from this one's. Inboxes [2, rows, packets_of_row(n)], whose words are valid by the epoch beside them (as NCCL's LL
  * protocol has it), so that nothing is waited for but the words themselves; epochs [rows] counts the exchanges, and
  * every second one takes the same place: by then its words were read, as the other's answer to the one between them
  * came after. */
@@ -140,14 +146,15 @@ __global__ void __launch_bounds__(1024)
     wait_for_previous();
     const long long row = (long long)blockIdx.x * n;
     const unsigned epoch = epochs[blockIdx.x] + 1;
-    const long long place = ((long long)(epoch & 1) * gridDim.x + blockIdx.x) * (n / 4);
+    const long long place = ((long long)(epoch & 1) * gridDim.x + blockIdx.x) * packets_of_row(n);
     words own[2];
 #pragma unroll
     for (int part = 0, at = threadIdx.x * 8; part < 2; part++, at += blockDim.x * 8) {
         if (at >= n) continue;
         own[part].halves = *(const eight *)(delta + row + at);
-        send(outbox + place + at / 4, own[part].word[0], own[part].word[1], epoch);
-        send(outbox + place + at / 4 + 1, own[part].word[2], own[part].word[3], epoch);
+        packet *to = outbox + place + packet_of(at);
+        send(to, own[part].word[0], own[part].word[1], epoch);
+        send(to + PACKETS_APART, own[part].word[2], own[part].word[3], epoch);
     }
     eight sum[2];
 #pragma unroll
@@ -157,9 +164,11 @@ __global__ void __launch_bounds__(1024)
 #pragma unroll
     for (int part = 0, at = threadIdx.x * 8; part < 2; part++, at += blockDim.x * 8) {
         if (at >= n) continue;
-        const packet low = receive(inbox + place + at / 4, epoch), high = receive(inbox + place + at / 4 + 1, epoch);
+        packet got[2];
+        receive(got, inbox + place + packet_of(at), epoch);
         words other;
-        other.word[0] = low.data, other.word[1] = low.more, other.word[2] = high.data, other.word[3] = high.more;
+        other.word[0] = got[0].data, other.word[1] = got[0].more;
+        other.word[2] = got[1].data, other.word[3] = got[1].more;
         for (int i = 0; i < 8; i++) {
             const half_bits both = rounded(widened(own[part].halves.at[i]) + widened(other.halves.at[i]));
             sum[part].at[i] = rounded(widened(sum[part].at[i]) + widened(both));

@@ -1,10 +1,16 @@
-"""Every kernel for packed weights once or twice on small shapes, with its packing, gradient and dequantizing: what
-cuda_sanitize.sh watches. Prints how many products it ran; an error ends it."""
+"""Every kernel once or twice on small shapes, for cuda_sanitize.sh to watch. Prints how many calls it made; an error
+ends it.
+
+packed: products with packed weights, their packing, gradients and dequantizing. w8a8: products with 8-bit weights and
+activations. quantize: quantizers, and codes from one form to another."""
 
 import argparse
 
+import test_cuda_quantize as quantizers
+import test_cuda_w8a8 as w8a8
 import torch
 from test_cuda_products import DTYPES, FORMATS, Oracle, fitting, problem
+from w8a8_shapes import SHARED, WHOLE
 
 from qlinear import _qlinear
 
@@ -24,7 +30,7 @@ def candidates(layer, dtype, m, options):
     return list(dict.fromkeys(found))
 
 
-def products(name, options):
+def packed(name, options):
     form = FORMATS[name]
     N, K = fitting(form, 144, 400)
     layer = form[0](N, K)
@@ -45,19 +51,72 @@ def products(name, options):
     return count
 
 
+def eight_bit(kind, options):
+    """Odd sizes, which the base kernels take, then those that reach every kernel. Where x has one scale its rows meet
+    in scratch, as blocks that share a tile do."""
+    shapes = [(17, 130, 5), (100, 33, 3), *WHOLE] + ([] if options.unsplit else [*SHARED])
+    for K, N, M in shapes:
+        if options.rows < M or (options.unsplit and kind == "tensor" and M > 1):
+            continue
+        layer = w8a8.make(kind, K, N, torch.randn(N, device="cuda"))
+        for dtype in w8a8.DTYPES if M * N < 10000 else w8a8.DTYPES[:1]:
+            x = w8a8.activations(M, K, dtype, outliers=min(6, K // 8))
+            w8a8.check(layer, kind, x, layer(x))
+    layer = w8a8.make(kind, 264, 130)
+    layer.engine().grad_input(torch.randn(3, 130, device="cuda"))
+    layer.dequantize(torch.float16)
+    torch.cuda.synchronize()
+    return len(shapes)
+
+
+def quantize():
+    """Each test of its own, on few numbers."""
+    quantizers.NUMBERS = {"normal": quantizers.normal}
+    for function in quantizers.FUNCTIONS.values():
+        for x in quantizers.layouts(torch.randn(66, 192).half()).values():
+            function(x.cuda())
+    for K, N in ((64, 2), (192, 34)):
+        quantizers.test_eetq_pack_and_unpack(K, N)
+    for bits in (2, 3, 4, 8):
+        quantizers.test_gptq_codes(bits, (101, 130))
+        quantizers.test_gptq_pack_act_order(bits, "gptq")
+    for kind in (torch.float16, torch.float32):
+        quantizers.test_awq_storages(64, kind)
+    quantizers.test_awq_codes((101, 130))
+    quantizers.test_quant_weights(True)
+    quantizers.test_fp8_static(quantizers.normal, 0.01)
+    quantizers.test_fp8_upper_bound(quantizers.normal, 0.5)
+    quantizers.test_scaled_mm_is_that_of_the_cpu_within_rounding()
+    quantizers.test_dequantize(quantizers.normal, "float16", 64, 4097)
+    quantizers.test_absmax_mean(65537)
+    torch.cuda.synchronize()
+    return len(quantizers.FUNCTIONS)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--engines", nargs="+", help="of decode, wgmma and mma; all where it is not given")
-    parser.add_argument("--formats", nargs="+", default=list(FORMATS))
+    parser.add_argument("--subjects", nargs="+", default=["packed", "w8a8", "quantize"])
+    parser.add_argument("--engines", nargs="+", help="of packed: of decode, wgmma and mma; all where it is not given")
+    parser.add_argument("--formats", nargs="+", default=list(FORMATS), help="of packed")
+    parser.add_argument("--kinds", nargs="+", default=["int8", "token", "tensor", "group"], help="of w8a8")
+    parser.add_argument("--rows", type=int, default=1 << 62, help="of w8a8: no more rows of x")
     parser.add_argument("--unsplit", action="store_true", help="no product that blocks share by way of scratch")
     options = parser.parse_args()
     torch.manual_seed(0)
     count = 0
-    for name in options.formats:
-        count += products(name, options)
-        print(name, flush=True)
+    if "packed" in options.subjects:
+        for name in options.formats:
+            count += packed(name, options)
+            print(name, flush=True)
+    if "w8a8" in options.subjects:
+        for kind in options.kinds:
+            count += eight_bit(kind, options)
+            print(kind, flush=True)
+    if "quantize" in options.subjects:
+        count += quantize()
+        print("quantize", flush=True)
     assert count
-    print(count, "products")
+    print(count, "calls")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Formats and sizes of packed weights whose candidates are, between them, every kernel for packed weights.
+"""Formats and a size of packed weights whose candidates are, between them, every kernel for packed weights.
 test_choose.py says which kernel is missing."""
 
 import itertools
@@ -8,5 +8,5 @@ GPTQ = tuple(itertools.product((2, 3, 4, 8), (-1, 32, 64, 128), ("float16", "bfl
 # (block size, whether absmax is quantized too)
 FOURBIT = ((32, False), (64, False), (64, True), (128, False), (256, True), (512, False))
 
-SIZES = ((272, 1152), (72, 320), (1000, 1088))  # (N, K)
+N, K = 272, 1152
 ROWS = (1, 3, 8, 9, 16, 17, 40, 65, 130)

@@ -147,16 +147,14 @@ def too_many(driver):
 
 
 def forms():
-    """(code, a layer on the CPU) of each form and size that is tested on a GPU, made of random bits."""
-    random = np.random.default_rng(0)
-    for N, K in packed_forms.SIZES:
-        for bits, size, scales in packed_forms.GPTQ:
-            layer, *_ = packed_layers.make_gptq(random, N, K, bits, size, getattr(torch, scales), False, "gptq")
-            yield f"int{bits}", K if size == -1 else size, layer
-        for size, nested in packed_forms.FOURBIT:
-            width = max(K // size, 1) * size
-            layer, _ = packed_layers.make_fourbit(random, N, width, size, 256 if nested else 0)
-            yield "table4", size, layer
+    """(code, group size, a layer on the CPU) of each form that is tested on a GPU, made of random bits."""
+    random, N, K = np.random.default_rng(0), packed_forms.N, packed_forms.K
+    for bits, size, scales in packed_forms.GPTQ:
+        layer, *_ = packed_layers.make_gptq(random, N, K, bits, size, getattr(torch, scales), False, "gptq")
+        yield f"int{bits}", K if size == -1 else size, layer
+    for size, nested in packed_forms.FOURBIT:
+        layer, _ = packed_layers.make_fourbit(random, N, K // size * size, size, 256 if nested else 0)
+        yield "table4", size, layer
 
 
 def kernels_tried(driver):

@@ -3,6 +3,8 @@
 import copy
 import gc
 import os
+import subprocess
+import sys
 import threading
 
 import numpy
@@ -439,3 +441,15 @@ def test_two_gpus(packable):
     assert layer.device == torch.device("cuda:0")
     assert torch.equal(layer(x.to("cuda:0")).cpu(), expected)
     assert_same(layer.state_dict(), saved)
+
+
+def test_base_kernels_when_they_are_forced():
+    """The same tests on the kernels that are there for every GPU."""
+    if os.environ.get("QLINEAR_KERNELS") == "base":
+        pytest.skip("this is that run")
+    chosen = "test_product or gradient or dequantize or strided or captured_graph or side_stream"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen]
+    done = subprocess.run(
+        command, env={**os.environ, "QLINEAR_KERNELS": "base"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:]

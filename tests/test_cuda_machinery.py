@@ -158,6 +158,51 @@ def test_operators_of_inputs_in_any_layout(case):
             torch.library.opcheck(op, (x, *arguments), test_utils=tests)
 
 
+def test_exported_with_any_number_of_rows(case):
+    block = Block(make(case))
+    rows = torch.export.Dim("rows", min=2, max=512)
+    with torch.no_grad():
+        exported = torch.export.export(block, (batch(3, K),), dynamic_shapes=({0: rows},))
+        for m in ROWS:
+            assert torch.equal(exported.module()(batch(m, K)), block(batch(m, K)))
+
+
+def test_called_with_other_tensors(case):
+    layer, x = make(case), batch(3, K)
+    before = layer(x)
+    out = torch.func.functional_call(layer, {"bias": torch.zeros_like(layer.bias)}, (x,))
+    bias = layer.bias.clone()
+    layer.bias = torch.zeros_like(bias)
+    assert torch.equal(layer(x), out)
+    assert not torch.equal(before, out)
+    layer.bias = bias
+    assert torch.equal(layer(x), before)
+    with pytest.raises(ValueError, match="bias must have shape"):
+        torch.func.functional_call(layer, {"bias": bias[:-1]}, (x,))
+
+
+def test_a_gradient_by_a_transform_and_many_by_vmap(case):
+    layer = make(case)
+    x, y = batch(3, K), batch(3, K).requires_grad_()
+    gradient = torch.func.grad(lambda x: layer(x).float().square().sum())(x)
+    layer(y).float().square().sum().backward()
+    assert torch.equal(gradient, y.grad)
+    xs = batch(4, 3, K)
+    assert torch.equal(torch.vmap(layer)(xs), torch.stack([layer(x) for x in xs]))
+
+
+def test_hooks_see_every_class(case):
+    layer, x = make(case), batch(3, K).requires_grad_()
+    expected, seen = layer(x).detach(), []
+    layer.register_forward_pre_hook(lambda m, args: seen.append(args[0].shape))
+    layer.register_forward_hook(lambda m, args, out: seen.append(out.shape))
+    layer.register_full_backward_hook(lambda m, gin, gout: seen.append((gin[0].shape, gout[0].shape)))
+    out = layer(x)
+    out.sum().backward()
+    assert torch.equal(out, expected)
+    assert seen == [(3, K), (3, 192), ((3, K), (3, 192))]
+
+
 def test_checkpointing_under_autocast(case):
     block = Block(make(case)).float()
     grads = []

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import packed_forms
 import pytest
 import torch
 
@@ -131,26 +132,46 @@ def problem(layer, dtype):
     return (*layer.engine().problem, ops.DTYPE_NAMES[dtype])
 
 
+def try_every_candidate(layer, dtype, rows):
+    """How many products that were."""
+    oracle, tried = Oracle(layer), 0
+    for m in rows:
+        x = torch.randn(m, layer.in_features, device="cuda").to(dtype)
+        for candidate in _qlinear.candidates(0, *problem(layer, dtype), m):
+            _qlinear.set_choice(0, *problem(layer, dtype), m, *candidate)
+            out = layer(x)
+            try:
+                oracle.check(x, out)
+            except AssertionError as error:
+                raise AssertionError(f"{candidate} of {layer}, M {m}: {error}") from None
+            assert torch.equal(out, layer(x)), candidate
+            tried += 1
+        _qlinear.set_choice(0, *problem(layer, dtype), m, None, 0)
+    return tried
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_candidate(form, dtype):
-    tried = 0
-    for N, K in ((272, 1152), (72, 320), (1000, 1088)):
-        N, K = fitting(form, N, K)
-        layer = form[0](N, K)
-        oracle = Oracle(layer)
-        for m in (1, 3, 8, 9, 16, 17, 40, 65, 130):
-            x = torch.randn(m, K, device="cuda").to(dtype)
-            for candidate in _qlinear.candidates(0, *problem(layer, dtype), m):
-                _qlinear.set_choice(0, *problem(layer, dtype), m, *candidate)
-                out = layer(x)
-                try:
-                    oracle.check(x, out)
-                except AssertionError as error:
-                    raise AssertionError(f"{candidate} at N {N}, K {K}, M {m}: {error}") from None
-                assert torch.equal(out, layer(x)), candidate
-                tried += 1
-            _qlinear.set_choice(0, *problem(layer, dtype), m, None, 0)
-    assert tried >= 27
+    sizes = [fitting(form, N, K) for N, K in ((272, 1152), (72, 320), (1000, 1088))]
+    assert sum(try_every_candidate(form[0](N, K), dtype, packed_forms.ROWS) for N, K in sizes) >= 27
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_kernel_of_integers(bits, dtype):
+    torch.manual_seed(bits)
+    for _, size, scales in (one for one in packed_forms.GPTQ if one[0] == bits):
+        # 32 outputs have whole words of zeros in every number of bits.
+        layer = gptq(bits, size, getattr(torch, scales))(packed_forms.N // 32 * 32, packed_forms.K)
+        try_every_candidate(layer, dtype, packed_forms.ROWS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_kernel_of_tables(dtype):
+    torch.manual_seed(4)
+    for size, nested in packed_forms.FOURBIT:
+        layer = fourbit("nf4", size, nested)(packed_forms.N, packed_forms.K // size * size)
+        try_every_candidate(layer, dtype, packed_forms.ROWS)
 
 
 @pytest.mark.parametrize("name", ["gptq4-g128", "eetq", "nf4"])
@@ -264,11 +285,12 @@ def test_more_than_two_to_the_31_elements():
     layer = gptq(2, 128)(70000, 32768)
     assert layer.in_features * layer.out_features > 2**31
     rows = torch.tensor([0, 1, 35001, 65534, 69999], device="cuda")
-    x = torch.randn(3, 32768, device="cuda").half()
     weight = layer.dequantize(torch.float16)[rows].double()
-    reference = x.double() @ weight.T + layer.bias.double()[rows]
-    bound = 2.0**-9 * (x.double().abs() @ weight.abs().T + reference.abs())
-    assert ((layer(x)[:, rows].double() - reference).abs() <= bound).all()
+    for m in (3, 40, 300):
+        x = torch.randn(m, 32768, device="cuda").half()
+        reference = x.double() @ weight.T + layer.bias.double()[rows]
+        bound = 2.0**-9 * (x.double().abs() @ weight.abs().T + reference.abs())
+        assert ((layer(x)[:, rows].double() - reference).abs() <= bound).all()
     layer = gptq(4, 128)(32768, 256)
     x = torch.randn(70000, 256, device="cuda").half()
     out = layer(x)

@@ -1,6 +1,7 @@
 """FP8 and LLM.int8() on a GPU: products against float64 on what a plain emulation makes of the activations, codes and
 scales against the CPU's bits, numbers that are no numbers, outliers of every count, graphs."""
 
+import copy
 import math
 import os
 import subprocess
@@ -23,7 +24,27 @@ ROWS = (1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 64, 130, 257)
 SIZES = ((1024, 256), (528, 1001), (128, 48), (4096, 136), (2064, 72))
 # Rows of the weight that do not begin at multiples of 16 bytes are left to the base kernels.
 ODD_SIZES = ((100, 33), (1, 5), (17, 130), (1030, 64))
-KINDS = ("int8", "int8-0", "token", "tensor", "static", "group", "blocks-token", "blocks-tensor", "group-channel")
+KINDS = (
+    "int8",
+    "int8-0",
+    "token",
+    "tensor",
+    "static",
+    "group",
+    "blocks-token",
+    "blocks-tensor",
+    "group-channel",
+    "scalar-token",
+)
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """Memory that torch gives out is full of NaN: an output or a part of scratch that nobody wrote would show."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1000, device="cuda").isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def make(kind, K, N, bias=None, seed=0, **options):
@@ -37,7 +58,14 @@ def make(kind, K, N, bias=None, seed=0, **options):
     blocks = torch.rand(-(-N // 128), -(-K // 128), **random) * 0.01 + 0.001
     channels = torch.rand(N, 1, **random) * 0.01 + 0.001
     scale = blocks if kind in ("group", "blocks-token", "blocks-tensor") else channels
-    activation = {"blocks-token": "token", "blocks-tensor": "tensor", "group-channel": "group"}.get(kind, kind)
+    if kind == "scalar-token":
+        scale = channels[:1, 0]
+    activation = {
+        "blocks-token": "token",
+        "blocks-tensor": "tensor",
+        "group-channel": "group",
+        "scalar-token": "token",
+    }.get(kind, kind)
     given = torch.tensor([0.02], device="cuda") if kind == "static" else None
     return qlinear.Fp8Linear(weight, bias, scale, given, activation=activation, **options)
 
@@ -86,6 +114,8 @@ def dense(layer, kind):
         return layer.weight.double() * layer.SCB.double()[:, None] / 127
     N, K = layer.weight.shape
     scale = layer.weight_scale.double()
+    if scale.numel() == 1:
+        return layer.weight.double() * scale
     if scale.shape != (N, 1):
         scale = scale.repeat_interleave(128, 0)[:N].repeat_interleave(128, 1)[:, :K]
     return layer.weight.double() * scale
@@ -133,6 +163,16 @@ def test_products(kind, size):
         out = layer(x)
         check(layer, kind, x, out)
         assert torch.equal(out, layer(x))
+
+
+@pytest.mark.parametrize("kind", ["int8", "token", "group"])
+def test_any_number_of_rows(kind):
+    K, N = 2064, 264
+    layer = make(kind, K, N)
+    assert layer(torch.empty(0, K, device="cuda").half()).shape == (0, N)
+    for M in range(1, 301):
+        x = activations(M, K, DTYPES[M % 2])
+        check(layer, kind, x, layer(x))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -272,6 +312,87 @@ def test_nan_in_the_weight(M):
     assert not out[:, 14:].isnan().any()
 
 
+# What a number of each operand is made: of weights in e4m3 a NaN, 0, the least, the largest.
+NO_NUMBERS = (math.nan, math.inf, -math.inf, 0.0, 1e-40, -1e-40, 3e38)
+CODES = {"weight": (0x7F, 0xFF, 0x00, 0x01, 0x7E), "codes": (-128, 0, 127)}
+OPERANDS = [
+    *((kind, name) for kind in ("int8", "int8-0") for name in ("codes", "SCB", "bias")),
+    *((kind, name) for kind in ("token", "tensor", "static", "group") for name in ("weight", "weight_scale", "bias")),
+    ("static", "input_scale"),
+]
+
+
+@pytest.mark.parametrize(("kind", "operand"), OPERANDS, ids=lambda value: value)
+@pytest.mark.parametrize("M", [1, 5, 9, 60])
+def test_what_is_no_number_in_any_operand(kind, operand, M):
+    """What is not finite is so where the CPU has it, all other elements are within the bound."""
+    K, N = 512, 264
+    for value in CODES.get(operand, NO_NUMBERS):
+        for dtype in (torch.float32, torch.bfloat16):
+            layer = make(kind, K, N, torch.randn(N, device="cuda"))
+            tensor = getattr(layer, "weight" if operand == "codes" else operand)
+            if operand in CODES:
+                tensor.view(torch.uint8 if operand == "weight" else torch.int8)[13, 100] = value
+            else:
+                tensor.view(-1)[tensor.numel() // 2] = value
+            if operand == "input_scale":
+                layer.input_scale = tensor.clone()  # a GPU's layer reads its value once
+            x = activations(M, K, dtype)
+            x[0, 100] = 1.5
+            out, expected = layer(x), copy.deepcopy(layer).cpu()(x.cpu()).cuda()
+            finite = out.isfinite()
+            assert torch.equal(finite, expected.isfinite()), value
+            seen = quantize_int8(x, layer.threshold) if kind.startswith("int8") else quantize_fp8(x, layer, kind)
+            W = dense(layer, kind).nan_to_num(0, 0, 0)
+            bound = 2 * (K + 8) * 2.0**-24 * (seen.abs() @ W.abs().t()) + 2.0**-24
+            if not kind.startswith("int8") and M > 8:
+                bound += cores_error(seen, W, expected.double(), sums_of(kind, K))
+            bound += 2 * UNIT[dtype] * expected.double().abs()
+            assert ((out.double() - expected.double()).abs() <= bound)[finite].all(), value
+
+
+def test_weights_of_rows_and_blocks_that_are_zero():
+    K, N = 1024, 264
+    for kind in ("int8", "token", "group"):
+        layer = make(kind, K, N)
+        layer.weight.view(torch.uint8)[40:56] = 0
+        layer.weight.view(torch.uint8)[128:256, 256:384] = 0
+        for M in (1, 8, 16, 70):
+            x = activations(M, K, torch.float16)
+            x[0] = 0
+            x[-1, 128:256] = 0
+            out = layer(x)
+            assert (out[:, 40:56] == 0).all()
+            assert (out[0] == 0).all()
+            check(layer, kind, x, out)
+            assert (layer(torch.zeros_like(x)) == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", ["int8-0", "token", "tensor", "group", "blocks-token"])
+def test_activations_in_their_own_range(kind, dtype):
+    """A power of two changes nothing but the exponent, far beyond fp16's range."""
+    K, N = 1024, 200
+    layer = make(kind, K, N)
+    powers = (90,) if kind.endswith("token") else (90, -60)  # tokens have a least scale
+    for M in (1, 8, 16, 70):
+        x = activations(M, K, dtype)
+        expected = layer(x)
+        for power in powers:
+            assert torch.equal(layer(x * 2.0**power), expected * 2.0**power), (M, power)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_outliers_in_their_own_range(dtype):
+    layer = make("int8", 1024, 200)
+    for M in (1, 8, 16, 70):
+        x = activations(M, 1024, dtype)
+        x[:, 77] *= 2.0**60
+        check(layer, "int8", x, layer(x))
+        x *= 2.0**20
+        check(layer, "int8", x, layer(x))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("count", [0, 1, 6, 100, 1500, 2048])
 def test_outliers_of_any_count(count, dtype):
@@ -307,18 +428,51 @@ def test_the_same_bits_in_any_memory_beside_other_streams(kind):
     K, N = 2048, 512
     layer = make(kind, K, N)
     streams = [torch.cuda.Stream() for _ in range(4)]
-    for M in (1, 8, 16, 100):
+    for M in (1, 8, 16, 33, 100, 300):
         x = activations(M, K, torch.bfloat16)
         expected = layer(x)
         torch.cuda.synchronize()
         outs = []
-        for turn in range(40):
+        for turn in range(100):
             poison = [torch.full((1 << 20,), fill, dtype=torch.uint8, device="cuda") for fill in (0xFF, turn, 0x7F)]
             del poison
             with torch.cuda.stream(streams[turn % 4]):
                 outs.append(layer(x))
         torch.cuda.synchronize()
         assert all(torch.equal(out, expected) for out in outs)
+
+
+def rows_of(layer, kind, start, stop):
+    """A layer of some rows of the weight, which begin and end with a block."""
+    weight = layer.weight[start:stop]
+    if kind == "int8":
+        tensors = {"weight": weight, "SCB": layer.SCB[start:stop]}
+        return qlinear.Linear8bitLt.from_tensors(tensors, None, threshold=layer.threshold)
+    step = 128 if kind == "group" else 1
+    scale = layer.weight_scale[start // step : stop // step]
+    return qlinear.Fp8Linear(weight, None, scale, None, activation=layer.activation)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["int8", "token", "group"])
+def test_more_than_two_to_the_31_elements(kind):
+    """In the weight, then in the output."""
+    free, _ = torch.cuda.mem_get_info()
+    if free < 60 << 30:
+        pytest.skip("needs 60 GiB of GPU memory")
+    K, N = 32768, 70016
+    layer = make(kind, K, N)
+    for M in (3, 12, 40, 300):
+        x = activations(M, K, torch.float16)
+        out = layer(x)
+        for start, stop in ((0, 128), (65408, 65664), (N - 512, N)):
+            check(rows_of(layer, kind, start, stop), kind, x, out[:, start:stop])
+    layer = make(kind, 256, 32768)
+    x = activations(70000, 256, torch.float16)
+    out = layer(x)
+    assert out.numel() > 2**31
+    for rows in (slice(0, 16), slice(65526, 65546), slice(69984, 70000)):
+        check(layer, kind, x[rows], out[rows])
 
 
 # ---- accuracy, gradients, the float weight ----

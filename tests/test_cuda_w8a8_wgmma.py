@@ -4,17 +4,21 @@ pairs and by the members of a cluster, against float64."""
 import pytest
 import torch
 from test_cuda_w8a8 import (  # noqa: F401
+    DTYPES,
     KINDS,
     UNIT,
     activations,
+    check,
     cores_error,
     dense,
     make,
+    poison,
     pytestmark,
     quantize_fp8,
     quantize_int8,
     sums_of,
 )
+from w8a8_shapes import SHARED, WHOLE
 
 # (K, N): few tiles and much K, as many as multiprocessors and a little more, some waves, ragged everywhere.
 SIZES = ((14336, 512), (4096, 6144), (1024, 17000), (528, 40001), (8192, 2568))
@@ -42,6 +46,17 @@ def test_many_rows(kind, size):
             bound += cores_error(seen, W, reference, sums_of(kind, K))
         wrong = ~((out.double() - reference).abs() <= bound)
         assert not wrong.any(), f"{M} rows: {int(wrong.sum())} of {wrong.numel()}, first {wrong.nonzero()[0].tolist()}"
+        assert torch.equal(out, layer(x))
+
+
+@pytest.mark.parametrize("shape", WHOLE + SHARED, ids=str)
+def test_every_kernel(kind, shape):
+    K, N, M = shape
+    layer = make(kind, K, N, torch.randn(N, device="cuda").half())
+    for dtype in DTYPES:
+        x = activations(M, K, dtype)
+        out = layer(x)
+        check(layer, kind, x, out)
         assert torch.equal(out, layer(x))
 
 

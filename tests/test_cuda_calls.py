@@ -309,17 +309,17 @@ def test_whatever_lay_in_the_outputs_memory_before(case, M):
 
 
 def host_times(*functions, calls=200, rounds=20):
-    """Seconds a call of each, the least of rounds that take turns; the GPU is idle when a round begins and not waited
-    for within."""
+    """Seconds a call of each, of this thread, so that others count for little: the least of rounds that take turns. The
+    GPU is idle when a round begins and not waited for within."""
     times = [[] for _ in functions]
     for _ in range(rounds):
         for function, own in zip(functions, times, strict=True):
             function()
             torch.cuda.synchronize()
-            start = time.perf_counter()
+            start = time.thread_time()
             for _ in range(calls):
                 function()
-            own.append((time.perf_counter() - start) / calls)
+            own.append((time.thread_time() - start) / calls)
     return [min(own) for own in times]
 
 

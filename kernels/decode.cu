@@ -424,8 +424,8 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
 #else
     const bool roomy = false;
 #endif
-    const bool ahead = groups < 2 || (groups < 8 ? tokens != 16 || type == QL_VALUE_F16
-                                                 : code != QL_CODE_INT2 && (tokens == 4 || (tokens == 8 && roomy)));
+    const bool ahead =
+        groups < 2 || (groups < 8 ? tokens != 16 || type == QL_VALUE_F16 : tokens == 4 && code != QL_CODE_INT2);
     /* Few rows of x are there so soon that warps do better to start together, next to each other in memory; of many a warp
      * waits for the columns that it wants. */
     const bool shared_start = tokens == 4;
@@ -505,12 +505,9 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     /* The warp's sums of x; the lane's tokens in them. */
     int sums = p->sums_at + (groups ? (team * p->block_batches + own) * groups : warp) * tokens * 4;
     sums += lane % 4 * 8;
-    /* The first batch's while its codes are on their way; of 16 tokens all, as the loop wants its registers. */
-    const int sums_ahead = code == QL_CODE_TABLE4 || strip >= p->strips ? 0 : tokens == 16 ? count : min(count, 1);
-#pragma unroll 1
-    for (int i = 0; i < sums_ahead; i++)
-        sum_x(p, code, type, tokens, groups, i == 0, lane, x_at + (uint32_t)(i * batch_k * 2),
-              sums + i * groups * tokens * 4);
+    /* The first batch's while its codes are on their way, but where registers are few. */
+    const bool sums_ahead = code != QL_CODE_TABLE4 && tokens != 16;
+    if (sums_ahead && strip < p->strips && count > 0) sum_x(p, code, type, tokens, groups, true, lane, x_at, sums);
     int partials = p->partials_at;
     if (p->cluster_shift) wait_cluster();
     int begin = 0; /* the first round whose sums are held */
@@ -521,6 +518,9 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
             if (!groups) load_row_zeros(row_zero, p, code, type, strip * 16 + g);
 #pragma unroll 1
             for (int to_go = count; to_go > 0; to_go--) {
+                if (code != QL_CODE_TABLE4 && round == 0 && !(sums_ahead && to_go == count))
+                    sum_x(p, code, type, tokens, groups, to_go == count, thread_anew() % 32,
+                          x_at + (uint32_t)((count - to_go) * batch_k * 2), sums);
                 const bool last = to_go == 1;
                 const int next_strip = last ? strip + p->hop : strip, next = last ? first : first + count - to_go + 1;
                 have = next_strip >= p->strips ? 0 : to_go == 2 || (last && count == 1) ? tail : tiles;
@@ -566,10 +566,6 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                 if (!ahead) entry += (to_go == 1 ? p->hop * p->pairs - (count - 1) * pairs : pairs) * 32;
                 x.row += (uint32_t)(batch_k * 2);
                 sums += groups * tokens * 4;
-                /* In the first round the next batch's sums of x, as its codes are on their way. */
-                if (code != QL_CODE_TABLE4 && tokens != 16 && round == 0 && !last)
-                    sum_x(p, code, type, tokens, groups, false, thread_anew() % 32,
-                          x_at + (uint32_t)((count - to_go + 1) * batch_k * 2), sums);
             }
             x.row -= (uint32_t)(count * batch_k * 2);
             sums -= count * groups * tokens * 4;

@@ -19,4 +19,21 @@ static __device__ __forceinline__ uint32_t half2_of_e4m3(uint32_t two) {
 #endif
 }
 
+/* The four codes of a word, the first two in pair[0]: without the shift that two words of two would take. */
+static __device__ __forceinline__ void halves_of_e4m3(uint32_t pair[2], uint32_t four) {
+#if __CUDA_ARCH__ >= 890
+    asm("{\n"
+        ".reg .b16 low, high;\n"
+        "mov.b32 {low, high}, %2;\n"
+        "cvt.rn.f16x2.e4m3x2 %0, low;\n"
+        "cvt.rn.f16x2.e4m3x2 %1, high;\n"
+        "}"
+        : "=r"(pair[0]), "=r"(pair[1])
+        : "r"(four));
+#else
+    pair[0] = half2_of_e4m3(four & 0xffffu);
+    pair[1] = half2_of_e4m3(four >> 16);
+#endif
+}
+
 #endif

@@ -13,16 +13,26 @@ typedef struct __align__(16) ql_encoder {
     int exact;    /* e4m3: the quotient is divided for; int8: every code is 0 */
 } ql_encoder;
 
+/* Rare, and long. */
+static __device__ __noinline__ float exact_quotient(float x, float scale) { return __fdiv_rn(x, scale); }
+
+/* a / 448 to nearest, where it is not negative: of every significand a product and what it lacks give that. */
+static __device__ __forceinline__ float over_448(float a) {
+    if (!(a > 0x1p-100f && a < 0x1p100f)) return exact_quotient(a, 448.0f);
+    const float quotient = __fmul_rn(a, 1.0f / 448.0f);
+    return __fmaf_rn(__fmaf_rn(-quotient, 448.0f, a), 1.0f / 448.0f, quotient);
+}
+
 static __device__ __forceinline__ float token_scale(uint32_t most, float upper_bound, float least) {
-    float absmax = __uint_as_float(most);
-    float scale = __fdiv_rn(absmax > upper_bound ? upper_bound : absmax, 448.0f);
+    const float absmax = __uint_as_float(most);
+    const float scale = over_448(absmax > upper_bound ? upper_bound : absmax);
     return scale < least ? least : scale;
 }
 
 /* Of a unit with this scale and largest magnitude (0 where nobody asked); static and tensor scales multiply by the
  * reciprocal, where it is finite. */
 static __device__ __forceinline__ ql_encoder e4m3_encoder(float scale, uint32_t most, bool reciprocal) {
-    ql_encoder e = {scale, __fdiv_rn(1.0f, scale), false, false};
+    ql_encoder e = {scale, __frcp_rn(scale), false, false};
     if (scale == 0.0f) e.factor = 0.0f;
     e.quotient = scale != 0.0f && !(reciprocal && fabsf(e.factor) < __uint_as_float(INFINITY_BITS));
     e.exact = most >= INFINITY_BITS || !(fabsf(scale) > 0x1p-60f && fabsf(scale) < 0x1p60f);
@@ -34,29 +44,42 @@ static __device__ __forceinline__ ql_encoder int8_encoder(uint32_t most) {
     return (ql_encoder){__fdiv_rn(127.0f, __fmul_rn(absmax, lift)), lift, false, most == 0 || most >= INFINITY_BITS};
 }
 
-/* Rare, and long. */
-static __device__ __noinline__ float exact_quotient(float x, float scale) { return __fdiv_rn(x, scale); }
-
-/* x / scale to nearest: what a product with the reciprocal lacks is put right twice, by the remainder, which fma has
- * exactly, where scale and x are in the range in which that holds. */
+/* x / scale to the side of every bound between codes that the quotient to nearest is on, or on it: a product with the
+ * reciprocal, and what it lacks by the remainder, which fma has exactly. Bounds have five bits, so only a scale that is a
+ * few units in its last place from x / bound could be met wrongly: none is, of all of these. */
 static __device__ __forceinline__ float e4m3_quotient(float x, const ql_encoder *e) {
-    float quotient = __fmul_rn(x, e->factor);
-    quotient = __fmaf_rn(__fmaf_rn(-quotient, e->scale, x), e->factor, quotient);
+    const float quotient = __fmul_rn(x, e->factor);
     return __fmaf_rn(__fmaf_rn(-quotient, e->scale, x), e->factor, quotient);
 }
 
-/* Eight codes as bytes, the first lowest. */
-static __device__ __forceinline__ uint2 e4m3_run(const float *run, const ql_encoder *e) {
+static __device__ __forceinline__ uint2 e4m3_of_values(const float *value) {
     uint32_t pair[4];
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        float a = run[2 * i], b = run[2 * i + 1];
-        float2 values = e->quotient ? make_float2(e4m3_quotient(a, e), e4m3_quotient(b, e))
-                                    : make_float2(__fmul_rn(a, e->factor), __fmul_rn(b, e->factor));
-        if (e->quotient && e->exact) values = make_float2(exact_quotient(a, e->scale), exact_quotient(b, e->scale));
-        pair[i] = __nv_cvt_float2_to_fp8x2(values, __NV_SATFINITE, __NV_E4M3);
-    }
+    for (int i = 0; i < 4; i++)
+        pair[i] = __nv_cvt_float2_to_fp8x2(make_float2(value[2 * i], value[2 * i + 1]), __NV_SATFINITE, __NV_E4M3);
     return make_uint2(pair[0] | pair[1] << 16, pair[2] | pair[3] << 16);
+}
+
+/* Eight codes as bytes, the first lowest, where the encoder is not exact. */
+static __device__ __forceinline__ uint2 e4m3_quick_run(const float *run, const ql_encoder *e) {
+    float value[QL_RUN];
+    if (e->quotient) {
+#pragma unroll
+        for (int i = 0; i < QL_RUN; i++) value[i] = e4m3_quotient(run[i], e);
+    } else {
+#pragma unroll
+        for (int i = 0; i < QL_RUN; i++) value[i] = __fmul_rn(run[i], e->factor);
+    }
+    return e4m3_of_values(value);
+}
+
+/* The same of any encoder. */
+static __device__ __forceinline__ uint2 e4m3_run(const float *run, const ql_encoder *e) {
+    if (!e->quotient || !e->exact) return e4m3_quick_run(run, e);
+    float value[QL_RUN];
+#pragma unroll
+    for (int i = 0; i < QL_RUN; i++) value[i] = exact_quotient(run[i], e->scale);
+    return e4m3_of_values(value);
 }
 
 /* Adding 1.5 * 2^23 leaves the sum's last place at 1: the addition itself rounds half to even. Values whose bit of `marked`

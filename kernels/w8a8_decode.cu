@@ -3,9 +3,9 @@
  *
  * Each warp has a ring of slots in shared memory, 16 rows by 128 columns, which it fills by cp.async in whole lines of the
  * cache and empties itself: no barrier is between. The ring is as deep as the memory allows, so that the weight is on its way
- * while the activations are quantized. Those lie in shared memory as codes. Where they are few each block quantizes them
- * itself, else ql_w8a8_quantize has done it. The warps of a team split K and meet once a strip, where their sums are added in
- * shared memory, in order, so that the same call gives the same bits.
+ * while the activations are quantized. Those lie in shared memory as codes. The kernels of up to 8 tokens quantize them
+ * themselves, each block all of them (w8a8_own.cuh); for those of 16 another kernel has done it. The warps of a team split K
+ * and meet once a strip, where their sums are added in shared memory, in order, so that the same call gives the same bits.
  *
  * e4m3 becomes fp16 exactly and is summed in fp32, int8 is summed in int32. Columns of outliers are multiplied in fp16 or
  * bf16 from the original activations, with the weight that is at hand already; fp32 is the sum of three bf16.
@@ -14,8 +14,8 @@
 #include "cluster.cuh"
 #include "ptx.cuh"
 #include "variants.h"
+#include "w8a8_own.cuh"
 #include "w8a8_pieces.cuh"
-#include "w8a8_stage.cuh"
 
 enum { STRIP = QL_W8A8_STRIP, SLOT = QL_W8A8_SLOT };
 
@@ -60,56 +60,61 @@ static __device__ __forceinline__ void load_slot_scales(const ql_ahead *ahead, c
     if (lane < STRIP) cp_async_4(to + lane * 4, ahead->scale + min(group, last) * p->w_group_stride, 4);
 }
 
-/* Scale and bias of the outputs of a block, of which memory would have to serve all slots in flight first if they were asked
- * for where they are needed. [strip of the block][16] each; a team's strips follow each other. */
-enum { HELD_OUTPUTS = 2 };
-typedef struct ql_held_outputs {
-    float scale[HELD_OUTPUTS], bias[HELD_OUTPUTS];
-} ql_held_outputs;
+/* Scales and biases of the outputs of a block, of which memory would have to serve all slots in flight first if they were
+ * asked for where they are needed. [round, team, 16] each, so that strips follow each other. */
+static __device__ __forceinline__ float *outputs_of(const ql_w8a8_decode_params *p) {
+    return (float *)(shared + p->outputs_at);
+}
+
+static __device__ __forceinline__ int output_row(const ql_w8a8_decode_params *p, int at) {
+    return (((int)blockIdx.x >> p->cluster_shift) + at / STRIP * p->blocks) * STRIP + at % STRIP;
+}
+
+/* They come with the slot that is asked for next: before the loop, or while it waits for nothing but the first. */
+static __device__ __forceinline__ void load_row_scales(const ql_w8a8_decode_params *p) {
+    const ql_w8a8_params *w = &p->product;
+    for (int at = (int)threadIdx.x; at < p->outputs; at += (int)blockDim.x) {
+        const int row = min(output_row(p, at), (int)w->n - 1), place = w->w_rows == 1 ? row : row / (int)w->w_rows;
+        cp_async_4(shared_address(outputs_of(p) + at), w->w_scales + place * w->w_row_stride, 4);
+    }
+}
+
+enum { HELD_BIASES = 2 };
+typedef struct ql_held_biases {
+    float bias[HELD_BIASES];
+} ql_held_biases;
 
 static __device__ __forceinline__ float bias_at(const ql_w8a8_params *p, int64_t row) {
     return p->bias && row < p->n ? load_value(p->bias, p->bias_type, row * p->bias_stride) : 0.0f;
 }
 
-static __device__ __forceinline__ void load_output(float *scale, float *bias, const ql_w8a8_decode_params *p,
-                                                   bool groups, int at) {
-    const ql_w8a8_params *w = &p->product;
-    const int team = at / (p->rounds * STRIP), round = at / STRIP - team * p->rounds;
-    const int row =
-        (((int)blockIdx.x >> p->cluster_shift) + team * p->blocks + round * p->blocks * p->teams) * STRIP + at % STRIP;
-    *scale = !groups && row < (int)w->n ? w->w_scales[row / (int)w->w_rows * w->w_row_stride] : 0.0f;
-    *bias = bias_at(w, row);
-}
-
-static __device__ __forceinline__ float *outputs_of(const ql_w8a8_decode_params *p) {
-    return (float *)(shared + p->outputs_at);
-}
-
-static __device__ __forceinline__ void hold_outputs(ql_held_outputs *held, const ql_w8a8_decode_params *p,
-                                                    bool groups) {
+static __device__ __forceinline__ void hold_biases(ql_held_biases *held, const ql_w8a8_decode_params *p) {
+    if (!p->product.bias) return;
 #pragma unroll
-    for (int i = 0; i < HELD_OUTPUTS; i++) {
+    for (int i = 0; i < HELD_BIASES; i++) {
         const int at = i * (int)blockDim.x + (int)threadIdx.x;
-        if (at < p->outputs) load_output(&held->scale[i], &held->bias[i], p, groups, at);
+        if (at < p->outputs) held->bias[i] = bias_at(&p->product, output_row(p, at));
     }
 }
 
-static __device__ __forceinline__ void store_outputs(const ql_held_outputs *held, const ql_w8a8_decode_params *p,
-                                                     bool groups) {
+static __device__ __forceinline__ void store_biases(const ql_held_biases *held, const ql_w8a8_decode_params *p) {
+    if (!p->product.bias) return;
+    float *to = outputs_of(p) + p->outputs;
 #pragma unroll
-    for (int i = 0; i < HELD_OUTPUTS; i++) {
+    for (int i = 0; i < HELD_BIASES; i++) {
         const int at = i * (int)blockDim.x + (int)threadIdx.x;
-        if (at >= p->outputs) continue;
-        outputs_of(p)[at] = held->scale[i];
-        outputs_of(p)[p->outputs + at] = held->bias[i];
+        if (at < p->outputs) to[at] = held->bias[i];
     }
-    for (int at = HELD_OUTPUTS * (int)blockDim.x + (int)threadIdx.x; at < p->outputs; at += (int)blockDim.x)
-        load_output(&outputs_of(p)[at], &outputs_of(p)[p->outputs + at], p, groups, at);
+    for (int at = HELD_BIASES * (int)blockDim.x + (int)threadIdx.x; at < p->outputs; at += (int)blockDim.x)
+        to[at] = bias_at(&p->product, output_row(p, at));
 }
 
 /* ---- products ---- */
 
-/* sum += 16 rows by 8 tokens over 64 columns. */
+/* Sums of a warp's products that do not wait for each other: sum[chain * tiles + tile]. */
+enum { CHAINED = 4 };
+
+/* sums += 16 rows by 8 tokens over 64 columns. */
 static __device__ __forceinline__ void multiply_e4m3(float (*sum)[4], const uint4 w[2], const uint4 *x, int tiles) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -117,10 +122,21 @@ static __device__ __forceinline__ void multiply_e4m3(float (*sum)[4], const uint
         operand_of_e4m3(a, word_of(w[0], i), word_of(w[1], i));
 #pragma unroll
         for (int tile = 0; tile < tiles; tile++) {
-            const uint32_t codes = word_of(x[tile], i),
-                           b[2] = {half2_of_e4m3(codes & 0xffffu), half2_of_e4m3(codes >> 16)};
-            multiply_16816(sum[tile], a, b, QL_VALUE_F16);
+            uint32_t b[2];
+            halves_of_e4m3(b, word_of(x[tile], i));
+            multiply_16816(sum[i * tiles % CHAINED + tile], a, b, QL_VALUE_F16);
         }
+    }
+}
+
+/* The same of 8 tokens, which are there as fp16. */
+static __device__ __forceinline__ void multiply_halves(float (*sum)[4], const uint4 w[2], const uint4 x[2]) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        uint32_t a[4];
+        operand_of_e4m3(a, word_of(w[0], i), word_of(w[1], i));
+        const uint32_t b[2] = {word_of(x[i / 2], i % 2 * 2), word_of(x[i / 2], i % 2 * 2 + 1)};
+        multiply_16816(sum[i], a, b, QL_VALUE_F16);
     }
 }
 
@@ -131,9 +147,19 @@ static __device__ __forceinline__ void multiply_int8(int32_t (*sum)[4], const ui
 #pragma unroll
         for (int tile = 0; tile < tiles; tile++) {
             const uint32_t b[2] = {word_of(x[tile], i), word_of(x[tile], i + 1)};
-            multiply_16832_int8(sum[tile], a, b);
+            multiply_16832_int8(sum[i / 2 * tiles + tile], a, b);
         }
     }
+}
+
+/* Leaves the sums of all chains in the first. */
+static __device__ __forceinline__ void add_chains(float (*sum)[4], int tiles) {
+#pragma unroll
+    for (int at = CHAINED / 2; at >= tiles; at /= 2)
+#pragma unroll
+        for (int i = 0; i < at; i++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) sum[i][j] += sum[i + at][j];
 }
 
 /* ---- outliers ---- */
@@ -210,19 +236,20 @@ static __device__ __forceinline__ uint32_t bytes_of_bits(uint32_t four) {
 
 /* ---- a strip ---- */
 
-/* What a warp has of a strip: sums over its columns, by tile of 8 tokens. */
+/* What a warp has of a strip: sums over its columns, by chain and tile of 8 tokens. */
 typedef struct ql_w8a8_sums {
-    float sum[2][4];
-    int32_t whole[2][4];  /* int8 */
-    float outliers[2][4]; /* int8 */
+    float sum[CHAINED][4];
+    int32_t whole[CHAINED][4]; /* int8 */
+    float outliers[2][4];      /* int8 */
 } ql_w8a8_sums;
 
 static __device__ __forceinline__ void store_sums(const ql_w8a8_decode_params *p, int at, const uint32_t *sum, int tile,
                                                   int lane) {
     uint32_t *to = (uint32_t *)(shared + p->sums_at) + at + tile * 8 * QL_W8A8_SUMS_PITCH + lane / 4;
-    const int token = lane % 4 * 2;
+    const int token = lane % 4 * 2, left = (int)p->product.m - tile * 8 - token;
 #pragma unroll
-    for (int i = 0; i < 4; i++) to[(token + i % 2) * QL_W8A8_SUMS_PITCH + i / 2 * 8] = sum[i];
+    for (int i = 0; i < 4; i++)
+        if (i % 2 < left) to[(token + i % 2) * QL_W8A8_SUMS_PITCH + i / 2 * 8] = sum[i];
 }
 
 /* Where block `rank` keeps the part of `from` of an output of a round of its own. */
@@ -239,11 +266,12 @@ static __device__ __forceinline__ void store_output(const ql_w8a8_params *p, int
 static __device__ __forceinline__ float output_of(const ql_w8a8_decode_params *p, int code, bool groups, int tokens,
                                                   int at, int token, float row_scale, bool has_outliers) {
     const uint32_t *from = (const uint32_t *)(shared + p->sums_at) + at + token * QL_W8A8_SUMS_PITCH;
-    const int step = tokens * QL_W8A8_SUMS_PITCH, other = p->teams * p->warps * QL_W8A8_SUMS_BUFFERS(tokens) * step;
+    const int step = (int)p->product.m * QL_W8A8_SUMS_PITCH,
+              other = p->teams * p->warps * QL_W8A8_SUMS_BUFFERS(tokens) * step;
     if (code == QL_W8A8_INT8) {
         int64_t whole = 0;
         float sum = 0.0f;
-#pragma unroll 4
+#pragma unroll 8
         for (int warp = 0; warp < p->warps; warp++) whole += (int32_t)from[warp * step];
         if (has_outliers)
 #pragma unroll 4
@@ -252,7 +280,7 @@ static __device__ __forceinline__ float output_of(const ql_w8a8_decode_params *p
         return (float)whole * (1.0f / 127.0f) * scale * scales_of(p)[token] + sum * scale;
     }
     float sum = 0.0f;
-#pragma unroll 4
+#pragma unroll 8
     for (int warp = 0; warp < p->warps; warp++) sum += __uint_as_float(from[warp * step]);
     return groups ? sum : sum * scales_of(p)[token] * row_scale;
 }
@@ -260,7 +288,11 @@ static __device__ __forceinline__ float output_of(const ql_w8a8_decode_params *p
 /* Until the oldest of the ring's slots is there: all but the others. Compared one by one, as a jump by a table waits for
  * memory at each slot. */
 static __device__ __forceinline__ void wait_for_slot(int slots) {
-    if (slots == 6)
+    if (slots == 8)
+        cp_async_wait(7);
+    else if (slots == 7)
+        cp_async_wait(6);
+    else if (slots == 6)
         cp_async_wait(5);
     else if (slots == 5)
         cp_async_wait(4);
@@ -268,8 +300,10 @@ static __device__ __forceinline__ void wait_for_slot(int slots) {
         cp_async_wait(3);
     else if (slots == 3)
         cp_async_wait(2);
-    else
+    else if (slots == 2)
         cp_async_wait(1);
+    else
+        cp_async_wait(0);
 }
 
 /* ---- the kernel ---- */
@@ -279,13 +313,20 @@ static __device__ __forceinline__ void multiply_slot(ql_w8a8_sums *s, const ql_w
                                                      bool groups, int tokens, const uint8_t *slot, const float *scales,
                                                      int col, int64_t first, bool has_outliers) {
     const int lane = (int)threadIdx.x % 32, tiles = tokens / 8, m = (int)p->product.m;
-    float part[2][4] = {0};
+    float part[CHAINED][4] = {0};
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const uint4 w[2] = {*(const uint4 *)(slot + piece_at(lane / 4, half * 4 + lane % 4)),
                             *(const uint4 *)(slot + piece_at(lane / 4 + 8, half * 4 + lane % 4))};
         const int own_col = col + half * 64 + lane % 4 * 16;
         uint4 x[2];
+        if (code == QL_W8A8_E4M3 && tokens == QL_W8A8_OWN_TOKENS) {
+            const uint4 *from = (const uint4 *)(shared + min(lane / 4, m - 1) * p->x_pitch + own_col * 2);
+            x[0] = from[0];
+            x[1] = from[1];
+            multiply_halves(groups ? part : s->sum, w, x);
+            continue;
+        }
 #pragma unroll
         for (int tile = 0; tile < tiles; tile++)
             x[tile] = *(const uint4 *)(shared + min(tile * 8 + lane / 4, m - 1) * p->x_pitch + own_col);
@@ -311,6 +352,7 @@ static __device__ __forceinline__ void multiply_slot(ql_w8a8_sums *s, const ql_w
     }
     if (!groups) return;
     const float low = scales[lane / 4], high = scales[lane / 4 + 8];
+    add_chains(part, tiles);
 #pragma unroll
     for (int tile = 0; tile < tiles; tile++) {
         const float2 by = *(const float2 *)(scales_of(p) + col / COLUMNS * tokens + tile * 8 + lane % 4 * 2);
@@ -336,11 +378,12 @@ static __device__ __forceinline__ void finish_cluster(const ql_w8a8_decode_param
 
 static __device__ __forceinline__ void product(const ql_w8a8_decode_params *p, int code, bool groups, int tokens) {
     const ql_w8a8_params *product = &p->product;
+    const bool own = tokens == QL_W8A8_OWN_TOKENS;
     const int tiles = tokens / 8, m = (int)product->m;
     const int lane = (int)threadIdx.x % 32, warp_of_block = (int)threadIdx.x / 32;
     const int team = warp_of_block * p->warp_team >> 16, warp = warp_of_block - team * p->warps;
     const int step = p->warps * COLUMNS, cluster = (int)blockIdx.x >> p->cluster_shift;
-    const int rank = p->cluster > 1 ? cluster_rank() : 0, hop = p->blocks * p->teams;
+    const int rank = !own && p->cluster > 1 ? cluster_rank() : 0, hop = p->blocks * p->teams;
     const int64_t first = (int64_t)rank * p->span;
     const int left = (int)min(product->k - first, (int64_t)p->span), load_col = warp * COLUMNS + lane % 8 * 16;
     const uint8_t *columns = product->codes + first;
@@ -369,52 +412,53 @@ static __device__ __forceinline__ void product(const ql_w8a8_decode_params *p, i
     } while (0)
     /* What is asked for first comes first: of the weight no more than keeps memory at work until the activations are
      * asked for. */
-#define LOAD_REST() _Pragma("unroll 1") for (int i = p->early; i < p->slots; i++) LOAD_AHEAD(i)
-#pragma unroll 1
-    for (int i = 0; i < p->early; i++) LOAD_AHEAD(i);
+#define LOAD_SLOTS(from, to) _Pragma("unroll 1") for (int i = (from); i < (to); i++) LOAD_AHEAD(i)
+    if (!own && !groups) load_row_scales(p);
+    LOAD_SLOTS(0, p->early);
     start_next_kernel();
-    if (p->own && !groups) {
-        clear_own(p, code);
-        __syncthreads();
-    }
     wait_for_previous_kernel();
-    ql_held held;
-    if (p->own)
+    ql_held_biases biases;
+    bool has_outliers = code == QL_W8A8_INT8 && product->outliers;
+    if (own) {
+        ql_own_values held;
         hold_values(&held, p);
-    else
-        hold_codes(&held, p, groups, tokens, first);
-    ql_held_outputs held_outputs;
-    hold_outputs(&held_outputs, p, groups);
-    /* Which outliers to ask for only the mask tells, so the rest of the ring waits for them. */
-    const bool asks_again = code == QL_W8A8_INT8 && product->outliers && !p->own;
-    if (!asks_again) LOAD_REST();
-    if (!p->own)
-        copy_activations(&held, p, groups, tokens, first);
-    else if (groups)
-        quantize_own_groups(&held, p, tokens);
-    else
-        quantize_own_rows(&held, p, code, tokens);
-    store_outputs(&held_outputs, p, groups);
-    __syncthreads();
-    bool has_outliers = false;
-    if (code == QL_W8A8_INT8 && product->outliers) {
-        const int chunks = place_outliers(p);
-        has_outliers = chunks > 0;
-        if (p->own)
-            keep_own_outliers(&held, p);
+        hold_biases(&biases, p);
+        if (!groups) load_row_scales(p);
+        LOAD_SLOTS(p->early, p->slots);
+        if (groups)
+            quantize_own_groups(&held, p, tokens);
         else
+            has_outliers &= quantize_own_rows(&held, p, code);
+        if (has_outliers) {
+            place_outliers(p);
+            keep_own_outliers(&held, p);
+        }
+    } else {
+        ql_held held;
+        hold_codes(&held, p, groups, tokens, first);
+        hold_biases(&biases, p);
+        /* Which outliers to ask for only the mask tells, so the rest of the ring waits for them. */
+        if (!has_outliers) LOAD_SLOTS(p->early, p->slots);
+        copy_activations(&held, p, groups, tokens, first);
+        if (has_outliers) {
+            __syncthreads();
+            const int chunks = place_outliers(p);
             keep_outliers(p, chunks, first);
-        if (asks_again) LOAD_REST();
-        __syncthreads();
+            LOAD_SLOTS(p->early, p->slots);
+            has_outliers = chunks > 0;
+        }
     }
-    if (p->cluster > 1) meet_cluster(); /* nobody writes into a block that has not started */
+    store_biases(&biases, p);
+    if (own && !groups) wait_for_slot(p->slots - p->early); /* with which the scales come */
+    __syncthreads();
+    if (!own && p->cluster > 1) meet_cluster(); /* nobody writes into a block that has not started */
 
     int at_slot = 0;
     /* The warps take turns at adding. */
     int turn = 0;
     for (int round = 0; strip < p->strips; strip += hop, round++) {
-        const int own = (int)threadIdx.x - (team * p->warps + turn) * 32;
-        const int output = own < 0 ? own + p->warps * 32 : own;
+        const int place = (int)threadIdx.x - (team * p->warps + turn) * 32;
+        const int output = place < 0 ? place + p->warps * 32 : place;
         const int64_t row = (int64_t)strip * STRIP + output % 16;
         if (++turn == p->warps) turn = 0;
         ql_w8a8_sums s = {0};
@@ -428,9 +472,12 @@ static __device__ __forceinline__ void product(const ql_w8a8_decode_params *p, i
             if (++at_slot == p->slots) at_slot = 0;
         }
         /* With two buffers who adds the sums of one round is past it before anybody meets the round after the next. */
-        const int size = tokens * QL_W8A8_SUMS_PITCH, all = p->teams * p->warps, buffers = QL_W8A8_SUMS_BUFFERS(tokens);
+        const int size = m * QL_W8A8_SUMS_PITCH, all = p->teams * p->warps, buffers = QL_W8A8_SUMS_BUFFERS(tokens);
         const int at = (round % buffers * all + team * p->warps) * size;
         if (buffers == 1) meet_team(p, team + QL_W8A8_MOST_TEAMS);
+        if (code == QL_W8A8_E4M3 && !groups) add_chains(s.sum, tiles);
+#pragma unroll
+        for (int i = 0; i < tiles * 4; i++) s.whole[i / 4][i % 4] += s.whole[tiles + i / 4][i % 4];
 #pragma unroll
         for (int tile = 0; tile < tiles; tile++) {
             store_sums(p, at + warp * size,
@@ -440,22 +487,21 @@ static __device__ __forceinline__ void product(const ql_w8a8_decode_params *p, i
                 store_sums(p, at + (buffers * all + warp) * size, (const uint32_t *)s.outliers[tile], tile, lane);
         }
         meet_team(p, team);
-        const float *outputs = outputs_of(p) + (team * p->rounds + round) * STRIP + output % 16;
-        const float row_scale = outputs[0], bias = outputs[p->outputs];
+        const float *outputs = outputs_of(p) + (round * p->teams + team) * STRIP + output % 16;
+        const float row_scale = groups ? 1.0f : outputs[0], bias = product->bias ? outputs[p->outputs] : 0.0f;
         for (int token = output / 16; token < m; token += p->warps * 2) {
             const float value = output_of(p, code, groups, tokens, at + output % 16, token, row_scale, has_outliers);
-            if (p->cluster == 1) {
+            if (own || p->cluster == 1) {
                 store_output(product, token, row, value, bias);
                 continue;
             }
-            const int place = exchange_at(p, round, team, rank) + (token * 16 + output % 16) * 4;
-            const int owner = round % p->cluster;
-            store_remote(shared_address(shared + place), owner, value);
+            const int to = exchange_at(p, round, team, rank) + (token * 16 + output % 16) * 4;
+            store_remote(shared_address(shared + to), round % p->cluster, value);
         }
     }
 #undef LOAD_AHEAD
-#undef LOAD_REST
-    if (p->cluster > 1) finish_cluster(p, team, rank);
+#undef LOAD_SLOTS
+    if (!own && p->cluster > 1) finish_cluster(p, team, rank);
 }
 
 #define KERNEL(name, source, code, groups, tokens)                                                                     \

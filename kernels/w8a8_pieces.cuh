@@ -15,10 +15,13 @@ static __device__ __forceinline__ int piece_at(int row, int piece) {
 
 /* Four columns of two rows as the large operand of multiply_16816: fp16, which holds every value of e4m3. */
 static __device__ __forceinline__ void operand_of_e4m3(uint32_t a[4], uint32_t low, uint32_t high) {
-    a[0] = half2_of_e4m3(low & 0xffffu);
-    a[1] = half2_of_e4m3(high & 0xffffu);
-    a[2] = half2_of_e4m3(low >> 16);
-    a[3] = half2_of_e4m3(high >> 16);
+    uint32_t pair[2];
+    halves_of_e4m3(pair, low);
+    a[0] = pair[0];
+    a[2] = pair[1];
+    halves_of_e4m3(pair, high);
+    a[1] = pair[0];
+    a[3] = pair[1];
 }
 
 /* Two neighbours of four int8, exact in both types. */

@@ -7,7 +7,7 @@
 #include "w8a8_activation.cuh"
 #include "w8a8_decode.h"
 
-enum { COLUMNS = QL_W8A8_GROUP, OWN_TOKENS = QL_W8A8_OWN_TOKENS };
+enum { COLUMNS = QL_W8A8_GROUP };
 
 extern __shared__ __align__(128) uint8_t shared[];
 
@@ -102,124 +102,13 @@ static __device__ __forceinline__ void copy_activations(const ql_held *held, con
         store_codes(p, held_place(p, i), load_codes(p, held_place(p, i), first));
 }
 
-/* ---- codes that the block makes itself, of 16-bit values, all of which are held ---- */
-
-static __device__ __forceinline__ void hold_values(ql_held *held, const ql_w8a8_decode_params *p) {
-    const ql_w8a8_quantize_params *q = &p->quantize;
-#pragma unroll
-    for (int i = 0; i < QL_W8A8_HELD; i++) {
-        const ql_held_place at = held_place(p, i);
-        const bool inside = at.token < (int)q->m && at.piece * QL_RUN < q->k;
-        held->bytes[i] = inside ? *(const uint4 *)((const uint16_t *)q->x + at.token * q->x_stride + at.piece * QL_RUN)
-                                : make_uint4(0, 0, 0, 0);
-    }
-}
-
-static __device__ __forceinline__ void store_own(const ql_w8a8_decode_params *p, ql_held_place at, uint2 codes) {
-    *(uint2 *)(shared + at.token * p->x_pitch + at.piece * QL_RUN) = codes;
-}
-
-/* Groups of 128 columns, 16 lanes each. */
-static __device__ __forceinline__ void quantize_own_groups(const ql_held *held, const ql_w8a8_decode_params *p,
-                                                           int tokens) {
-    const int m = (int)p->product.m;
-    for (int i = (int)threadIdx.x; i < p->span / COLUMNS * tokens; i += (int)blockDim.x)
-        if (i % tokens >= m) scales_of(p)[i] = 0.0f;
-#pragma unroll
-    for (int i = 0; i < QL_W8A8_HELD; i++) {
-        const ql_held_place at = held_place(p, i);
-        if (at.token >= m) break; /* so has the whole warp */
-        float run[QL_RUN];
-        unpack_run(run, held->bytes[i], p->quantize.x_type);
-        const uint32_t most = lanes_max(run_magnitude(0, run), COLUMNS / QL_RUN);
-        const float scale = e4m3_scale(__uint_as_float(most));
-        const ql_encoder e = e4m3_encoder(scale, most, false);
-        if (at.piece >= p->span / QL_RUN) continue;
-        store_own(p, at, e4m3_run(run, &e));
-        if (at.piece % (COLUMNS / QL_RUN) == 0) scales_of(p)[at.piece / (COLUMNS / QL_RUN) * tokens + at.token] = scale;
-    }
-}
-
-static __device__ __forceinline__ uint32_t *magnitudes_of(const ql_w8a8_decode_params *p) {
-    return (uint32_t *)(shared + p->most_at);
-}
-
-static __device__ __forceinline__ ql_encoder *encoders_of(const ql_w8a8_decode_params *p) {
-    return (ql_encoder *)(shared + p->encoders_at);
-}
-
-/* What is added to below. */
-static __device__ __forceinline__ void clear_own(const ql_w8a8_decode_params *p, int code) {
-    if (threadIdx.x < OWN_TOKENS) magnitudes_of(p)[threadIdx.x] = 0;
-    for (int i = (int)threadIdx.x; code == QL_W8A8_INT8 && i < p->span / 32; i += (int)blockDim.x)
-        ((uint32_t *)(shared + p->mask_at))[i] = 0;
-}
-
-/* The largest of eight 16-bit magnitudes. */
-static __device__ __forceinline__ uint32_t most_of_eight(uint4 bytes) {
-    const uint32_t most = __vmaxu2(__vmaxu2(bytes.x & 0x7fff7fffu, bytes.y & 0x7fff7fffu),
-                                   __vmaxu2(bytes.z & 0x7fff7fffu, bytes.w & 0x7fff7fffu));
-    return max(most & 0xffffu, most >> 16);
-}
-
-/* What decides a row's codes; writes its scale. */
-static __device__ __forceinline__ ql_encoder make_encoder(const ql_w8a8_decode_params *p, int code, int token) {
-    const ql_w8a8_quantize_params *q = &p->quantize;
-    const uint32_t most = magnitudes_of(p)[q->mode == QL_W8A8_TENSOR ? 0 : token];
-    const float scale = code == QL_W8A8_INT8        ? __uint_as_float(most)
-                        : q->mode == QL_W8A8_STATIC ? q->input_scale
-                        : q->mode == QL_W8A8_TENSOR ? e4m3_scale(__uint_as_float(most))
-                                                    : token_scale(most, q->upper_bound, q->least_scale);
-    scales_of(p)[token] = scale;
-    return code == QL_W8A8_INT8 ? int8_encoder(most) : e4m3_encoder(scale, most, q->mode != QL_W8A8_TOKEN);
-}
-
-/* Scales of whole rows, or of all of x. clear_own was before, and a barrier. */
-static __device__ __forceinline__ void quantize_own_rows(const ql_held *held, const ql_w8a8_decode_params *p, int code,
-                                                         int tokens) {
-    const ql_w8a8_quantize_params *q = &p->quantize;
-    const int m = (int)p->product.m;
-    const uint32_t limit = outlier_limit(q->threshold);
-#pragma unroll
-    for (int i = 0; i < QL_W8A8_HELD; i++) {
-        const ql_held_place at = held_place(p, i);
-        if (at.token >= m) break;
-        uint32_t most = widened(most_of_eight(held->bytes[i]), q->x_type);
-        if (code == QL_W8A8_INT8 && most >= limit) {
-            float run[QL_RUN];
-            unpack_run(run, held->bytes[i], q->x_type);
-            const uint32_t marked = outliers_of(run, limit);
-            most = inlier_magnitude(0, run, marked);
-            if (marked) atomicOr((uint32_t *)(shared + p->mask_at) + at.piece / 4, marked << at.piece % 4 * 8);
-        }
-        most = __reduce_max_sync(ALL_LANES, most);
-        if (threadIdx.x % 32 == 0) atomicMax(magnitudes_of(p) + (q->mode == QL_W8A8_TENSOR ? 0 : at.token), most);
-    }
-    __syncthreads();
-    if ((int)threadIdx.x < m)
-        encoders_of(p)[threadIdx.x] = make_encoder(p, code, (int)threadIdx.x);
-    else if ((int)threadIdx.x < tokens)
-        scales_of(p)[threadIdx.x] = 0.0f;
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < QL_W8A8_HELD; i++) {
-        const ql_held_place at = held_place(p, i);
-        if (at.token >= m) break;
-        if (at.piece >= p->span / QL_RUN) continue;
-        const ql_encoder e = encoders_of(p)[at.token];
-        float run[QL_RUN];
-        unpack_run(run, held->bytes[i], q->x_type);
-        store_own(p, at, code == QL_W8A8_INT8 ? int8_run(run, &e, shared[p->mask_at + at.piece]) : e4m3_run(run, &e));
-    }
-}
-
 /* ---- what outliers were ---- */
 
 /* The place of each chunk of 64 columns that has marked ones among those kept in shared memory, NOT_KEPT of others; how
  * many chunks are marked. The whole block is here, and the mask complete. */
 enum { NOT_KEPT = 255 };
 static __device__ __forceinline__ int place_outliers(const ql_w8a8_decode_params *p) {
-    int *count = (int *)magnitudes_of(p) + OWN_TOKENS;
+    int *count = (int *)(shared + p->marked_at);
     const uint2 *mask = (const uint2 *)(shared + p->mask_at);
     if (threadIdx.x < 32) {
         int before = 0;
@@ -275,24 +164,6 @@ static __device__ __forceinline__ void keep_outliers(const ql_w8a8_decode_params
                           outlier_at(w, token, first + col + 1, marked & 2)};
         for (int piece = 0; piece < pieces_of(w->x_type); piece++)
             *(uint32_t *)(kept_at(p, place, piece, token) + pair * 4) = next_pieces(value, type);
-    }
-}
-
-/* The same from what is held. */
-static __device__ __forceinline__ void keep_own_outliers(const ql_held *held, const ql_w8a8_decode_params *p) {
-#pragma unroll
-    for (int i = 0; i < QL_W8A8_HELD; i++) {
-        const ql_held_place at = held_place(p, i);
-        if (at.token >= (int)p->product.m) break;
-        if (at.piece >= p->span / QL_RUN) continue;
-        const int place = shared[p->places_at + at.piece / 8];
-        if (place == NOT_KEPT) continue;
-        const uint32_t marked = shared[p->mask_at + at.piece];
-        uint32_t word[4] = {held->bytes[i].x, held->bytes[i].y, held->bytes[i].z, held->bytes[i].w};
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-            word[j] &= (marked >> 2 * j & 1) * 0xffffu | (marked >> (2 * j + 1) & 1) * 0xffff0000u;
-        *(uint4 *)(kept_at(p, place, 0, at.token) + at.piece % 8 * 16) = make_uint4(word[0], word[1], word[2], word[3]);
     }
 }
 

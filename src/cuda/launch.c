@@ -55,6 +55,8 @@ bool ql_cuda_allow_overlap(bool allowed) {
     return atomic_exchange_explicit(&overlap_allowed, allowed, memory_order_relaxed);
 }
 
+bool ql_cuda_overlap_allowed(void) { return atomic_load_explicit(&overlap_allowed, memory_order_relaxed); }
+
 int ql_cuda_launch(const ql_cuda_guard *guard, ql_cuda_kernel kernel, void *stream, const ql_cuda_grid *grid,
                    const void *params, char message[QL_CUDA_MESSAGE]) {
     if (!ql_cuda_has(guard, kernel)) {
@@ -74,7 +76,7 @@ int ql_cuda_launch(const ql_cuda_guard *guard, ql_cuda_kernel kernel, void *stre
     if (grid->cluster > 1)
         attributes[count++] = (ql_cu_launch_attribute){.id = QL_CU_LAUNCH_CLUSTER_DIMENSION,
                                                        .value.cluster = {(unsigned)grid->cluster, 1, 1}};
-    const bool allowed = grid->inner || atomic_load_explicit(&overlap_allowed, memory_order_relaxed);
+    const bool allowed = grid->inner || ql_cuda_overlap_allowed();
     if (grid->overlaps && guard->properties->major >= 9 && allowed)
         attributes[count++] =
             (ql_cu_launch_attribute){.id = QL_CU_LAUNCH_PROGRAMMATIC_STREAM_SERIALIZATION, .value.overlaps = 1};

@@ -55,6 +55,9 @@ int ql_cuda_launch_alone(const ql_cuda_place *place, ql_cuda_kernel kernel, cons
  * otherwise for the whole process, as a measurement of single launches does. Returns what held before. */
 bool ql_cuda_allow_overlap(bool allowed);
 
+/* What holds now. */
+bool ql_cuda_overlap_allowed(void);
+
 /* Copies `bytes` from device memory to the host and waits for them, after all work of the stream: for the few values that
  * a layer must see when it is made. Fails while the stream is captured. */
 int ql_cuda_read(void *host, const void *device_data, size_t bytes, const ql_cuda_place *place,

@@ -9,17 +9,16 @@
 
 #include <limits.h>
 
-/* Rows that the decode kernels take, those that they take where wgmma is (which does 32 rows sooner than they do 16: us of
- * FP8 by tokens at 28672x8192 61 and 111, at 8192x10240 26 and 31), and rows that their blocks quantize themselves. */
-enum { MOST_ROWS = 16, MOST_BESIDE_WGMMA = 8, MOST_OWN_ROWS = 4 };
+/* Rows that the decode kernels take. */
+enum { MOST_ROWS = 16 };
 
 enum {
     MOST_CLUSTER = 8,
     LEAST_SLOTS = 2,
     EARLY_SLOTS = 4,
-    OWN_EARLY_SLOTS = 2,
     KEPT_CHUNKS = 8,
-    ALIGNMENT = 256 /* of parts of scratch */
+    NARROW_VALUES = 8192, /* of x, at most, where a block has half of its threads */
+    ALIGNMENT = 256       /* of parts of scratch */
 };
 
 /* FP8's least scale of a token: formats/fp8.h. */
@@ -168,9 +167,9 @@ static int launch_quantizer(const ql_cuda_guard *guard, void *stream, ql_w8a8_qu
 
 /* ---- decode ---- */
 
-/* By code and groups, for up to 8 and up to 16 tokens. */
-static ql_cuda_kernel decode_kernel(const ql_cuda_w8a8 *product) {
-    const bool many = product->params.m > 8;
+/* By code and groups: with the activations quantized by the blocks themselves, or before. */
+static ql_cuda_kernel decode_kernel(const ql_cuda_w8a8 *product, bool own) {
+    const bool many = !own;
     if (product->params.code == QL_W8A8_INT8)
         return many ? QL_KERNEL_ql_w8a8_decode_int8_16 : QL_KERNEL_ql_w8a8_decode_int8_8;
     if (by_groups(product)) return many ? QL_KERNEL_ql_w8a8_decode_groups_16 : QL_KERNEL_ql_w8a8_decode_groups_8;
@@ -188,7 +187,7 @@ static int32_t take(int64_t *at, int64_t bytes) {
 static bool may_hold(const ql_cuda_w8a8 *product) {
     const ql_w8a8_params *w = &product->params;
     const bool vector = (uintptr_t)w->x % 16 == 0 && (w->x_stride % 8 == 0 || w->m == 1);
-    return w->x_type != QL_VALUE_F32 && vector && w->m <= MOST_OWN_ROWS &&
+    return w->x_type != QL_VALUE_F32 && vector && w->m <= QL_W8A8_OWN_TOKENS &&
            by_groups(product) == (product->mode == QL_W8A8_GROUPS);
 }
 
@@ -196,20 +195,22 @@ static bool may_hold(const ql_cuda_w8a8 *product) {
  * where it does not have so many. */
 static int64_t cut(ql_w8a8_decode_params *p, const ql_cuda_w8a8 *product, const ql_cuda_properties *gpu, bool own,
                    int warps, int cluster) {
-    const int64_t m = product->params.m, tokens = m > 8 ? 16 : 8,
+    const int64_t m = product->params.m, tokens = own ? QL_W8A8_OWN_TOKENS : 16,
                   groups = ql_ceil_div(product->params.k, QL_W8A8_GROUP);
     const int64_t planes = product->params.code == QL_W8A8_INT8 ? 2 : 1;
     const int64_t pieces = product->params.x_type == QL_VALUE_F32 ? 3 : 1;
     const int64_t room = gpu->multiprocessors / cluster;
     if (room < 1) return -1;
-    p->own = own;
     p->cluster = cluster;
     p->warps = warps;
     p->warp_team = (65536 + warps - 1) / warps;
     p->cluster_shift = 0;
     while (1 << p->cluster_shift < cluster) p->cluster_shift++;
-    p->teams = QL_W8A8_DECODE_THREADS / 32 / warps;
+    /* Half as many warps do half as often what each does once, which counts where x does not. */
+    const int most = QL_W8A8_DECODE_THREADS / 32 / (own && m * product->params.k <= NARROW_VALUES ? 2 : 1);
+    p->teams = most / warps;
     if (p->teams > QL_W8A8_MOST_TEAMS) p->teams = QL_W8A8_MOST_TEAMS;
+    if (p->teams < 1) return -1;
     p->strips = (int32_t)ql_ceil_div(product->params.n, QL_W8A8_STRIP);
     p->batches = (int32_t)ql_ceil_div(ql_ceil_div(groups, cluster), warps);
     p->span = p->batches * warps * QL_W8A8_GROUP;
@@ -218,28 +219,31 @@ static int64_t cut(ql_w8a8_decode_params *p, const ql_cuda_w8a8 *product, const 
     p->rounds = (int32_t)ql_ceil_div(p->strips, (int64_t)p->blocks * p->teams);
     p->outputs = p->rounds * p->teams * QL_W8A8_STRIP;
     p->row_pieces = (int32_t)(ql_ceil_div(p->span, (own ? 8 : 16) * 32) * 32);
-    if (own && m * p->row_pieces > QL_W8A8_HELD * all * 32) return -1;
+    if (own && m * p->row_pieces > QL_W8A8_OWN_HELD * all * 32) return -1;
     p->per_row = (uint32_t)(((UINT64_C(1) << 32) + (uint64_t)p->row_pieces - 1) / (uint64_t)p->row_pieces);
     int64_t at = 0;
     p->kept = has_mask(product) ? KEPT_CHUNKS : 0;
-    p->x_pitch = p->span + 64;
+    p->x_pitch = own && product->params.code == QL_W8A8_E4M3 ? p->span * 2 + 16 : p->span + 64;
     take(&at, m * p->x_pitch);
     p->scales_at = take(&at, (by_groups(product) ? p->span / QL_W8A8_GROUP * tokens : tokens) * 4);
     p->mask_at = take(&at, product->params.code == QL_W8A8_INT8 ? p->span / 8 : 0);
     p->places_at = take(&at, has_mask(product) ? p->span / 64 : 0);
     p->chunks_at = take(&at, p->kept * 2);
     p->kept_at = take(&at, p->kept * pieces * m * 128);
-    p->most_at = take(&at, (QL_W8A8_OWN_TOKENS + 1) * 4);
-    p->encoders_at = take(&at, own ? QL_W8A8_OWN_TOKENS * 16 : 0);
-    p->sums_at = take(&at, QL_W8A8_SUMS_BUFFERS(tokens) * all * tokens * QL_W8A8_SUMS_PITCH * 4 * planes);
+    p->marked_at = take(&at, has_mask(product) ? 4 : 0);
+    p->most_at = take(&at, own ? QL_W8A8_OWN_HELD * all * 4 : 0);
+    p->encoders_at = take(&at, own ? m * 16 : 0);
+    p->sums_at = take(&at, QL_W8A8_SUMS_BUFFERS(tokens) * all * m * QL_W8A8_SUMS_PITCH * 4 * planes);
     p->exchange_at = take(&at, cluster > 1 ? ql_ceil_div(p->rounds, cluster) * p->teams * cluster * m * 64 : 0);
     p->outputs_at = take(&at, (int64_t)p->outputs * 8);
     p->ring_scales_at = take(&at, by_groups(product) ? all * QL_W8A8_MOST_SLOTS * QL_W8A8_STRIP * 4 : 0);
     p->ring_at = take(&at, 0);
     const int64_t slots = (gpu->shared_bytes - at) / (all * QL_W8A8_SLOT);
     p->slots = (int32_t)(slots < QL_W8A8_MOST_SLOTS ? slots : QL_W8A8_MOST_SLOTS);
-    const int32_t early = own ? OWN_EARLY_SLOTS : EARLY_SLOTS;
-    p->early = p->slots < early ? p->slots : early;
+    /* Where no launch overlaps the one before there is nothing to wait for, and what comes first is x; one row of it does
+     * not wait long for a slot. */
+    const int32_t early = !own ? EARLY_SLOTS : (ql_cuda_overlap_allowed() ? 1 : 0) + (m == 1 ? 1 : 0);
+    p->early = p->slots > early ? early : p->slots - 1;
     return p->slots < LEAST_SLOTS ? -1 : at + p->slots * all * QL_W8A8_SLOT;
 }
 
@@ -269,15 +273,15 @@ static int weigh_ways(const ql_cuda_device *device, const ql_cuda_w8a8 *product,
     return best;
 }
 
-static bool plan_decode_of(ql_cuda_w8a8_plan *plan, const ql_cuda_device *device, const ql_cuda_w8a8 *product,
-                           bool own) {
+static bool plan_decode(ql_cuda_w8a8_plan *plan, const ql_cuda_device *device, const ql_cuda_w8a8 *product, bool own) {
+    if (!device->kernels[decode_kernel(product, own)]) return false;
     const int memo = QL_CUDA_MEMO_W8A8_DECODE + own + 2 * by_groups(product) + 4 * has_mask(product);
     const ql_cuda_problem problem = {.n = product->params.n,
                                      .k = product->params.k,
                                      .m = product->params.m,
                                      .code = product->params.code,
                                      .x_type = product->params.x_type};
-    ql_cuda_choice choice = {.kernel = decode_kernel(product)};
+    ql_cuda_choice choice = {.kernel = decode_kernel(product, own)};
     bool found;
     if (!ql_cuda_memo_find(&found, &choice, memo, device->ordinal, &problem)) {
         choice.parameter = weigh_ways(device, product, own);
@@ -289,12 +293,6 @@ static bool plan_decode_of(ql_cuda_w8a8_plan *plan, const ql_cuda_device *device
     plan->choice = choice;
     plan->own = own;
     return true;
-}
-
-static bool plan_decode(ql_cuda_w8a8_plan *plan, const ql_cuda_device *device, const ql_cuda_w8a8 *product) {
-    if (!device->kernels[decode_kernel(product)]) return false;
-    return (may_hold(product) && plan_decode_of(plan, device, product, true)) ||
-           plan_decode_of(plan, device, product, false);
 }
 
 /* What is read 16 bytes at a time, with 32-bit indices. */
@@ -375,6 +373,8 @@ static ql_w8a8_params filled_params(const ql_cuda_w8a8_plan *plan, const ql_cuda
     p.x_pitch = pitch_of(product);
     p.x_token_stride = product->mode == QL_W8A8_TOKEN || product->mode == QL_W8A8_GROUPS;
     p.x_group_stride = group_stride_of(product);
+    /* As exact as sums of fewer columns, which decode has; so few rows take no longer. */
+    p.promoted |= p.code == QL_W8A8_E4M3 && p.m <= QL_W8A8_OWN_TOKENS;
     return p;
 }
 
@@ -411,12 +411,15 @@ static bool plan_wgmma(ql_cuda_w8a8_plan *plan, const ql_cuda_device *device, co
     return true;
 }
 
-/* Whether one of the fast kernels takes the product: who is asked first is who runs such a number of rows soonest. */
+/* Whether one of the fast kernels takes the product: who is asked first is who runs such a number of rows soonest. wgmma does
+ * 32 rows sooner than decode 4 that were quantized before; but what decode does in exact sums of fp32 because no block could
+ * hold it, as x in fp32, stays so. */
 static bool plan_fast(ql_cuda_w8a8_plan *plan, const ql_cuda_device *device, const ql_cuda_w8a8 *product) {
     if (!suits_tensor_cores(product)) return false;
-    const int64_t m = product->params.m;
-    return (m <= MOST_BESIDE_WGMMA && plan_decode(plan, device, product)) || plan_wgmma(plan, device, product) ||
-           (m > MOST_BESIDE_WGMMA && m <= MOST_ROWS && plan_decode(plan, device, product)) ||
+    const bool few = product->params.m <= QL_W8A8_OWN_TOKENS, held = few && may_hold(product);
+    return (held && plan_decode(plan, device, product, true)) ||
+           (few && !held && plan_decode(plan, device, product, false)) || plan_wgmma(plan, device, product) ||
+           (product->params.m <= MOST_ROWS && plan_decode(plan, device, product, false)) ||
            plan_mma(plan, device, product);
 }
 

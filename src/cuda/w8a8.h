@@ -1,8 +1,8 @@
 /* Products of the layers that quantize their activations: FP8 and LLM.int8(). At most two launches, the second overlapping the
  * first, and no synchronization: what decides the outliers' columns stays on the device.
  *
- * Up to 8 rows, and up to 16 where there is no wgmma, kernels/w8a8_decode.cu multiplies, and quantizes the activations
- * itself where they are few; else kernels/w8a8_quantize.cu goes first, and wgmma or mma.sync multiply its codes. What none of
+ * Up to 8 rows, where a thread block can hold all of x (32,768 values), kernels/w8a8_decode.cu quantizes and multiplies; else
+ * kernels/w8a8_quantize.cu or w8a8_rows.cu go first, and wgmma, decode or mma.sync multiply their codes. What none of
  * these takes, as a weight whose rows do not begin at multiples of 16 bytes, is left to the base kernels, after the quantizer:
  * they are slow. */
 #ifndef QL_CUDA_W8A8_H

@@ -1,0 +1,189 @@
+/* How the decode kernel's blocks quantize few rows of activations themselves: 16-bit values, all of which the block's threads
+ * hold, 8 at a time. */
+#ifndef QL_KERNELS_W8A8_OWN_CUH
+#define QL_KERNELS_W8A8_OWN_CUH
+
+#include "e4m3.cuh"
+#include "w8a8_stage.cuh"
+
+typedef struct ql_own_values {
+    uint4 bytes[QL_W8A8_OWN_HELD];
+} ql_own_values;
+
+static __device__ __forceinline__ void hold_values(ql_own_values *held, const ql_w8a8_decode_params *p) {
+    const ql_w8a8_quantize_params *q = &p->quantize;
+#pragma unroll
+    for (int i = 0; i < QL_W8A8_OWN_HELD; i++) {
+        const ql_held_place at = held_place(p, i);
+        if (at.token >= (int)q->m) break; /* so has the whole warp */
+        held->bytes[i] = make_uint4(0, 0, 0, 0);
+        if (at.piece * QL_RUN < q->k)
+            held->bytes[i] = *(const uint4 *)((const uint16_t *)q->x + at.token * q->x_stride + at.piece * QL_RUN);
+    }
+}
+
+/* Rare, and long: as e4m3_run. */
+static __device__ __noinline__ uint2 exact_codes(uint4 bytes, int type, float scale, float factor, bool quotient) {
+    const ql_encoder e = {scale, factor, quotient, true};
+    float run[QL_RUN];
+    unpack_run(run, bytes, type);
+    return e4m3_run(run, &e);
+}
+
+static __device__ __forceinline__ uint2 own_e4m3(uint4 bytes, int type, const ql_encoder *e) {
+    if (e->exact) return exact_codes(bytes, type, e->scale, e->factor, e->quotient);
+    float run[QL_RUN];
+    unpack_run(run, bytes, type);
+    return e4m3_quick_run(run, e);
+}
+
+/* e4m3's as the fp16 that the products take, so that they are not converted for each strip anew. */
+static __device__ __forceinline__ void store_own_e4m3(const ql_w8a8_decode_params *p, ql_held_place at, uint2 codes) {
+    uint32_t low[2], high[2];
+    halves_of_e4m3(low, codes.x);
+    halves_of_e4m3(high, codes.y);
+    *(uint4 *)(shared + at.token * p->x_pitch + at.piece * (QL_RUN * 2)) = make_uint4(low[0], low[1], high[0], high[1]);
+}
+
+static __device__ __forceinline__ void store_own_int8(const ql_w8a8_decode_params *p, ql_held_place at, uint2 codes) {
+    *(uint2 *)(shared + at.token * p->x_pitch + at.piece * QL_RUN) = codes;
+}
+
+/* The largest of eight 16-bit magnitudes. */
+static __device__ __forceinline__ uint32_t most_of_eight(uint4 bytes) {
+    const uint32_t most = __vmaxu2(__vmaxu2(bytes.x & 0x7fff7fffu, bytes.y & 0x7fff7fffu),
+                                   __vmaxu2(bytes.z & 0x7fff7fffu, bytes.w & 0x7fff7fffu));
+    return max(most & 0xffffu, most >> 16);
+}
+
+/* Groups of 128 columns, 16 lanes each. */
+static __device__ __forceinline__ void quantize_own_groups(const ql_own_values *held, const ql_w8a8_decode_params *p,
+                                                           int tokens) {
+    const int m = (int)p->product.m;
+    for (int i = (int)threadIdx.x; i < p->span / COLUMNS * tokens; i += (int)blockDim.x)
+        if (i % tokens >= m) scales_of(p)[i] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < QL_W8A8_OWN_HELD; i++) {
+        const ql_held_place at = held_place(p, i);
+        if (at.token >= m) break;
+        const uint32_t most = lanes_max(widened(most_of_eight(held->bytes[i]), p->quantize.x_type), COLUMNS / QL_RUN);
+        const float scale = e4m3_scale(__uint_as_float(most));
+        const ql_encoder e = e4m3_encoder(scale, most, false);
+        if (at.piece >= p->span / QL_RUN) continue;
+        store_own_e4m3(p, at, own_e4m3(held->bytes[i], p->quantize.x_type, &e));
+        if (at.piece % (COLUMNS / QL_RUN) == 0) scales_of(p)[at.piece / (COLUMNS / QL_RUN) * tokens + at.token] = scale;
+    }
+}
+
+/* The largest magnitude of each warp's pieces, [piece, warp]: those of a row follow each other. */
+static __device__ __forceinline__ uint32_t *magnitudes_of(const ql_w8a8_decode_params *p) {
+    return (uint32_t *)(shared + p->most_at);
+}
+
+/* Leaves the magnitudes of the warp's pieces, without outliers; whether the thread has any of these. */
+static __device__ __forceinline__ bool leave_magnitudes(const ql_own_values *held, const ql_w8a8_decode_params *p,
+                                                        int code) {
+    const ql_w8a8_quantize_params *q = &p->quantize;
+    const uint32_t limit = outlier_limit(q->threshold);
+    bool found = false;
+#pragma unroll
+    for (int i = 0; i < QL_W8A8_OWN_HELD; i++) {
+        if (held_place(p, i).token >= (int)q->m) break;
+        uint32_t most = widened(most_of_eight(held->bytes[i]), q->x_type);
+        if (code == QL_W8A8_INT8 && most >= limit) {
+            float run[QL_RUN];
+            unpack_run(run, held->bytes[i], q->x_type);
+            const uint32_t marked = outliers_of(run, limit);
+            most = inlier_magnitude(0, run, marked);
+            found |= marked != 0;
+        }
+        most = __reduce_max_sync(ALL_LANES, most);
+        if (threadIdx.x % 32 == 0) magnitudes_of(p)[(i * (int)blockDim.x + (int)threadIdx.x) / 32] = most;
+    }
+    return found;
+}
+
+/* The mask of the columns of outliers. The whole block is here. */
+static __device__ __forceinline__ void mark_own_outliers(const ql_own_values *held, const ql_w8a8_decode_params *p) {
+    uint32_t *mask = (uint32_t *)(shared + p->mask_at);
+    for (int i = (int)threadIdx.x; i < p->span / 32; i += (int)blockDim.x) mask[i] = 0;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < QL_W8A8_OWN_HELD; i++) {
+        const ql_held_place at = held_place(p, i);
+        if (at.token >= (int)p->quantize.m) break;
+        float run[QL_RUN];
+        unpack_run(run, held->bytes[i], p->quantize.x_type);
+        const uint32_t marked = outliers_of(run, outlier_limit(p->quantize.threshold));
+        if (marked) atomicOr(mask + at.piece / 4, marked << at.piece % 4 * 8);
+    }
+    __syncthreads();
+}
+
+static __device__ __forceinline__ ql_encoder *encoders_of(const ql_w8a8_decode_params *p) {
+    return (ql_encoder *)(shared + p->encoders_at);
+}
+
+/* The encoder of each row and its scale: by one warp, whose lanes share the rows, as it would be no sooner by all. */
+static __device__ __forceinline__ void make_encoders(const ql_w8a8_decode_params *p, int code) {
+    const ql_w8a8_quantize_params *q = &p->quantize;
+    const int lane = (int)threadIdx.x, m = (int)q->m;
+    const bool tensor = q->mode == QL_W8A8_TENSOR;
+    const int shift = m > 4 ? 2 : m > 2 ? 3 : m > 1 ? 4 : 5, lanes = 1 << shift, token = lane >> shift;
+    const int each = p->row_pieces / 32, first = tensor ? 0 : token * each, count = tensor ? m * each : each;
+    uint32_t most = 0;
+    for (int i = lane & (lanes - 1); i < count && token < m; i += lanes) most = max(most, magnitudes_of(p)[first + i]);
+    most = lanes_max(most, lanes);
+    const float scale = code == QL_W8A8_INT8        ? __uint_as_float(most)
+                        : q->mode == QL_W8A8_STATIC ? q->input_scale
+                        : tensor                    ? e4m3_scale(__uint_as_float(most))
+                                                    : token_scale(most, q->upper_bound, q->least_scale);
+    if ((lane & (lanes - 1)) != 0 || token >= m) return;
+    scales_of(p)[token] = scale;
+    encoders_of(p)[token] =
+        code == QL_W8A8_INT8 ? int8_encoder(most) : e4m3_encoder(scale, most, q->mode != QL_W8A8_TOKEN);
+}
+
+/* Scales of whole rows, or of all of x; whether there are outliers. */
+static __device__ __forceinline__ bool quantize_own_rows(const ql_own_values *held, const ql_w8a8_decode_params *p,
+                                                         int code) {
+    const bool found = __syncthreads_or(leave_magnitudes(held, p, code));
+    if (code == QL_W8A8_INT8 && found) mark_own_outliers(held, p);
+    if (threadIdx.x < 32) make_encoders(p, code);
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < QL_W8A8_OWN_HELD; i++) {
+        const ql_held_place at = held_place(p, i);
+        if (at.token >= (int)p->product.m) break;
+        if (at.piece >= p->span / QL_RUN) continue;
+        const ql_encoder e = encoders_of(p)[at.token];
+        if (code == QL_W8A8_E4M3) {
+            store_own_e4m3(p, at, own_e4m3(held->bytes[i], p->quantize.x_type, &e));
+            continue;
+        }
+        float run[QL_RUN];
+        unpack_run(run, held->bytes[i], p->quantize.x_type);
+        store_own_int8(p, at, int8_run(run, &e, found ? shared[p->mask_at + at.piece] : 0));
+    }
+    return found;
+}
+
+/* As keep_outliers, from what is held. */
+static __device__ __forceinline__ void keep_own_outliers(const ql_own_values *held, const ql_w8a8_decode_params *p) {
+#pragma unroll
+    for (int i = 0; i < QL_W8A8_OWN_HELD; i++) {
+        const ql_held_place at = held_place(p, i);
+        if (at.token >= (int)p->product.m) break;
+        if (at.piece >= p->span / QL_RUN) continue;
+        const int place = shared[p->places_at + at.piece / 8];
+        if (place == NOT_KEPT) continue;
+        const uint32_t marked = shared[p->mask_at + at.piece];
+        uint32_t word[4] = {held->bytes[i].x, held->bytes[i].y, held->bytes[i].z, held->bytes[i].w};
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            word[j] &= (marked >> 2 * j & 1) * 0xffffu | (marked >> (2 * j + 1) & 1) * 0xffff0000u;
+        *(uint4 *)(kept_at(p, place, 0, at.token) + at.piece % 8 * 16) = make_uint4(word[0], word[1], word[2], word[3]);
+    }
+}
+
+#endif

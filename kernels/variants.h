@@ -138,16 +138,19 @@
 #define QL_W8A8_WGMMA_MANY(X, code, grouped, name, turned)                                                             \
     X(ql_w8a8_##name##_128, w8a8_wgmma, code, grouped, 128, false, false, turned)                                      \
     X(ql_w8a8_##name##_128_pair, w8a8_wgmma, code, grouped, 128, true, false, turned)                                  \
-    X(ql_w8a8_##name##_128_meet, w8a8_wgmma, code, grouped, 128, false, true, turned)                                  \
-    X(ql_w8a8_##name##_256, w8a8_wgmma, code, grouped, 256, false, false, turned)                                      \
-    X(ql_w8a8_##name##_256_pair, w8a8_wgmma, code, grouped, 256, true, false, turned)
+    X(ql_w8a8_##name##_128_meet, w8a8_wgmma, code, grouped, 128, false, true, turned)
+#define QL_W8A8_WGMMA_MOST(X, code, name)                                                                              \
+    X(ql_w8a8_##name##_256, w8a8_wgmma, code, false, 256, false, false, false)                                         \
+    X(ql_w8a8_##name##_256_pair, w8a8_wgmma, code, false, 256, true, false, false)
 #define QL_W8A8_WGMMA_VARIANTS(X)                                                                                      \
     QL_W8A8_WGMMA_FEW(X, QL_W8A8_E4M3, false, e4m3)                                                                    \
     QL_W8A8_WGMMA_FEW(X, QL_W8A8_E4M3, true, groups)                                                                   \
     QL_W8A8_WGMMA_FEW(X, QL_W8A8_INT8, false, int8)                                                                    \
     QL_W8A8_WGMMA_MANY(X, QL_W8A8_E4M3, false, e4m3, false)                                                            \
     QL_W8A8_WGMMA_MANY(X, QL_W8A8_E4M3, true, groups, true)                                                            \
-    QL_W8A8_WGMMA_MANY(X, QL_W8A8_INT8, false, int8, false)
+    QL_W8A8_WGMMA_MANY(X, QL_W8A8_INT8, false, int8, false)                                                            \
+    QL_W8A8_WGMMA_MOST(X, QL_W8A8_E4M3, e4m3)                                                                          \
+    QL_W8A8_WGMMA_MOST(X, QL_W8A8_INT8, int8)
 
 /* X(name, source): the kernels that have one form. */
 #define QL_SINGLE_KERNELS(X)                                                                                           \

@@ -129,7 +129,7 @@ static __device__ __forceinline__ void scale_stages(const ql_w8a8_wgmma_params *
 #pragma unroll 1
         for (int block = s.first; block < s.end; block++) {
             if (turn == which) {
-                float x[8], w = 1.0f;
+                float x[4], w = 1.0f;
 #pragma unroll
                 for (int i = 0; i < each; i++) x[i] = x_scale(p, token + i * WARP + lane, block);
                 if (blocks && row < p->n)

@@ -14,8 +14,7 @@ typedef struct shape {
     int code, grouped, tokens, pair, meets, turned;
 } shape;
 
-/* Products of 64 rows that a warpgroup has, and how wide they are. */
-#define SUBS(k) ((k).turned ? (k).tokens / 128 : 1)
+/* How wide a warpgroup's products of 64 rows are. */
 #define WIDTH(k) ((k).turned ? QL_W8A8_ROWS : (k).tokens)
 
 /* ---- tiles ---- */

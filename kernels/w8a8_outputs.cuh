@@ -11,7 +11,7 @@ enum {
     OUTPUT_BYTES = OUTPUT_TOKENS * 128 /* of 64 rows: a warpgroup has two of them */
 };
 
-/* A multiplying warp's place: its sums are WIDTH / 2 registers for each of SUBS. */
+/* A multiplying warp's place: its sums are WIDTH / 2 registers. */
 typedef struct reader {
     const ql_w8a8_wgmma_params *q;
     const layout *l;
@@ -177,8 +177,8 @@ static __device__ __forceinline__ void finish_columns(uint32_t *sums, const ql_w
             const int64_t row = first + 8 * j + lane_of() % 4 * 2 + e;
             const float scale = load_row_scale(p, row, k), bias = load_row_bias(p, row);
 #pragma unroll
-            for (int i = 0; i < 2 * SUBS(k); i++) {
-                uint32_t *sum = sums + i / 2 * WIDTH(k) / 2 + 4 * j + i % 2 * 2 + e;
+            for (int i = 0; i < 2; i++) {
+                uint32_t *sum = sums + 4 * j + i * 2 + e;
                 *sum = __float_as_uint(__fadd_rn(__fmul_rn(__uint_as_float(*sum), scale), bias));
             }
         }
@@ -233,17 +233,13 @@ static __device__ __forceinline__ void store_narrow_turned(const uint32_t *sums,
 static __device__ __forceinline__ void finish_turned(uint32_t *sums, const reader *d, int row, int token, shape k) {
     const ql_w8a8_params *p = &d->q->product;
     const int wg = (int)threadIdx.x / 128, warp = (int)threadIdx.x / WARP % 4;
+    const int first = token + wg * 64 + warp * 16;
+    if (first >= p->m) return;
     finish_columns(sums, p, row, k);
-#pragma unroll
-    for (int i = 0; i < SUBS(k); i++) {
-        const int first = token + (wg * SUBS(k) + i) * 64 + warp * 16;
-        if (first >= p->m) break;
-        if (p->out_type == QL_VALUE_F32)
-            store_wide_turned(sums + i * WIDTH(k) / 2, p, row, first, k);
-        else
-            store_narrow_turned(sums + i * WIDTH(k) / 2, p, d->l->outputs + (wg * 4 + warp) * QL_W8A8_TURNED_BYTES, row,
-                                first, k);
-    }
+    if (p->out_type == QL_VALUE_F32)
+        store_wide_turned(sums, p, row, first, k);
+    else
+        store_narrow_turned(sums, p, d->l->outputs + (wg * 4 + warp) * QL_W8A8_TURNED_BYTES, row, first, k);
 }
 
 static __device__ __forceinline__ void finish_tile(uint32_t *sums, reader *d, row_terms *rows, int row, int token,

@@ -23,13 +23,15 @@ static __device__ __forceinline__ void release_stage(const reader *d, int slot, 
 }
 
 /* 128 columns of 64 rows, on top of sums or, without `add`, in their place. */
-static __device__ __forceinline__ void multiply_stage(uint32_t *sums, const reader *d, int sub, int add, shape k) {
+static __device__ __forceinline__ void multiply_stage(uint32_t *sums, const reader *d, int add, shape k) {
     const uint32_t stage = stage_at(d->l, d->stage.slot, k);
-    const uint32_t a = rows_descriptor(stage + d->rows + sub * 64 * K), b = rows_descriptor(stage + d->width);
+    const uint32_t a = rows_descriptor(stage + d->rows), b = rows_descriptor(stage + d->width);
+    warpgroup_fence();
 #pragma unroll
     for (int step = 0; step < K / 32; step++)
         multiply_codes(sums, descriptor_at(a, step * 32), descriptor_at(b, step * 32), add || step > 0, WIDTH(k),
                        k.code);
+    warpgroup_commit();
 }
 
 static __device__ __forceinline__ void sum_plain(uint32_t *sums, reader *d, int blocks, shape k) {
@@ -37,9 +39,7 @@ static __device__ __forceinline__ void sum_plain(uint32_t *sums, reader *d, int 
 #pragma unroll 1
     for (; blocks > 0; blocks--) {
         barrier_wait(d->ready + 8 * d->stage.slot, d->stage.parity);
-        warpgroup_fence();
-        multiply_stage(sums, d, 0, 1, k);
-        warpgroup_commit();
+        multiply_stage(sums, d, 1, k);
         WARPGROUP_WAIT(1);
         if (before >= 0) release_stage(d, before, k);
         before = d->stage.slot;
@@ -65,78 +65,66 @@ static __device__ __forceinline__ void add_scaled(uint32_t *sums, const uint32_t
     }
 }
 
+/* Where tokens are rows: the lane's are g and g + 8. */
+static __device__ __forceinline__ void load_token_pair(float scale[2], const reader *d, shape k) {
+    const uint32_t at = d->l->more + d->stage.slot * k.tokens * 4 + ((int)threadIdx.x / WARP * 16 + lane_of() / 4) * 4;
+    scale[0] = __uint_as_float(load_shared_4(at));
+    scale[1] = __uint_as_float(load_shared_4(at + 32));
+}
+
 static __device__ __forceinline__ void add_scaled_rows(uint32_t *sums, const uint32_t *part, const float scale[2]) {
 #pragma unroll
     for (int c = 0; c < QL_W8A8_ROWS / 2; c++)
         sums[c] = __float_as_uint(__fmaf_rn(__uint_as_float(part[c]), scale[c / 2 % 2], __uint_as_float(sums[c])));
 }
 
-/* The scales of the lane's rows g and g + 8 of a sub, where tokens are rows. */
-static __device__ __forceinline__ void load_token_pair(float scale[2], const reader *d, int sub, shape k) {
-    const int wg = (int)threadIdx.x / 128, warp = (int)threadIdx.x / WARP % 4;
-    const uint32_t at =
-        d->l->more + d->stage.slot * k.tokens * 4 + ((wg * SUBS(k) + sub) * 64 + warp * 16 + lane_of() / 4) * 4;
-    scale[0] = __uint_as_float(load_shared_4(at));
-    scale[1] = __uint_as_float(load_shared_4(at + 32));
-}
-
-static __device__ __forceinline__ void multiply_part(uint32_t *part, const reader *d, int sub, shape k) {
-    warpgroup_fence();
-    multiply_stage(part, d, sub, 0, k);
-    warpgroup_commit();
-}
-
-/* Sums of 128 columns at a time, added with their scales while the other warpgroup's products run. */
-static __device__ __forceinline__ void sum_grouped(uint32_t *sums, reader *d, int blocks, shape k) {
+/* Sums of 128 columns, and the stage that they come from. Two take turns: products of the next 128 columns run while one is
+ * added to the sums. */
+typedef struct turn {
     uint32_t part[MOST_SUMS / 2];
-#pragma unroll 1
-    for (; blocks > 0; blocks--) {
-        barrier_wait(d->ready + 8 * d->stage.slot, d->stage.parity);
-#pragma unroll
-        for (int i = 0; i < SUBS(k); i++) {
-            float scale[2];
-            if (k.turned) load_token_pair(scale, d, i, k);
-            multiply_part(part, d, i, k);
-            WARPGROUP_WAIT(0);
-            settle_bits(part, WIDTH(k) / 2);
-            if (k.turned)
-                add_scaled_rows(sums + i * WIDTH(k) / 2, part, scale);
-            else
-                add_scaled(sums, part, d->l->more + d->stage.slot * k.tokens * 4, k);
-        }
-        __syncwarp();
-        release_stage(d, d->stage.slot, k);
-        advance(&d->stage, d->q->stages);
-    }
+    float scale[2];
+    int slot;
+} turn;
+
+static __device__ __forceinline__ void begin_turn(turn *t, reader *d, shape k) {
+    t->slot = d->stage.slot;
+    barrier_wait(d->ready + 8 * t->slot, d->stage.parity);
+    if (k.turned) load_token_pair(t->scale, d, k);
+    multiply_stage(t->part, d, 0, k);
+    advance(&d->stage, d->q->stages);
 }
 
-/* The same for tokens as rows where registers allow for two parts: the first is added while the second's products run. */
-static __device__ __forceinline__ void sum_grouped_by_two(uint32_t *sums, reader *d, int blocks, shape k) {
-    uint32_t part[2][MOST_SUMS / 2];
+static __device__ __forceinline__ void end_turn(uint32_t *sums, turn *t, const reader *d, shape k) {
+    settle_bits(t->part, WIDTH(k) / 2);
+    if (!k.turned) add_scaled(sums, t->part, d->l->more + t->slot * k.tokens * 4, k);
+    __syncwarp();
+    release_stage(d, t->slot, k);
+    if (k.turned) add_scaled_rows(sums, t->part, t->scale);
+    settle_bits(sums, WIDTH(k) / 2);
+}
+
+static __device__ __forceinline__ void sum_grouped(uint32_t *sums, reader *d, int blocks, shape k) {
+    turn t[2];
+    begin_turn(&t[0], d, k);
 #pragma unroll 1
-    for (; blocks > 1; blocks -= 2) {
-        float scale[2][2];
-        int slot[2];
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            slot[i] = d->stage.slot;
-            barrier_wait(d->ready + 8 * slot[i], d->stage.parity);
-            load_token_pair(scale[i], d, 0, k);
-            multiply_part(part[i], d, 0, k);
-            advance(&d->stage, d->q->stages);
-        }
+    for (; blocks > 2; blocks -= 2) {
+        begin_turn(&t[1], d, k);
         WARPGROUP_WAIT(1);
-        settle_bits(part[0], WIDTH(k) / 2);
-        add_scaled_rows(sums, part[0], scale[0]);
-        __syncwarp();
-        release_stage(d, slot[0], k);
-        WARPGROUP_WAIT(0);
-        settle_bits(part[1], WIDTH(k) / 2);
-        add_scaled_rows(sums, part[1], scale[1]);
-        __syncwarp();
-        release_stage(d, slot[1], k);
+        end_turn(sums, &t[0], d, k);
+        begin_turn(&t[0], d, k);
+        WARPGROUP_WAIT(1);
+        end_turn(sums, &t[1], d, k);
     }
-    if (blocks > 0) sum_grouped(sums, d, blocks, k);
+    if (blocks == 2) {
+        begin_turn(&t[1], d, k);
+        WARPGROUP_WAIT(1);
+        end_turn(sums, &t[0], d, k);
+        WARPGROUP_WAIT(0);
+        end_turn(sums, &t[1], d, k);
+    } else {
+        WARPGROUP_WAIT(0);
+        end_turn(sums, &t[0], d, k);
+    }
 }
 
 /* ---- tiles that several thread blocks share ---- */
@@ -233,14 +221,14 @@ static __device__ __forceinline__ void add_slots(uint32_t *sums, reader *d, shap
 /* ---- all of a thread block ---- */
 
 static __device__ __forceinline__ void multiply_all(const ql_w8a8_wgmma_params *q, const layout *l, shape k) {
-    const int wg = (int)threadIdx.x / 128, count = SUBS(k) * WIDTH(k) / 2;
+    const int wg = (int)threadIdx.x / 128;
     uint32_t sums[MOST_SUMS];
     reader d;
     d.q = q;
     d.l = l;
     d.stage.slot = d.scales.slot = d.slots.slot = 0;
     d.stage.parity = d.scales.parity = d.slots.parity = 0;
-    d.rows = (uint32_t)((k.turned ? QL_W8A8_ROWS : 0) + wg * SUBS(k) * 64) * K;
+    d.rows = (uint32_t)((k.turned ? QL_W8A8_ROWS : 0) + wg * 64) * K;
     d.width = k.turned ? 0 : QL_W8A8_ROWS * K;
     d.outliers = k.code == QL_W8A8_INT8 && q->product.outliers;
     d.turn = 0;
@@ -253,10 +241,8 @@ static __device__ __forceinline__ void multiply_all(const ql_w8a8_wgmma_params *
         row_terms rows;
         if (!k.turned) rows = load_row_terms(&q->product, row + (int)threadIdx.x / WARP * 16 + lane_of() / 4, k);
 #pragma unroll
-        for (int i = 0; i < count; i++) sums[i] = 0;
-        if (k.turned && SUBS(k) == 1)
-            sum_grouped_by_two(sums, &d, s.end - s.first, k);
-        else if (k.grouped)
+        for (int i = 0; i < WIDTH(k) / 2; i++) sums[i] = 0;
+        if (k.grouped)
             sum_grouped(sums, &d, s.end - s.first, k);
         else
             sum_plain(sums, &d, s.end - s.first, k);

@@ -128,20 +128,17 @@
     X(ql_w8a8_rows_int8_f16, w8a8_rows, QL_W8A8_TOKEN, QL_W8A8_INT8, QL_VALUE_F16)                                     \
     X(ql_w8a8_rows_int8_bf16, w8a8_rows, QL_W8A8_TOKEN, QL_W8A8_INT8, QL_VALUE_BF16)
 
-/* X(name, source, code, grouped, tokens, in pairs, meeting, turned): 8-bit activations with an 8-bit weight on wgmma
+/* X(name, source, code, grouped, tokens, meeting, turned): 8-bit activations with an 8-bit weight on wgmma
  * (w8a8_wgmma.h). */
 #define QL_W8A8_WGMMA_FEW(X, code, grouped, name)                                                                      \
-    X(ql_w8a8_##name##_32, w8a8_wgmma, code, grouped, 32, false, false, false)                                         \
-    X(ql_w8a8_##name##_64, w8a8_wgmma, code, grouped, 64, false, false, false)                                         \
-    X(ql_w8a8_##name##_32_meet, w8a8_wgmma, code, grouped, 32, false, true, false)                                     \
-    X(ql_w8a8_##name##_64_meet, w8a8_wgmma, code, grouped, 64, false, true, false)
+    X(ql_w8a8_##name##_32, w8a8_wgmma, code, grouped, 32, false, false)                                                \
+    X(ql_w8a8_##name##_64, w8a8_wgmma, code, grouped, 64, false, false)                                                \
+    X(ql_w8a8_##name##_32_meet, w8a8_wgmma, code, grouped, 32, true, false)                                            \
+    X(ql_w8a8_##name##_64_meet, w8a8_wgmma, code, grouped, 64, true, false)
 #define QL_W8A8_WGMMA_MANY(X, code, grouped, name, turned)                                                             \
-    X(ql_w8a8_##name##_128, w8a8_wgmma, code, grouped, 128, false, false, turned)                                      \
-    X(ql_w8a8_##name##_128_pair, w8a8_wgmma, code, grouped, 128, true, false, turned)                                  \
-    X(ql_w8a8_##name##_128_meet, w8a8_wgmma, code, grouped, 128, false, true, turned)
-#define QL_W8A8_WGMMA_MOST(X, code, name)                                                                              \
-    X(ql_w8a8_##name##_256, w8a8_wgmma, code, false, 256, false, false, false)                                         \
-    X(ql_w8a8_##name##_256_pair, w8a8_wgmma, code, false, 256, true, false, false)
+    X(ql_w8a8_##name##_128, w8a8_wgmma, code, grouped, 128, false, turned)                                             \
+    X(ql_w8a8_##name##_128_meet, w8a8_wgmma, code, grouped, 128, true, turned)
+#define QL_W8A8_WGMMA_MOST(X, code, name) X(ql_w8a8_##name##_256, w8a8_wgmma, code, false, 256, false, false)
 #define QL_W8A8_WGMMA_VARIANTS(X)                                                                                      \
     QL_W8A8_WGMMA_FEW(X, QL_W8A8_E4M3, false, e4m3)                                                                    \
     QL_W8A8_WGMMA_FEW(X, QL_W8A8_E4M3, true, groups)                                                                   \

@@ -17,16 +17,9 @@ static __device__ __forceinline__ void copy_w(const ql_w8a8_wgmma_params *q, con
         copy_box(stage_at(l, slot, k), q->w_map, block * K, row, full);
 }
 
-/* Each thread block of a cluster copies its share of the tokens into all of them. */
 static __device__ __forceinline__ void copy_x(const ql_w8a8_wgmma_params *q, const layout *l, int slot, int block,
                                               int token, shape k) {
-    const int rank = k.pair ? cluster_rank() : 0;
-    const int share = k.tokens / (k.pair + 1);
-    const uint32_t to = stage_at(l, slot, k) + QL_W8A8_ROWS * K + rank * share * K;
-    if (!k.pair)
-        copy_box(to, q->x_map, block * K, token, l->full + 8 * slot);
-    else
-        copy_box_to_all(to, q->x_map, block * K, token + rank * share, l->full + 8 * slot, 3);
+    copy_box(stage_at(l, slot, k) + QL_W8A8_ROWS * K, q->x_map, block * K, token, l->full + 8 * slot);
 }
 
 static __device__ __forceinline__ void await_marks(uint64_t *marks, uint64_t nonce) {
@@ -48,7 +41,7 @@ static __device__ __forceinline__ void copy_partials(const ql_w8a8_wgmma_params 
                                                      shape k) {
 #pragma unroll 1
     for (int i = 1; i <= count; i++) {
-        const int64_t place = place_of_partials(own_range(k) + i, k);
+        const int64_t place = own_range() + i;
         const uint8_t *from = (const uint8_t *)q->partials + place * SLICES(k) * QL_W8A8_SLICE_BYTES;
         await_marks(q->flags + place * QL_W8A8_WARPS, q->nonce);
 #pragma unroll 1

@@ -11,7 +11,7 @@
 enum { WARP = 32, FEEDERS = 128, K = QL_W8A8_K, SCALERS = 3, HELPERS = 2, SLOTS = QL_W8A8_OUTLIER_SLOTS };
 
 typedef struct shape {
-    int code, grouped, tokens, pair, meets, turned;
+    int code, grouped, tokens, meets, turned;
 } shape;
 
 /* How wide a warpgroup's products of 64 rows are. */
@@ -24,11 +24,9 @@ typedef struct segment {
     int tile, first, end;
 } segment;
 
-/* The range of a cluster. A tile's first columns are in an earlier range than the rest, so in a later cluster: what it
+/* The range of a thread block. A tile's first columns are in an earlier range than the rest, so in a later block: what it
  * waits for was started before it, however many there is room for at once. */
-static __device__ __forceinline__ int own_range(shape k) {
-    return ((int)gridDim.x - 1 - (int)blockIdx.x) / (k.pair + 1);
-}
+static __device__ __forceinline__ int own_range(void) { return (int)gridDim.x - 1 - (int)blockIdx.x; }
 
 static __device__ __forceinline__ int range_start(const ql_w8a8_wgmma_params *q, int range) {
     return range * q->range + min(range, q->longer_ranges);
@@ -43,14 +41,14 @@ static __device__ __forceinline__ bool segment_at(segment *s, int index, const q
         s->end = q->k_blocks * (rank + 1) / q->members;
         return index == 0;
     }
-    const int own = own_range(k), start = range_start(q, own), end = range_start(q, own + 1);
+    const int own = own_range(), start = range_start(q, own), end = range_start(q, own + 1);
     int tile = start / q->k_blocks + index;
     const int from = tile * q->k_blocks;
     s->first = max(start - from, 0);
     s->end = min(q->k_blocks, end - from);
     if (from >= end) {
         const int last = end > start ? (end - 1) / q->k_blocks - start / q->k_blocks + 1 : 0;
-        tile = q->split_tiles + own + (index - last) * ((int)gridDim.x / (k.pair + 1));
+        tile = q->split_tiles + own + (index - last) * (int)gridDim.x;
         s->first = 0;
         s->end = q->k_blocks;
     }
@@ -60,7 +58,7 @@ static __device__ __forceinline__ bool segment_at(segment *s, int index, const q
 
 /* How many ranges after this one have columns of the segment's tile, if it has the first ones: they leave their sums. */
 static __device__ __forceinline__ int count_partials(const ql_w8a8_wgmma_params *q, const segment *s, shape k) {
-    int count = 0, end = s->end, range = own_range(k);
+    int count = 0, end = s->end, range = own_range();
     if (k.meets || s->first > 0) return 0;
     for (; end < q->k_blocks; count++) {
         range++;
@@ -73,11 +71,10 @@ static __device__ __forceinline__ int count_partials(const ql_w8a8_wgmma_params 
  * first, so that those in flight at once share weights and x. */
 static __device__ __forceinline__ void place_tile(const ql_w8a8_wgmma_params *q, int tile, int *row, int *token,
                                                   shape k) {
-    const int rank = k.pair ? cluster_rank() : 0;
     const int group = tile / (QL_W8A8_TOKEN_GROUP * q->row_tiles), first = group * QL_W8A8_TOKEN_GROUP;
     const int width = min(QL_W8A8_TOKEN_GROUP, q->token_tiles - first);
     tile -= first * q->row_tiles;
-    *row = (tile / width * (k.pair + 1) + rank) * QL_W8A8_ROWS;
+    *row = tile / width * QL_W8A8_ROWS;
     *token = (first + tile % width) * k.tokens;
 }
 
@@ -115,7 +112,7 @@ static __device__ __forceinline__ void init_barriers(const ql_w8a8_wgmma_params 
 #pragma unroll 1
     for (int i = 0; i < q->stages; i++) {
         barrier_init(l->full + 8 * i, k.grouped ? 2 : 1);
-        barrier_init(l->empty + 8 * i, QL_W8A8_WARPS * (k.pair + 1));
+        barrier_init(l->empty + 8 * i, QL_W8A8_WARPS);
         if (k.code == QL_W8A8_INT8) barrier_init(l->ready + 8 * i, 1);
     }
 #pragma unroll
@@ -144,9 +141,5 @@ static __device__ __forceinline__ uint32_t scale_place(int token, shape k) {
 #define SLICES(k) ((k).tokens / 8)
 #define SLICES_A_STAGE(k) (QL_W8A8_STAGE_BYTES((k).tokens) / QL_W8A8_SLICE_BYTES)
 #define STAGES_OF_PARTIALS(k) ((SLICES(k) + SLICES_A_STAGE(k) - 1) / SLICES_A_STAGE(k))
-
-static __device__ __forceinline__ int64_t place_of_partials(int range, shape k) {
-    return (int64_t)range * (k.pair + 1) + (k.pair ? cluster_rank() : 0);
-}
 
 #endif

@@ -13,13 +13,8 @@
 #include "w8a8_feed.cuh"
 #include "w8a8_outputs.cuh"
 
-static __device__ __forceinline__ void release_stage(const reader *d, int slot, shape k) {
-    const uint32_t empty = d->l->empty + 8 * slot;
-    if (!k.pair) {
-        if (lane_of() == 0) barrier_arrive(empty);
-    } else {
-        if (lane_of() < 2) barrier_arrive_at(empty, lane_of());
-    }
+static __device__ __forceinline__ void release_stage(const reader *d, int slot) {
+    if (lane_of() == 0) barrier_arrive(d->l->empty + 8 * slot);
 }
 
 /* 128 columns of 64 rows, on top of sums or, without `add`, in their place. */
@@ -41,13 +36,13 @@ static __device__ __forceinline__ void sum_plain(uint32_t *sums, reader *d, int 
         barrier_wait(d->ready + 8 * d->stage.slot, d->stage.parity);
         multiply_stage(sums, d, 1, k);
         WARPGROUP_WAIT(1);
-        if (before >= 0) release_stage(d, before, k);
+        if (before >= 0) release_stage(d, before);
         before = d->stage.slot;
         advance(&d->stage, d->q->stages);
     }
     WARPGROUP_WAIT(0);
     settle_bits(sums, WIDTH(k) / 2);
-    release_stage(d, before, k);
+    release_stage(d, before);
 }
 
 /* sums += part * the tokens' scales. */
@@ -98,7 +93,7 @@ static __device__ __forceinline__ void end_turn(uint32_t *sums, turn *t, const r
     settle_bits(t->part, WIDTH(k) / 2);
     if (!k.turned) add_scaled(sums, t->part, d->l->more + t->slot * k.tokens * 4, k);
     __syncwarp();
-    release_stage(d, t->slot, k);
+    release_stage(d, t->slot);
     if (k.turned) add_scaled_rows(sums, t->part, t->scale);
     settle_bits(sums, WIDTH(k) / 2);
 }
@@ -146,7 +141,7 @@ static __device__ __forceinline__ void add_partial(uint32_t *sums, reader *d, bo
         for (int i = 0; i < SLICES_A_STAGE(k) && first + i < SLICES(k); i++)
             add_four(sums + 4 * (first + i), load_shared_16(from + i * QL_W8A8_SLICE_BYTES), integers);
         __syncwarp();
-        release_stage(d, d->stage.slot, k);
+        release_stage(d, d->stage.slot);
         advance(&d->stage, d->q->stages);
     }
 }
@@ -161,7 +156,7 @@ static __device__ __forceinline__ void add_partials(uint32_t *sums, reader *d, i
 }
 
 static __device__ __forceinline__ void leave_partials(const uint32_t *sums, const ql_w8a8_wgmma_params *q, shape k) {
-    const int64_t place = place_of_partials(own_range(k), k);
+    const int64_t place = own_range();
     uint4 *to = (uint4 *)((uint8_t *)q->partials + place * SLICES(k) * QL_W8A8_SLICE_BYTES) + threadIdx.x;
 #pragma unroll
     for (int i = 0; i < SLICES(k); i++)
@@ -270,7 +265,6 @@ static __device__ __forceinline__ void product(const ql_w8a8_wgmma_params *q, sh
     extern __shared__ __align__(1024) uint8_t shared[];
     const layout l = layout_of(shared_address(shared), k);
     const int feeder = __shfl_sync(ALL_LANES, (int)threadIdx.x / WARP, 0) - QL_W8A8_WARPS;
-    const bool clustered = k.pair || k.meets;
     if (feeder >= 0) {
         if (k.tokens > 64 && k.grouped) WARPGROUP_GIVES_REGISTERS(56);
         if (k.tokens > 64 && !k.grouped) WARPGROUP_GIVES_REGISTERS(72);
@@ -282,7 +276,7 @@ static __device__ __forceinline__ void product(const ql_w8a8_wgmma_params *q, sh
             prefetch_map(q->x_map);
         }
         __syncthreads();
-        if (clustered) meet_cluster();
+        if (k.meets) meet_cluster();
         if (feeder == 0) {
             start_next_kernel();
             if (is_elected()) copy_codes(q, &l, from, k);
@@ -299,22 +293,20 @@ static __device__ __forceinline__ void product(const ql_w8a8_wgmma_params *q, sh
         if (k.tokens > 64 && k.grouped) WARPGROUP_TAKES_REGISTERS(224);
         if (k.tokens > 64 && !k.grouped) WARPGROUP_TAKES_REGISTERS(216);
         __syncthreads();
-        if (clustered) meet_cluster();
+        if (k.meets) meet_cluster();
         wait_for_previous_kernel();
         multiply_all(q, &l, k);
     }
-    /* No thread block's shared memory goes before the others' copies and arrivals have reached it. */
-    if (k.pair) meet_cluster();
 }
 
 /* Where they do, thread blocks use half of the registers, so that those of the kernel before and after find room beside
  * them. */
 #define HAS_ROOM(code, grouped, tokens) ((code) == QL_W8A8_E4M3 && !(grouped) && (tokens) <= 64)
 
-#define KERNEL(name, source, code, grouped, tokens, pair, meets, turned)                                               \
+#define KERNEL(name, source, code, grouped, tokens, meets, turned)                                                     \
     extern "C" __global__ void __launch_bounds__(QL_W8A8_THREADS, 1 + HAS_ROOM(code, grouped, tokens))                 \
         name(const __grid_constant__ ql_w8a8_wgmma_params q) {                                                         \
-        const shape k = {code, grouped, tokens, pair, meets, turned};                                                  \
+        const shape k = {code, grouped, tokens, meets, turned};                                                        \
         product(&q, k);                                                                                                \
     }
 QL_W8A8_WGMMA_VARIANTS(KERNEL)

@@ -3,16 +3,15 @@
  *
  * A tile is the outputs of some rows of the weight and of some tokens. Two warpgroups multiply: with the weight's rows as
  * the rows of wgmma each has half of them and all tokens; turned, with tokens as its rows, half of the tokens and all rows
- * of the weight. Kernels of three kinds share tiles among thread blocks:
+ * of the weight. Kernels of two kinds share tiles among thread blocks:
  *   alone: a tile has QL_W8A8_ROWS rows and is a thread block's;
- *   in pairs: a tile has twice the rows, half for each of the two thread blocks of a cluster, which copy x for each other;
  *   meeting: the `members` thread blocks of a cluster divide the columns of one tile and add their sums over the cluster's
  *   shared memory, one tile a cluster: for products of few tiles.
  *
- * For the first two the product has row_tiles x token_tiles tiles of k_blocks blocks of 128 columns each. The first
- * split_tiles tiles are one line of blocks, cut into as many equal ranges as there are clusters; the tiles after them are
- * done whole, one a cluster and wave. A range that starts inside a tile leaves its sums in scratch for the cluster that has
- * the tile's first columns, which adds them in the order of K. */
+ * For the first the product has row_tiles x token_tiles tiles of k_blocks blocks of 128 columns each. The first split_tiles
+ * tiles are one line of blocks, cut into as many equal ranges as there are thread blocks; the tiles after them are done
+ * whole, one a thread block and wave. A range that starts inside a tile leaves its sums in scratch for the thread block that
+ * has the tile's first columns, which adds them in the order of K. */
 #ifndef QL_KERNELS_W8A8_WGMMA_H
 #define QL_KERNELS_W8A8_WGMMA_H
 
@@ -58,7 +57,7 @@ enum {
 typedef struct ql_w8a8_wgmma_params {
     QL_ALIGNED(64)
     uint64_t w_map[16]; /* CUtensorMap of the weight: 128 columns by a thread block's rows, swizzled by 128 bytes */
-    uint64_t x_map[16]; /* of x_codes: by what one thread block of a cluster copies of the tile's tokens */
+    uint64_t x_map[16]; /* of x_codes: by the tile's tokens */
     ql_w8a8_params product;
     float *partials; /* scratch: [thread blocks][rows * tokens] */
     uint64_t *flags; /* scratch: [thread blocks][QL_W8A8_WARPS]; nonce: the warp's part of partials is there */

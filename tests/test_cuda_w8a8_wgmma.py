@@ -1,5 +1,5 @@
 """FP8 and LLM.int8() with many rows on a GPU: sizes whose tiles are whole, split along K, done in waves, shared by
-pairs and by the members of a cluster, against float64."""
+the members of a cluster, against float64."""
 
 import pytest
 import torch

@@ -16,6 +16,8 @@ WHOLE = (
     (4096, 8208, 70),
     (512, 8208, 600),
     (128, 2064, 4096),
+    (8192, 1032, 256),
+    (8192, 2064, 256),
 )
 # Blocks share tiles, and their sums meet in scratch.
 SHARED = (

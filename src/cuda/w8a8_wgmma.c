@@ -21,11 +21,10 @@ typedef struct variant {
     int code;
     bool grouped;
     int tokens;
-    bool pair, meets;
+    bool meets;
 } variant;
 
-#define VARIANT(name, source, code, grouped, tokens, pair, meets, turned)                                              \
-    {QL_KERNEL_##name, code, grouped, tokens, pair, meets},
+#define VARIANT(name, source, code, grouped, tokens, meets, turned) {QL_KERNEL_##name, code, grouped, tokens, meets},
 static const variant variants[] = {QL_W8A8_WGMMA_VARIANTS(VARIANT)};
 #undef VARIANT
 enum { VARIANTS = sizeof(variants) / sizeof(variants[0]) };
@@ -61,28 +60,48 @@ static int stages_of(const cut *c, const ql_cuda_properties *gpu) {
 
 static cut cut_of(const variant *v, const ql_w8a8_params *p, int64_t clusters, int members) {
     return (cut){.variant = v,
-                 .row_tiles = ql_ceil_div(p->n, (int64_t)QL_W8A8_ROWS * (v->pair ? 2 : 1)),
+                 .row_tiles = ql_ceil_div(p->n, QL_W8A8_ROWS),
                  .token_tiles = ql_ceil_div(p->m, v->tokens),
                  .k_blocks = ql_ceil_div(p->k, QL_W8A8_K),
                  .clusters = clusters,
                  .members = members};
 }
 
-/* What a cut takes, in ns: a model of an H200 that tells cuts from each other, without the time that all of them take. A
- * thread block multiplies a token's 128 columns with 128 rows in 2.9 ns at the clock of a GPU at work, and is given 100
- * bytes a ns from the second-level cache, of 7500 for all of them; the weight comes at 4200. A tile ends in outputs. Sums
- * that cross thread blocks are dear, least between members. */
+/* Of the first tiles, those that ranges are cut from: what is left over whole waves together with one of these, so that no
+ * range is short. */
+static int64_t split_tiles(const cut *c) {
+    const int64_t tiles = tiles_of(c), left = tiles % c->clusters;
+    return !is_split(c) ? 0 : tiles < c->clusters ? tiles : left + c->clusters;
+}
+
+/* What thread blocks that go along K together have in the second-level cache, where more of them than one read it. */
+static double common_bytes(const cut *c, const ql_w8a8_params *p) {
+    const double across = fmin((double)c->token_tiles, QL_W8A8_TOKEN_GROUP);
+    const double tokens = fmin((double)p->m, across * c->variant->tokens);
+    const double rows = QL_W8A8_ROWS * (double)(c->clusters * c->members) / across;
+    return c->token_tiles > 1 ? (double)p->k * (tokens + rows) : 0;
+}
+
+/* What a cut takes, in ns: a model of an H200 that tells cuts from each other, without the time that all of them take, fitted
+ * to some 160 products. A thread block multiplies a token's 128 columns with 128 rows in 3.9 ns at the clock of a GPU at work,
+ * and is given 85 bytes a ns from the second-level cache, of 7600 for all of them; the weight comes at 4200. A tile ends in
+ * outputs. Sums that cross thread blocks are dear, least between members; so are ranges of which each is elsewhere in K, where
+ * the cache does not hold all of it. */
 static double cost(const cut *c, const ql_w8a8_params *p) {
     const variant *v = c->variant;
     const double tokens = v->tokens, tiles = (double)tiles_of(c), thread_blocks = (double)(c->clusters * c->members);
     const double blocks = (double)c->k_blocks * (v->meets ? 1.0 / c->members : tiles / (double)c->clusters);
-    const double bytes = QL_W8A8_K * (QL_W8A8_ROWS + (v->pair ? tokens / 2 : tokens));
-    const double copy = bytes / fmin(100, 7500 / thread_blocks), multiply = tokens * (v->grouped ? 3.9 : 2.9);
+    const double copy = QL_W8A8_K * (QL_W8A8_ROWS + tokens) / fmin(85, 7600 / thread_blocks);
+    const double multiply = tokens * (!v->grouped ? 3.9 : v->tokens > 64 ? 6.6 : 7.6);
     const double main_loop = fmax(blocks * fmax(multiply, copy), (double)p->n * (double)p->k / 4200);
-    const double ends = ceil(tiles / (double)c->clusters) * (1000 + tokens * 6);
-    double exchange = v->pair ? 2500 : 0;
-    if (v->meets) exchange += 1200 + c->members * tokens * 4.5;
-    if (is_split(c)) exchange += 5000 + tokens * 12 * ceil((double)c->clusters / tiles);
+    const double ends = ceil(tiles / (double)c->clusters) * (1600 + tokens * 4);
+    double exchange = 0;
+    if (v->meets) exchange += 1350 + c->members * tokens * 7.3;
+    if (is_split(c)) {
+        exchange += 13000 + tokens * 9 * ceil((double)c->clusters / tiles);
+        if (common_bytes(c, p) > 36e6)
+            exchange += 0.1 * multiply * (double)(split_tiles(c) * c->k_blocks) / (double)c->clusters;
+    }
     return main_loop + ends + exchange;
 }
 
@@ -120,12 +139,10 @@ static cut weigh_cuts(const ql_cuda_device *device, const ql_w8a8_params *p) {
             continue;
         }
         /* All that there is room for, or fewer that have whole tiles. */
-        const int members = v->pair ? 2 : 1;
-        const int64_t most = device->properties.multiprocessors / members;
-        const int64_t tiles = ql_ceil_div(p->n, (int64_t)QL_W8A8_ROWS * members) * ql_ceil_div(p->m, v->tokens);
-        if (most < 1) continue;
-        consider(&best, v, device, p, most, members);
-        consider(&best, v, device, p, ql_ceil_div(tiles, ql_ceil_div(tiles, most)), members);
+        const int64_t most = device->properties.multiprocessors;
+        const int64_t tiles = ql_ceil_div(p->n, QL_W8A8_ROWS) * ql_ceil_div(p->m, v->tokens);
+        consider(&best, v, device, p, most, 1);
+        consider(&best, v, device, p, ql_ceil_div(tiles, ql_ceil_div(tiles, most)), 1);
     }
     return best.cut;
 }
@@ -194,16 +211,14 @@ static ql_cu_result map_operands(ql_w8a8_wgmma_params *params, const ql_cuda_dri
     const ql_w8a8_params *p = &params->product;
     const ql_cu_result result = map_codes(params->w_map, driver, p->codes, p->n, p->k, p->row_stride, QL_W8A8_ROWS);
     if (result != QL_CU_SUCCESS) return result;
-    return map_codes(params->x_map, driver, p->x_codes, p->m, p->k, p->x_pitch, v->pair ? v->tokens / 2 : v->tokens);
+    return map_codes(params->x_map, driver, p->x_codes, p->m, p->k, p->x_pitch, v->tokens);
 }
 
 int ql_cuda_w8a8_wgmma_launch(const ql_cuda_guard *guard, void *stream, const ql_w8a8_params *p, ql_cuda_choice choice,
                               void *scratch, char message[QL_CUDA_MESSAGE]) {
     const cut c = cut_of_choice(p, choice);
     const variant *v = c.variant;
-    const int64_t tiles = tiles_of(&c), left = tiles % c.clusters;
-    /* What is left over whole waves is split together with one of them, so that no range is short. */
-    const int64_t split = left == 0 ? 0 : tiles < c.clusters ? tiles : left + c.clusters;
+    const int64_t split = split_tiles(&c);
     ql_w8a8_wgmma_params params = {
         .product = *p,
         .row_tiles = (int32_t)c.row_tiles,

@@ -122,6 +122,12 @@ static __device__ __forceinline__ void fence_for_products(void) {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+/* What threads read of shared memory is in their registers before copies write there: an arrival at a barrier does not
+ * wait for reads that are on their way. */
+static __device__ __forceinline__ void fence_before_copies(void) {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 /* What threads of other thread blocks stored, and this one has seen the marks of, is there for bulk copies to read. */
 static __device__ __forceinline__ void fence_for_copies(void) {
     asm volatile("fence.acq_rel.gpu;\n\tfence.proxy.async.global;" ::: "memory");

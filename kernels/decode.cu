@@ -424,8 +424,9 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
 #else
     const bool roomy = false;
 #endif
-    const bool ahead =
-        groups < 2 || (groups < 8 ? tokens != 16 || type == QL_VALUE_F16 : tokens == 4 && code != QL_CODE_INT2);
+    const bool ahead = groups < 2 || (groups < 8               ? tokens != 16 || type == QL_VALUE_F16
+                                      : code == QL_CODE_TABLE4 ? tokens == 4 || (tokens == 8 && roomy)
+                                                               : tokens == 4 && code != QL_CODE_INT2);
     /* Few rows of x are there so soon that warps do better to start together, next to each other in memory; of many a warp
      * waits for the columns that it wants. */
     const bool shared_start = tokens == 4;

@@ -81,4 +81,22 @@ static __device__ __forceinline__ void barrier_wait_remote(uint32_t barrier, uin
                  : "memory");
 }
 
+/* Arrives at the barrier at this address in the shared memory of block `rank`. */
+static __device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, int rank) {
+    asm volatile("{ .reg .b32 remote;\n\t"
+                 "mapa.shared::cluster.u32 remote, %0, %1;\n\t"
+                 "mbarrier.arrive.shared::cluster.b64 _, [remote]; }" ::"r"(barrier),
+                 "r"(rank)
+                 : "memory");
+}
+
+/* As copy_box, into the same place of all blocks of `mask`, whose barriers at that place count the bytes. */
+static __device__ __forceinline__ void copy_box_to_all(uint32_t to, const void *map, int col, int row, uint32_t barrier,
+                                                       uint16_t mask) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+                 "[%1, {%2, %3}], [%4], %5;" ::"r"(to),
+                 "l"(map), "r"(col), "r"(row), "r"(barrier), "h"(mask)
+                 : "memory");
+}
+
 #endif

@@ -9,8 +9,7 @@
 #define QL_KERNELS_STAGE_WEIGHT_CUH
 
 #include "code_exact.cuh"
-#include "streamk.cuh"
-#include "value.cuh"
+#include "planes.cuh"
 
 /* Of a lane's rows g and g + 8 in a group, as it lies in shared memory: scales, two in a word if they have 16 bits;
  * zeros, a byte of two nibbles or two bytes, or the bytes of nested absmax. */
@@ -38,6 +37,7 @@ typedef struct reader {
 typedef struct stage_words {
     uint32_t words[2][16], high[2][2]; /* high: of 3 bit */
     raw_entry entries[2][2];
+    planes products; /* of a table */
 } stage_words;
 
 /* The strip of a warp's first sub-tile within the tile; the second's is four further on. */
@@ -59,6 +59,7 @@ static __device__ __forceinline__ reader make_reader(const ql_streamk_params *q,
     r.codes = stage + QL_STREAMK_CODES_AT(k.tokens, k.stage_k) + strip * QL_STREAMK_STRIP_BYTES(k.code, k.stage_k);
     r.codes += lane * 16;
     r.scales = entries + ((strip * 64 + g * 8) << r.scale_shift);
+    if (HAS_PLANES(k)) r.scales = entries + (strip * 16 + g) * PLANE;
     r.seconds = entries + k.rows / 16 * 128;
     r.seconds += table || k.code == QL_CODE_INT8 ? strip * 32 + g * 4 : strip * 16 + g * 2;
     r.nested_table = base + QL_STREAMK_TABLE_AT + QL_STREAMK_TABLE_BYTES;
@@ -68,6 +69,7 @@ static __device__ __forceinline__ reader make_reader(const ql_streamk_params *q,
 
 /* From the first group of a pair to the second, and back. */
 static __device__ __forceinline__ void flip_group(reader *r, shape k) {
+    if (HAS_PLANES(k)) return;
     r->scales ^= 4u << r->scale_shift;
     r->seconds ^= k.code == QL_CODE_TABLE4 || k.code == QL_CODE_INT8 ? 2 : 1;
 }
@@ -108,8 +110,10 @@ static __device__ __forceinline__ void read_stage(stage_words *d, const reader *
             }
         }
 #pragma unroll
-        for (int group = 0; group < k.groups; group++) d->entries[i][group] = read_entry(r, at, 4 * i, group, k);
+        for (int group = 0; group < k.groups; group++)
+            if (!HAS_PLANES(k)) d->entries[i][group] = read_entry(r, at, 4 * i, group, k);
     }
+    if (HAS_PLANES(k)) read_planes(&d->products, r->scales + at, k);
 }
 
 static __device__ __forceinline__ float scale_value(const raw_entry *raw, int h, int type) {
@@ -195,7 +199,9 @@ static __device__ __forceinline__ void decode(uint32_t *a, const stage_words *d,
 #pragma unroll
     for (int i = 0; i < steps; i++) {
         const int at = from + i;
-        if (k.code == QL_CODE_TABLE4)
+        if (HAS_PLANES(k))
+            pick_step(a + 4 * i, words[at], &d->products);
+        else if (k.code == QL_CODE_TABLE4)
             look_up(a + 4 * i, words[at], (threadIdx.x & 31) * 4, k);
         else
             exact_step(a + 4 * i, words + at / tile_steps * 4, d->high[sub_tile], at % tile_steps, e->zero, has_zeros,

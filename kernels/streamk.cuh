@@ -7,6 +7,7 @@
 #ifndef QL_KERNELS_STREAMK_CUH
 #define QL_KERNELS_STREAMK_CUH
 
+#include "cluster.cuh"
 #include "streamk.h"
 #include "warpgroup.cuh"
 
@@ -19,6 +20,9 @@ typedef struct shape {
     bool wide;
 } shape;
 
+#define PAIRED(k) QL_STREAMK_PAIRED((k).tokens)
+#define HAS_PLANES(k) QL_STREAMK_HAS_PLANES((k).code, (k).tokens)
+
 /* ---- tiles ---- */
 
 /* Blocks first to end of a tile; left: blocks of the range that come after. */
@@ -26,9 +30,12 @@ typedef struct walk {
     int tile, first, end, left;
 } walk;
 
-/* The range of a thread block. A tile's first columns are in an earlier range than the rest, so in a later block: what
- * it waits for was started before it, however many blocks there is room for at once. */
-static __device__ __forceinline__ int own_range(void) { return (int)gridDim.x - 1 - (int)blockIdx.x; }
+/* Thread blocks, or pairs of them that go through the same tiles. */
+static __device__ __forceinline__ int walkers(shape k) { return (int)gridDim.x / (PAIRED(k) + 1); }
+
+/* The range of a thread block or a pair. A tile's first columns are in an earlier range than the rest, so in a later block:
+ * what it waits for was started before it, however many blocks there is room for at once. */
+static __device__ __forceinline__ int own_range(shape k) { return walkers(k) - 1 - (int)blockIdx.x / (PAIRED(k) + 1); }
 
 static __device__ __forceinline__ int range_blocks(const ql_streamk_params *q, int range) {
     return q->range + (range < q->longer_ranges);
@@ -41,7 +48,7 @@ static __device__ __forceinline__ int divide(int a, int b, uint32_t inverse) {
 }
 
 /* The next part of the range, then whole tiles. False where there is none. */
-static __device__ __forceinline__ bool next_tile(walk *w, const ql_streamk_params *q) {
+static __device__ __forceinline__ bool next_tile(walk *w, const ql_streamk_params *q, shape k) {
     w->first = 0;
     if (w->left > 0) {
         w->tile++;
@@ -49,17 +56,17 @@ static __device__ __forceinline__ bool next_tile(walk *w, const ql_streamk_param
         w->left -= w->end;
         return true;
     }
-    w->tile = w->tile < q->split_tiles ? q->split_tiles + own_range() : w->tile + (int)gridDim.x;
+    w->tile = w->tile < q->split_tiles ? q->split_tiles + own_range(k) : w->tile + walkers(k);
     w->end = q->k_blocks;
     return w->tile < q->row_tiles * q->token_tiles;
 }
 
 /* There is one for each thread block. */
-static __device__ __forceinline__ walk first_tile(const ql_streamk_params *q) {
-    const int own = own_range(), start = own * q->range + min(own, q->longer_ranges);
+static __device__ __forceinline__ walk first_tile(const ql_streamk_params *q, shape k) {
+    const int own = own_range(k), start = own * q->range + min(own, q->longer_ranges);
     walk w = {-1, 0, 0, range_blocks(q, own)};
     if (w.left == 0) {
-        next_tile(&w, q);
+        next_tile(&w, q, k);
         return w;
     }
     w.tile = divide(start, q->k_blocks, q->k_blocks_inverse);
@@ -70,16 +77,18 @@ static __device__ __forceinline__ walk first_tile(const ql_streamk_params *q) {
 }
 
 /* Tiles go along a group of token tiles first, so that those in flight at once share weights and x. */
-static __device__ __forceinline__ void place_tile(const ql_streamk_params *q, int tile, int *row_tile,
-                                                  int *token_tile) {
+static __device__ __forceinline__ void place_tile(const ql_streamk_params *q, int tile, int *row_tile, int *token_tile,
+                                                  shape k) {
     *row_tile = tile;
     *token_tile = 0;
-    if (q->token_tiles == 1) return;
-    const int group = tile / (QL_STREAMK_TOKEN_GROUP * q->row_tiles), first = group * QL_STREAMK_TOKEN_GROUP;
-    const int width = min(QL_STREAMK_TOKEN_GROUP, q->token_tiles - first);
-    tile -= first * q->row_tiles;
-    *row_tile = tile / width;
-    *token_tile = first + tile % width;
+    if (q->token_tiles > 1) {
+        const int most = QL_STREAMK_TOKEN_GROUP / k.tokens, first = tile / (most * q->row_tiles) * most;
+        const int width = min(most, q->token_tiles - first);
+        tile -= first * q->row_tiles;
+        *row_tile = tile / width;
+        *token_tile = first + tile % width;
+    }
+    if (PAIRED(k)) *row_tile = *row_tile * 2 + cluster_rank();
 }
 
 /* The first group of a block. */
@@ -108,18 +117,28 @@ static __device__ __forceinline__ int scale_shift_of(const ql_streamk_params *q,
 }
 
 static __device__ __forceinline__ uint32_t stages_at(uint32_t base, shape k) {
-    return base + QL_STREAMK_HEAD_BYTES(k.code);
+    return base + QL_STREAMK_HEAD_BYTES(k.code, k.tokens);
 }
 
-/* Full: the codes' bytes, those of x, and 32 lanes' copies of entries. */
+/* Full: the codes' bytes, those of x, and 32 lanes' copies of entries or two warps' planes. */
 static __device__ __forceinline__ void init_barriers(uint32_t base, int stages, shape k) {
 #pragma unroll 1
     for (int i = 0; i < stages; i++) {
-        barrier_init(base + 8 * i, k.groups ? 2 + WARP : 2);
-        barrier_init(base + 8 * i + EMPTY, WARPS);
+        barrier_init(base + 8 * i, HAS_PLANES(k) ? 2 + 2 : k.groups ? 2 + WARP : 2);
+        barrier_init(base + 8 * i + EMPTY, WARPS * (PAIRED(k) + 1));
     }
-    barrier_init(base + SPARE, WARPS);
+    barrier_init(base + SPARE, WARPS * (PAIRED(k) + 1));
     barrier_init_done();
+}
+
+/* A warp is done with a stage, x of which comes from both thread blocks of a pair. */
+static __device__ __forceinline__ void release_stage(uint32_t empty, shape k) {
+    const int lane = (int)threadIdx.x % WARP;
+    if (!PAIRED(k)) {
+        if (lane == 0) barrier_arrive(empty);
+    } else {
+        if (lane < 2) barrier_arrive_at(empty, lane);
+    }
 }
 
 /* ---- the first things to wait for ---- */
@@ -142,7 +161,7 @@ static __device__ __forceinline__ void prefetch_section(const void *section, int
 static __device__ __forceinline__ void prefetch_first(const ql_streamk_params *q, walk w, shape k) {
     const ql_packed_params *p = &q->product;
     int row_tile, token_tile;
-    place_tile(q, w.tile, &row_tile, &token_tile);
+    place_tile(q, w.tile, &row_tile, &token_tile, k);
     if (is_elected()) {
 #pragma unroll 1
         for (int block = w.first; block < min(w.end, w.first + EARLY_BLOCKS); block++)
@@ -156,44 +175,48 @@ static __device__ __forceinline__ void prefetch_first(const ql_streamk_params *q
         prefetch_section(p->zeros, 16 << (k.code == QL_CODE_INT8), row_tile * strips, strips, last_strip, pair, pairs);
 }
 
-/* ---- the threads that copy codes and x, one each ---- */
+/* ---- the threads that copy codes and x, one each or one for both ---- */
 
-static __device__ __forceinline__ void copy_codes(const ql_streamk_params *q, uint32_t base, walk w, shape k) {
-    const int strip_bytes = QL_STREAMK_STRIP_BYTES(k.code, k.stage_k);
-    ring r = {0, 1};
-    do {
-        int row_tile, token_tile;
-        place_tile(q, w.tile, &row_tile, &token_tile);
-#pragma unroll 1
-        for (int block = w.first; block < w.end; block++) {
-            const uint32_t full = base + 8 * r.slot, stage = stages_at(base, k) + r.slot * stage_bytes(k);
-            barrier_wait(full + EMPTY, r.parity);
-            barrier_arrive_expect(full, k.rows / 16 * strip_bytes);
-            copy_box(stage + QL_STREAMK_CODES_AT(k.tokens, k.stage_k), q->codes_map, codes_column(block, k),
-                     row_tile * (k.rows / 16), full);
-            advance(&r, q->stages);
-        }
-    } while (next_tile(&w, q));
+static __device__ __forceinline__ void ask_for_codes(const ql_streamk_params *q, uint32_t base, int slot, int row_tile,
+                                                     int block, shape k) {
+    const uint32_t full = base + 8 * slot, stage = stages_at(base, k) + slot * stage_bytes(k);
+    barrier_arrive_expect(full, k.rows / 16 * QL_STREAMK_STRIP_BYTES(k.code, k.stage_k));
+    copy_box(stage + QL_STREAMK_CODES_AT(k.tokens, k.stage_k), q->codes_map, codes_column(block, k),
+             row_tile * (k.rows / 16), full);
 }
 
-static __device__ __forceinline__ void copy_x(const ql_streamk_params *q, uint32_t base, walk w, shape k) {
+/* Each thread block of a pair copies half of the tokens into both. */
+static __device__ __forceinline__ void ask_for_x(const ql_streamk_params *q, uint32_t base, int slot, int token_tile,
+                                                 int block, shape k) {
+    const uint32_t full = base + 8 * slot, stage = stages_at(base, k) + slot * stage_bytes(k);
+    barrier_arrive_expect(full, k.tokens * k.stage_k * 2);
+    if (PAIRED(k)) {
+        const int share = k.tokens / 2, rank = cluster_rank();
+        copy_box_to_all(stage + rank * share * BOX_K * 2, q->x_map, block * BOX_K, token_tile * k.tokens + rank * share,
+                        full, 3);
+        return;
+    }
+#pragma unroll
+    for (int box = 0; box < k.stage_k / BOX_K; box++)
+        copy_box(stage + box * BOX_K * k.tokens * 2, q->x_map, block * k.stage_k + box * BOX_K, token_tile * k.tokens,
+                 full);
+}
+
+static __device__ __forceinline__ void copy_stages(const ql_streamk_params *q, uint32_t base, walk w, bool codes,
+                                                   bool x, shape k) {
     ring r = {0, 1};
-    wait_for_previous_kernel();
+    if (x) wait_for_previous_kernel();
     do {
         int row_tile, token_tile;
-        place_tile(q, w.tile, &row_tile, &token_tile);
+        place_tile(q, w.tile, &row_tile, &token_tile, k);
 #pragma unroll 1
         for (int block = w.first; block < w.end; block++) {
-            const uint32_t full = base + 8 * r.slot, stage = stages_at(base, k) + r.slot * stage_bytes(k);
-            barrier_wait(full + EMPTY, r.parity);
-            barrier_arrive_expect(full, k.tokens * k.stage_k * 2);
-#pragma unroll
-            for (int box = 0; box < k.stage_k / BOX_K; box++)
-                copy_box(stage + box * BOX_K * k.tokens * 2, q->x_map, block * k.stage_k + box * BOX_K,
-                         token_tile * k.tokens, full);
+            barrier_wait(base + 8 * r.slot + EMPTY, r.parity);
+            if (codes) ask_for_codes(q, base, r.slot, row_tile, block, k);
+            if (x) ask_for_x(q, base, r.slot, token_tile, block, k);
             advance(&r, q->stages);
         }
-    } while (next_tile(&w, q));
+    } while (next_tile(&w, q, k));
 }
 
 /* ---- the warp that copies entries: of each strip those of the stage's pair of groups, as they lie in memory ----
@@ -249,7 +272,7 @@ static __device__ __forceinline__ void copy_entries(const ql_streamk_params *q, 
     ring r = {0, 1};
     do {
         int row_tile, token_tile;
-        place_tile(q, w.tile, &row_tile, &token_tile);
+        place_tile(q, w.tile, &row_tile, &token_tile, k);
         int group = group_of(q, w.first, k.groups), left = (group + 1) * q->group_blocks - w.first;
         const pieces scales = share_out(p->scales, scale_shift_of(q, k), row_tile * strips, strips, last_strip, pairs);
         const pieces zeros = share_out(k.code == QL_CODE_TABLE4 ? NULL : p->zeros, k.code == QL_CODE_INT8,
@@ -275,7 +298,7 @@ static __device__ __forceinline__ void copy_entries(const ql_streamk_params *q, 
             }
             advance(&r, q->stages);
         }
-    } while (next_tile(&w, q));
+    } while (next_tile(&w, q, k));
 }
 
 #endif

@@ -17,14 +17,16 @@
 
 enum {
     QL_STREAMK_BOX_K = 64,
-    QL_STREAMK_TOKEN_GROUP = 16, /* tiles of tokens that are done beside each other */
-    QL_STREAMK_WARPS = 8,        /* that multiply */
+    QL_STREAMK_TOKEN_GROUP = 2048, /* tokens whose tiles are done beside each other */
+    QL_STREAMK_WARPS = 8,          /* that multiply */
     QL_STREAMK_THREADS = (QL_STREAMK_WARPS + 4) * 32,
     QL_STREAMK_BARRIER_BYTES = 1024,
     QL_STREAMK_OUTPUT_TOKENS = 32, /* of a buffer of outputs, 64 rows of W wide */
     QL_STREAMK_MOST_STAGES = 24,
     QL_STREAMK_TABLE_BYTES = 65536, /* pairs of a table's values */
-    QL_STREAMK_NESTED_BYTES = 1024  /* the table of nested absmax */
+    QL_STREAMK_NESTED_BYTES = 1024, /* the table of nested absmax */
+    QL_STREAMK_ABSMAX_SLOTS = 4,    /* of a ring of what absmax is made of, 32 bytes a lane */
+    QL_STREAMK_PLANES_BYTES = 1024 + QL_STREAMK_ABSMAX_SLOTS * 64 * 32 /* a table's values, then that ring */
 };
 
 typedef struct ql_streamk_params {
@@ -43,14 +45,24 @@ typedef struct ql_streamk_params {
     int32_t nested_shift;                            /* log2 of nested_blocksize */
 } ql_streamk_params;
 
+/* Tiles of 256 tokens are done by thread blocks in clusters of two, which have tiles below each other: each brings half of x
+ * for both. */
+#define QL_STREAMK_PAIRED(tokens) ((tokens) == 256)
+
+/* Sums of 256 tokens leave no registers for a group's own beside them: there codes of a table become its products with
+ * absmax, from planes of bytes (planes.cuh) that a stage has 32 bytes a row of. */
+#define QL_STREAMK_HAS_PLANES(code, tokens) ((code) == QL_CODE_TABLE4 && (tokens) == 256)
+
 /* Bytes of a stage: x in boxes, the codes of the tile's strips, then what groups have (entries): of a strip and a pair
- * of groups up to 160. */
+ * of groups up to 160, or planes. */
 #define QL_STREAMK_STRIP_BYTES(code, stage_k) ((stage_k) / QL_TILE_K(code) * QL_TILE_BYTES(code))
 #define QL_STREAMK_CODES_AT(tokens, stage_k) ((tokens) * (stage_k) * 2)
 #define QL_STREAMK_ENTRIES_AT(code, rows, tokens, stage_k)                                                             \
     (QL_STREAMK_CODES_AT(tokens, stage_k) + (rows) / 16 * QL_STREAMK_STRIP_BYTES(code, stage_k))
+#define QL_STREAMK_ENTRIES_BYTES(code, rows, tokens)                                                                   \
+    (QL_STREAMK_HAS_PLANES(code, tokens) ? (rows) * 32 : ((rows) / 16 * 160 + 1023) / 1024 * 1024)
 #define QL_STREAMK_STAGE_BYTES(code, rows, tokens, stage_k, groups)                                                    \
-    (QL_STREAMK_ENTRIES_AT(code, rows, tokens, stage_k) + ((groups) ? ((rows) / 16 * 160 + 1023) / 1024 * 1024 : 0))
+    (QL_STREAMK_ENTRIES_AT(code, rows, tokens, stage_k) + ((groups) ? QL_STREAMK_ENTRIES_BYTES(code, rows, tokens) : 0))
 
 /* An element of codes_map, in bytes: a box has at most 256 of them along a row. */
 #define QL_STREAMK_CODES_UNIT(code, stage_k) (QL_STREAMK_STRIP_BYTES(code, stage_k) > 1024 ? 8 : 4)
@@ -58,7 +70,10 @@ typedef struct ql_streamk_params {
 /* Before the stages: barriers, two buffers of outputs for each warpgroup, tables. */
 #define QL_STREAMK_OUTPUT_BYTES (64 * QL_STREAMK_OUTPUT_TOKENS * 2)
 #define QL_STREAMK_TABLE_AT (QL_STREAMK_BARRIER_BYTES + 2 * QL_STREAMK_WARPS / 4 * QL_STREAMK_OUTPUT_BYTES)
-#define QL_STREAMK_HEAD_BYTES(code)                                                                                    \
-    (QL_STREAMK_TABLE_AT + ((code) == QL_CODE_TABLE4 ? QL_STREAMK_TABLE_BYTES + QL_STREAMK_NESTED_BYTES : 0))
+#define QL_STREAMK_TABLES_BYTES(code, tokens)                                                                          \
+    ((code) != QL_CODE_TABLE4              ? 0                                                                         \
+     : QL_STREAMK_HAS_PLANES(code, tokens) ? QL_STREAMK_PLANES_BYTES                                                   \
+                                           : QL_STREAMK_TABLE_BYTES + QL_STREAMK_NESTED_BYTES)
+#define QL_STREAMK_HEAD_BYTES(code, tokens) (QL_STREAMK_TABLE_AT + QL_STREAMK_TABLES_BYTES(code, tokens))
 
 #endif

@@ -6,17 +6,14 @@
  * some steps of its 16 rows (twice 16 in tiles of 256 rows) while the product of the steps before them runs. Scales are
  * applied to weights, which are rounded once to 16 bit: so nothing but products touches the sums; to outputs, where a
  * group is all of K: codes stay exact; to the sums of 64 columns, with codes of a table: a table of its products would
- * be dear to read, or rounded twice. Blocks that share a tile add their sums as exchange.cuh says. */
+ * be dear to read, or rounded twice. With 256 tokens there are no registers for such sums, and half the weights to decode:
+ * there a table's products with absmax are made for each row and group (planes.cuh). Blocks that share a tile add their
+ * sums as exchange.cuh says. */
 #include "exchange.cuh"
 #include "stage_weight.cuh"
 #include "variants.h"
 
-enum {
-    START_BARRIER = 0,
-    TABLE_BARRIER = 1,
-    OUTPUT_BARRIER = 3 /* and the next */,
-    STEPS = 4 /* of 16 columns that are decoded at once */
-};
+enum { START_BARRIER = 0, TABLE_BARRIER = 1, OUTPUT_BARRIER = 3 /* and the next */, MOST_STEPS = 4 };
 
 /* ---- outputs ----
  *
@@ -102,12 +99,16 @@ static __device__ __forceinline__ void store_rows(const float *sums, int *turn, 
     }
 }
 
+/* Steps of 16 columns that are decoded at once. A stage is two batches of them at least, which take turns: the products of
+ * 256 tokens take twice as long, so half as many steps are enough. */
+#define STEPS(k) ((k).stage_k * (k).rows < 128 * 128 ? 2 : MOST_STEPS)
+
 /* The products of STEPS steps from step `from` with x, one group of them; sums are 0 before where `add` is 0. */
 static __device__ __forceinline__ void multiply_steps(float *sums, const uint32_t *a, uint64_t x, int from, int add,
                                                       shape k) {
     warpgroup_fence();
 #pragma unroll
-    for (int i = 0; i < STEPS; i++) {
+    for (int i = 0; i < STEPS(k); i++) {
         const int at = from + i;
         multiply_warpgroup(sums, a + 4 * i, x + (at / 4 * (BOX_K * k.tokens * 2) + at % 4 * 32) / 16, add || i,
                            k.tokens, k.type);
@@ -155,9 +156,8 @@ static __device__ __forceinline__ uint64_t descriptor_of(const place *c, shape k
  * before the last product of a stage, whose issue hides their way. */
 static __device__ __forceinline__ void sum_blocks(float *sums, reader *reads, place *c, const ql_streamk_params *q,
                                                   int blocks, shape k) {
-    const int sub_tiles = k.rows / 128, count = k.tokens / 2, batches = k.stage_k / 16 / STEPS * sub_tiles;
-    const bool is_first_lane = threadIdx.x % WARP == 0;
-    uint32_t a[2][4 * STEPS], before = c->base + SPARE;
+    const int sub_tiles = k.rows / 128, count = k.tokens / 2, batches = k.stage_k / 16 / STEPS(k) * sub_tiles;
+    uint32_t a[2][4 * MOST_STEPS], before = c->base + SPARE;
     stage_words d;
     await_stage(c);
     read_stage(&d, reads, c->at, k);
@@ -171,14 +171,15 @@ static __device__ __forceinline__ void sum_blocks(float *sums, reader *reads, pl
         for (int i = 0; i < sub_tiles; i++) {
             if (k.groups == 0) e[i][0] = reads->rows[i];
 #pragma unroll
-            for (int group = 0; group < k.groups; group++) e[i][group] = make_entry(reads, &d.entries[i][group], k);
+            for (int group = 0; group < k.groups; group++)
+                if (!HAS_PLANES(k)) e[i][group] = make_entry(reads, &d.entries[i][group], k);
         }
         step_on(c, reads, q, k);
 #pragma unroll
         for (int batch = 0; batch < batches; batch++) {
-            const int i = batch % sub_tiles, from = batch / sub_tiles * STEPS;
+            const int i = batch % sub_tiles, from = batch / sub_tiles * STEPS(k);
             uint32_t *to = a[batch & 1];
-            decode(to, &d, &e[i][k.groups == 2 ? from * 32 / k.stage_k : 0], reads->has_seconds, i, from, STEPS, k);
+            decode(to, &d, &e[i][k.groups == 2 ? from * 32 / k.stage_k : 0], reads->has_seconds, i, from, STEPS(k), k);
             if (batch == batches - 1 && blocks > 1) {
                 if (!ready) await_stage(c);
                 read_stage(&d, reads, c->at, k);
@@ -186,7 +187,7 @@ static __device__ __forceinline__ void sum_blocks(float *sums, reader *reads, pl
             multiply_steps(sums + i * count, to, x, from, 1, k);
             WARPGROUP_WAIT(1);
             if (batch == 0) {
-                if (is_first_lane) barrier_arrive(before);
+                release_stage(before, k);
                 ready = barrier_test(c->base + 8 * c->slot, c->parity);
             }
         }
@@ -194,7 +195,7 @@ static __device__ __forceinline__ void sum_blocks(float *sums, reader *reads, pl
     }
     WARPGROUP_WAIT(0);
     settle(sums, sub_tiles * count);
-    if (is_first_lane) barrier_arrive(before);
+    release_stage(before, k);
 }
 
 static __device__ __forceinline__ void add_scaled(float *sums, float *part, const entry *e, int count) {
@@ -209,13 +210,13 @@ static __device__ __forceinline__ void add_scaled(float *sums, float *part, cons
 static __device__ __forceinline__ void sum_halves(float *sums, reader *reads, place *c, const ql_streamk_params *q,
                                                   int blocks, shape k) {
     const int count = k.tokens / 2, second = k.tokens <= 64;
-    uint32_t a[2][4 * STEPS];
+    uint32_t a[2][4 * MOST_STEPS];
     float part[2][MOST_SUMS / 2];
     stage_words d;
     entry e[2];
     await_stage(c);
     read_stage(&d, reads, c->at, k);
-    decode(a[0], &d, e, false, 0, 0, STEPS, k);
+    decode(a[0], &d, e, false, 0, 0, STEPS(k), k);
 #pragma unroll
     for (int i = 0; i < count; i++) part[0][i] = part[second][i] = 0.0f;
 #pragma unroll 1
@@ -225,12 +226,12 @@ static __device__ __forceinline__ void sum_halves(float *sums, reader *reads, pl
         multiply_steps(part[0], a[0], x, 0, 0, k);
         make_absmax(e, reads, d.entries[0], k.groups);
         if (k.groups == 1) e[1] = e[0];
-        decode(a[1], &d, e, false, 0, STEPS, STEPS, k);
+        decode(a[1], &d, e, false, 0, STEPS(k), STEPS(k), k);
         if (!second) {
             WARPGROUP_WAIT(0);
             add_scaled(sums, part[0], &e[0], count);
         }
-        multiply_steps(part[second], a[1], x, STEPS, 0, k);
+        multiply_steps(part[second], a[1], x, STEPS(k), 0, k);
         step_on(c, reads, q, k);
         if (blocks > 1) {
             await_stage(c);
@@ -240,9 +241,9 @@ static __device__ __forceinline__ void sum_halves(float *sums, reader *reads, pl
             WARPGROUP_WAIT(1);
             add_scaled(sums, part[0], &e[0], count);
         }
-        if (blocks > 1) decode(a[0], &d, e, false, 0, 0, STEPS, k);
+        if (blocks > 1) decode(a[0], &d, e, false, 0, 0, STEPS(k), k);
         WARPGROUP_WAIT(0);
-        if (threadIdx.x % WARP == 0) barrier_arrive(empty);
+        release_stage(empty, k);
         add_scaled(sums, part[second], &e[1], count);
     }
 }
@@ -272,7 +273,7 @@ static __device__ __forceinline__ void multiply_all(const ql_streamk_params *q, 
     int turn = 0;
     do {
         int row_tile, token_tile;
-        place_tile(q, w.tile, &row_tile, &token_tile);
+        place_tile(q, w.tile, &row_tile, &token_tile, k);
         const int row = row_tile * k.rows + strip * 16;
         reader reads = first_group;
         uint32_t scale_words[2][2];
@@ -280,7 +281,7 @@ static __device__ __forceinline__ void multiply_all(const ql_streamk_params *q, 
 #pragma unroll
         for (int i = 0; i < sub_tiles * k.tokens / 2; i++) sums[i] = 0.0f;
         find_group(&c, &reads, q, w.first, k);
-        if (k.code == QL_CODE_TABLE4)
+        if (k.code == QL_CODE_TABLE4 && !HAS_PLANES(k))
             sum_halves(sums, &reads, &c, q, w.end - w.first, k);
         else
             sum_blocks(sums, &reads, &c, q, w.end - w.first, k);
@@ -293,19 +294,20 @@ static __device__ __forceinline__ void multiply_all(const ql_streamk_params *q, 
         for (int i = 0; i < sub_tiles; i++)
             store_rows(sums + i * k.tokens / 2, &turn, p, base + QL_STREAMK_BARRIER_BYTES,
                        row - strip % 4 * 16 + i * 64, token_tile * k.tokens, scale_words[i], k);
-    } while (next_tile(&w, q));
+    } while (next_tile(&w, q, k));
 }
 
-/* The four warps behind those that multiply. */
+/* The four warps behind those that multiply. Where two make planes, one copies codes and x. */
 static __device__ __forceinline__ void feed(const ql_streamk_params *q, uint32_t base, walk w, int warp, shape k) {
-    if (warp == 0 && is_elected()) copy_codes(q, base, w, k);
-    if (warp == 1 && is_elected()) copy_x(q, base, w, k);
-    if (warp == 2 && k.groups) copy_entries(q, base, w, k);
-    if (warp == 3) {
+    if (warp == 0 && is_elected()) copy_stages(q, base, w, true, HAS_PLANES(k), k);
+    if (warp == 1 && !HAS_PLANES(k) && is_elected()) copy_stages(q, base, w, false, true, k);
+    if (warp == 2 && k.groups && !HAS_PLANES(k)) copy_entries(q, base, w, k);
+    if (warp >= 2 && HAS_PLANES(k)) fill_planes(q, base, w, k);
+    if (warp == (HAS_PLANES(k) ? 1 : 3)) {
         start_next_kernel();
         if (w.first > 0) {
             wait_for_previous_kernel();
-            raise_flags(q);
+            raise_flags(q, k);
         }
     }
 }
@@ -322,23 +324,28 @@ static __device__ __forceinline__ void product(const ql_streamk_params *q, shape
     /* That warp uses no barrier of the ring, and nobody waits for its requests. */
     if (warp == WARPS + 3) {
         named_arrive(START_BARRIER, QL_STREAMK_THREADS);
-        prefetch_first(q, first_tile(q), k);
+        prefetch_first(q, first_tile(q, k), k);
     } else {
         named_barrier(START_BARRIER, QL_STREAMK_THREADS);
     }
+    __syncwarp();
+    if (PAIRED(k)) meet_cluster();
     /* Nothing stands before the registers' change in a branch: it would have to fit in fewer. */
     if (warp >= WARPS) {
         WARPGROUP_GIVES_REGISTERS(56);
-        feed(q, base, first_tile(q), warp - WARPS, k);
+        feed(q, base, first_tile(q, k), warp - WARPS, k);
     } else {
         WARPGROUP_TAKES_REGISTERS(224);
-        if (k.code == QL_CODE_TABLE4) {
+        if (k.code == QL_CODE_TABLE4 && !HAS_PLANES(k)) {
             fill_tables(&q->product, base + QL_STREAMK_TABLE_AT, k.type);
             named_barrier(TABLE_BARRIER, MULTIPLIERS);
         }
         wait_for_previous_kernel();
-        multiply_all(q, base, first_tile(q), k);
+        multiply_all(q, base, first_tile(q, k), k);
     }
+    /* No thread block's shared memory goes before the other's copies and arrivals have reached it. */
+    __syncwarp();
+    if (PAIRED(k)) meet_cluster();
 }
 
 #define KERNEL(name, source, code, type, wide, rows, tokens, stage_k, groups)                                          \

@@ -49,24 +49,35 @@ static int stage_bytes(const variant *v) {
     return QL_STREAMK_STAGE_BYTES(v->code, v->rows, v->tokens, v->stage_k, v->groups);
 }
 
+/* Thread blocks that go through the same tiles. */
+static int together(const variant *v) { return QL_STREAMK_PAIRED(v->tokens) ? 2 : 1; }
+
 /* As many stages as there is room for. */
 static int stages_of(const variant *v, int room) {
-    const int stages = (room - QL_STREAMK_HEAD_BYTES(v->code)) / stage_bytes(v);
+    const int stages = (room - QL_STREAMK_HEAD_BYTES(v->code, v->tokens)) / stage_bytes(v);
     return stages < QL_STREAMK_MOST_STAGES ? stages : QL_STREAMK_MOST_STAGES;
 }
 
 /* Lower is better: what a tile of 128 rows costs for each block of K, in the time of its products alone, and the
  * decoding of the weights. Tall tiles halve the traffic of x, but there are half as many to share, so they want
- * several. */
+ * several. So do those of 256 tokens, which halve the decoding, a table's and 8 bit's in groups above all: their sums
+ * go between thread blocks in as long as EXCHANGE cubes of 128 of the product take. */
 static int64_t rank(const variant *v, const ql_cuda_problem *problem) {
-    if (v->rows == 256) return ql_ceil_div(problem->m, v->tokens) * (problem->m > 512 ? 185 : 230);
-    return ql_ceil_div(problem->m, v->tokens) * (v->tokens == 32 ? 100 : v->tokens == 64 ? 125 : 190);
+    enum { EXCHANGE = 660 };
+    const int64_t tiles = ql_ceil_div(problem->m, v->tokens);
+    const bool many = problem->m > 512;
+    if (v->rows == 256) return tiles * (many ? 18500 : 23000);
+    if (v->tokens < 256) return tiles * (v->tokens == 32 ? 10000 : v->tokens == 64 ? 12500 : 19000);
+    if (many) return tiles * (v->code == QL_CODE_TABLE4 ? 31000 : 36600);
+    const int64_t each = v->code == QL_CODE_TABLE4 ? 32700 : v->code == QL_CODE_INT8 && v->groups ? 35900 : 37200;
+    const double cubes = (double)problem->m * (double)problem->n * (double)problem->k * 0x1p-21;
+    return tiles * (each + (int64_t)((double)(each * EXCHANGE) / cubes));
 }
 
 static bool serves(const variant *v, const ql_cuda_device *device, const ql_cuda_problem *problem) {
     return !v->wide && v->code == problem->code && v->type == problem->x_type && device->kernels[v->kernel] &&
            fits_groups(v, problem->group_size == problem->k, problem->group_size) && problem->k <= MOST_K &&
-           problem->n <= INT_MAX - 256 && problem->m <= INT_MAX - 128;
+           problem->n <= INT_MAX - 256 && problem->m <= INT_MAX - 256;
 }
 
 static int candidates(ql_cuda_choice *out, int room, const ql_cuda_device *device, const ql_cuda_problem *problem) {
@@ -94,11 +105,11 @@ static int candidates(ql_cuda_choice *out, int room, const ql_cuda_device *devic
 /* The variant that runs the product so, or NULL. */
 static const variant *taking(const ql_cuda_device *device, const ql_packed_params *p, ql_cuda_choice choice) {
     const variant *v = variant_of(choice.kernel);
-    if (!v || v->wide || p->order || p->m < 1 || choice.parameter < 1) return NULL;
+    if (!v || v->wide || p->order || p->m < 1 || choice.parameter < together(v)) return NULL;
     if (v->code != p->code || v->type != p->x_type || !fits_groups(v, p->groups == 1, p->group_size)) return NULL;
     if (p->nested_table && (p->nested_blocksize & (p->nested_blocksize - 1))) return NULL;
     if (v->code == QL_CODE_TABLE4 && p->n > INT_MAX / p->groups - 256) return NULL; /* entries are counted in 32 bits */
-    if (p->k > MOST_K || p->n > INT_MAX - 256 || p->m > INT_MAX - 128) return NULL;
+    if (p->k > MOST_K || p->n > INT_MAX - 256 || p->m > INT_MAX - 256) return NULL;
     if (ql_ceil_div(p->n, v->rows) * ql_ceil_div(p->m, v->tokens) > INT_MAX / 2) return NULL;
     if ((uintptr_t)p->x % 16 || (p->x_stride % 8 && p->m != 1)) return NULL;
     v = variant_for(v, p);
@@ -116,14 +127,14 @@ static bool prepare(ql_cuda_prepared *prepared, const ql_cuda_device *device, co
     if (!v) return false;
     ql_streamk_params *params = &prepared->streamk;
     *params = (ql_streamk_params){.product = *p};
-    params->row_tiles = (int32_t)ql_ceil_div(p->n, v->rows);
+    params->row_tiles = (int32_t)ql_ceil_div(p->n, v->rows * together(v));
     params->token_tiles = (int32_t)ql_ceil_div(p->m, v->tokens);
     params->k_blocks = (int32_t)ql_ceil_div(p->k, v->stage_k);
     params->k_blocks_inverse = inverse(params->k_blocks);
     params->group_blocks = v->groups == 1 ? (int32_t)(p->group_size / v->stage_k) : 1;
     params->group_blocks_inverse = inverse(params->group_blocks);
     const int64_t tiles = (int64_t)params->row_tiles * params->token_tiles, all = tiles * params->k_blocks;
-    const int32_t grid = all < choice.parameter ? (int32_t)all : choice.parameter;
+    const int32_t most = choice.parameter / together(v), grid = all < most ? (int32_t)all : most;
     /* What is left over whole waves is split together with one of them, so that no range is short. */
     params->split_tiles = (int32_t)(tiles % grid == 0 ? 0 : tiles < grid ? tiles : tiles % grid + grid);
     const int32_t units = params->split_tiles * params->k_blocks;
@@ -132,11 +143,13 @@ static bool prepare(ql_cuda_prepared *prepared, const ql_cuda_device *device, co
     params->stages = stages_of(v, device->properties.shared_bytes);
     while (p->nested_blocksize >> (params->nested_shift + 1)) params->nested_shift++;
     prepared->kernel = v->kernel;
-    prepared->grid = (ql_cuda_grid){.x = grid,
-                                    .y = 1,
-                                    .threads = QL_STREAMK_THREADS,
-                                    .shared_bytes = QL_STREAMK_HEAD_BYTES(v->code) + params->stages * stage_bytes(v),
-                                    .overlaps = true};
+    prepared->grid =
+        (ql_cuda_grid){.x = (int64_t)grid * together(v),
+                       .y = 1,
+                       .threads = QL_STREAMK_THREADS,
+                       .shared_bytes = QL_STREAMK_HEAD_BYTES(v->code, v->tokens) + params->stages * stage_bytes(v),
+                       .cluster = together(v),
+                       .overlaps = true};
     /* Sums of a range's first, broken tile, then a flag for each of its warps. */
     prepared->flags_at = (int64_t)choice.parameter * v->rows * v->tokens * 4;
     prepared->scratch_bytes =
@@ -149,7 +162,7 @@ static ql_cu_result map_x(void *map, const ql_cuda_driver *driver, const ql_pack
     const uint64_t shape[2] = {(uint64_t)p->k, (uint64_t)p->m};
     const int64_t stride = p->m == 1 ? (p->k + 7) / 8 * 8 : p->x_stride;
     const uint64_t bytes[1] = {(uint64_t)stride * 2};
-    const uint32_t box[2] = {QL_STREAMK_BOX_K, (uint32_t)v->tokens}, step[2] = {1, 1};
+    const uint32_t box[2] = {QL_STREAMK_BOX_K, (uint32_t)(v->tokens / together(v))}, step[2] = {1, 1};
     return driver->tensor_map_encode_tiled(map, p->x_type == QL_VALUE_F16 ? QL_CU_TENSOR_F16 : QL_CU_TENSOR_BF16, 2,
                                            (void *)(uintptr_t)p->x, shape, bytes, box, step, 0,
                                            QL_CU_TENSOR_SWIZZLE_128B, QL_CU_TENSOR_L2_128B, 0);

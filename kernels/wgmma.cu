@@ -312,6 +312,12 @@ static __device__ __forceinline__ void feed(const ql_streamk_params *q, uint32_t
     }
 }
 
+/* No thread block's shared memory goes before the other's copies and arrivals have reached it. Warps that multiply come here
+ * whole: a __syncwarp() after them would cost their loop its uniform registers, 22 instructions a stage. */
+static __device__ __forceinline__ void leave_pair(shape k) {
+    if (PAIRED(k)) meet_cluster();
+}
+
 static __device__ __forceinline__ void product(const ql_streamk_params *q, shape k) {
     extern __shared__ __align__(1024) uint8_t shared[];
     const uint32_t base = shared_address(shared);
@@ -334,6 +340,8 @@ static __device__ __forceinline__ void product(const ql_streamk_params *q, shape
     if (warp >= WARPS) {
         WARPGROUP_GIVES_REGISTERS(56);
         feed(q, base, first_tile(q, k), warp - WARPS, k);
+        __syncwarp();
+        leave_pair(k);
     } else {
         WARPGROUP_TAKES_REGISTERS(224);
         if (k.code == QL_CODE_TABLE4 && !HAS_PLANES(k)) {
@@ -342,10 +350,8 @@ static __device__ __forceinline__ void product(const ql_streamk_params *q, shape
         }
         wait_for_previous_kernel();
         multiply_all(q, base, first_tile(q, k), k);
+        leave_pair(k);
     }
-    /* No thread block's shared memory goes before the other's copies and arrivals have reached it. */
-    __syncwarp();
-    if (PAIRED(k)) meet_cluster();
 }
 
 #define KERNEL(name, source, code, type, wide, rows, tokens, stage_k, groups)                                          \

@@ -154,7 +154,8 @@ class CudaGlue(TorchGlue):
 
     def pick(self, tokens, logits, cache):
         rows, n = logits.shape
-        assert rows <= self.MOST_SEQUENCES and n % 8 == 0
+        assert rows <= self.MOST_SEQUENCES
+        assert n % 8 == 0
         grid = (-(-n // 8192), rows)
         self._launch("pick", grid, 1024, tokens, cache.place, self._best, self._done, logits, c_int(n))
 

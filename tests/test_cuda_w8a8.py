@@ -312,8 +312,8 @@ def test_nan_in_the_weight(M):
     assert not out[:, 14:].isnan().any()
 
 
-# What a number of each operand is made: of weights in e4m3 a NaN, 0, the least, the largest. Not the end of fp32's range:
-# whether a factor of a scale of 3e38 overflows on the way to a finite product hangs on the order of factors.
+# What a number of each operand is made: of weights in e4m3 a NaN, 0, the least, the largest. Not the end of fp32's
+# range: whether a scale of 3e38 overflows on the way to a finite product hangs on the order of factors.
 NO_NUMBERS = (math.nan, math.inf, -math.inf, 0.0, 1e-40, -1e-40, 1e30)
 CODES = {"weight": (0x7F, 0xFF, 0x00, 0x01, 0x7E), "codes": (-128, 0, 127)}
 OPERANDS = [

@@ -475,11 +475,17 @@ class Linear4bit(QuantizedLinear):
         )
 
 
+_TOGETHER = "nested_absmax, nested_quant_map and nested_offset go together"
+
+
 @functools.lru_cache(maxsize=256)
 def _numbers(text: bytes) -> Mapping[str, Any]:
     """A layer's attributes of a quant state's JSON. ValueError where a number is missing or wrong."""
     parts = functional.parse_state(text)
-    keys = ("absmax", "quant_map", *(("nested_absmax", "nested_quant_map") if "nested_offset" in parts else ()))
+    nested = "nested_offset" in parts
+    if not nested and any(name.startswith("nested_") for name in parts):
+        raise ValueError(_TOGETHER)
+    keys = ("absmax", "quant_map", *(("nested_absmax", "nested_quant_map") if nested else ()))
     state = QuantState.from_dict(dict.fromkeys(keys, torch.empty(0, device="cpu")) | dict(parts))
     if state.quant_type not in ("nf4", "fp4"):
         raise ValueError(f"quant_type must be nf4 or fp4, got {state.quant_type!r:.60}")
@@ -504,7 +510,7 @@ def _check_nested(numbers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
     """ValueError where the numbers and the tensors do not say the same of double quantization."""
     nested = numbers["compress_statistics"]
     if any(nested != (f"weight.{key}" in tensors) for key in ("nested_absmax", "nested_quant_map")):
-        raise ValueError("nested_absmax, nested_quant_map and nested_offset go together")
+        raise ValueError(_TOGETHER)
 
 
 # Both leave the short way where it is not theirs: weights that learn make no C layer, compute_dtype is asked for.

@@ -117,14 +117,9 @@ static __device__ __forceinline__ void prefetch_map(const void *map) {
 
 /* ---- what orders stores of threads before what other units read ---- */
 
-/* What threads stored in shared memory is there for products to read. */
-static __device__ __forceinline__ void fence_for_products(void) {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-/* What threads read of shared memory is in their registers before copies write there: an arrival at a barrier does not
- * wait for reads that are on their way. */
-static __device__ __forceinline__ void fence_before_copies(void) {
+/* What threads stored in shared memory is there for products to read, and what they read of it is in their registers before
+ * copies write there: an arrival at a barrier does not wait for reads that are on their way. */
+static __device__ __forceinline__ void fence_shared(void) {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 

@@ -223,26 +223,18 @@ static __device__ __forceinline__ uint32_t word_of(uint4 words, int index) {
 /* bits >> by, or << -by. */
 static __device__ __forceinline__ uint32_t shifted(uint32_t bits, int by) { return by >= 0 ? bits >> by : bits << -by; }
 
-/* (word & mask) | rest in one instruction: the compiler makes two of it where both are constants. */
-static __device__ __forceinline__ uint32_t masked_or(uint32_t word, uint32_t mask, uint32_t rest) {
-    uint32_t result;
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(word), "r"(mask), "r"(rest));
-    return result;
-}
-
-/* (word & mask) | (rest & ~mask), likewise. */
-static __device__ __forceinline__ uint32_t masked_else(uint32_t word, uint32_t mask, uint32_t rest) {
-    uint32_t result;
-    asm("lop3.b32 %0, %1, %2, %3, 0xe2;" : "=r"(result) : "r"(word), "r"(mask), "r"(rest));
-    return result;
-}
-
-/* (~word & mask) | rest, likewise. */
-static __device__ __forceinline__ uint32_t masked_not_or(uint32_t word, uint32_t mask, uint32_t rest) {
-    uint32_t result;
-    asm("lop3.b32 %0, %1, %2, %3, 0xae;" : "=r"(result) : "r"(word), "r"(mask), "r"(rest));
-    return result;
-}
+/* A function of a word's, a mask's and another word's bits in one instruction, by its truth table: the compiler makes two of
+ * it where mask and rest are constants. */
+#define MASKED(name, table)                                                                                            \
+    static __device__ __forceinline__ uint32_t name(uint32_t word, uint32_t mask, uint32_t rest) {                     \
+        uint32_t result;                                                                                               \
+        asm("lop3.b32 %0, %1, %2, %3, " #table ";" : "=r"(result) : "r"(word), "r"(mask), "r"(rest));                  \
+        return result;                                                                                                 \
+    }
+MASKED(masked_or, 0xea)     /* (word & mask) | rest */
+MASKED(masked_else, 0xe2)   /* (word & mask) | (rest & ~mask) */
+MASKED(masked_not_or, 0xae) /* (~word & mask) | rest */
+#undef MASKED
 
 /* ---- pairs of 16-bit numbers in a register, the first in the low half ---- */
 

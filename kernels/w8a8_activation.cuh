@@ -95,6 +95,14 @@ static __device__ __forceinline__ uint2 int8_run(const float *run, const ql_enco
                       code[4] | code[5] << 8 | code[6] << 16 | code[7] << 24);
 }
 
+/* The larger magnitudes of eight 16-bit values' even and of their odd ones, as bits. */
+static __device__ __forceinline__ uint32_t pair_magnitude(uint4 run) {
+    const uint32_t sign = 0x80008000u;
+    return __vmaxu2(__vmaxu2(run.x & ~sign, run.y & ~sign), __vmaxu2(run.z & ~sign, run.w & ~sign));
+}
+
+static __device__ __forceinline__ uint32_t larger_of(uint32_t pair) { return max(pair & 0xffffu, pair >> 16); }
+
 /* Bit i: run[i] is one. */
 static __device__ __forceinline__ uint32_t outliers_of(const float *run, uint32_t limit) {
     uint32_t marked = 0;

@@ -81,14 +81,14 @@ static __device__ __forceinline__ void clear_stages(const ql_w8a8_wgmma_params *
                         take_column(stage_at(l, r.slot, k), w * 32 + __ffs((int)bits) - 1, slot, j, type, k);
                         found++;
                         if (slot && (j == QL_W8A8_OUTLIERS - 1 || found == columns)) {
-                            fence_for_products();
+                            fence_shared();
                             __syncwarp();
                             if (lane == 0) barrier_arrive(l->slot_full + 8 * slots.slot);
                             advance(&slots, SLOTS);
                         }
                     }
                 }
-                fence_for_products();
+                fence_shared();
                 __syncwarp();
             }
             if (lane == 0) barrier_arrive(l->ready + 8 * r.slot);
@@ -207,7 +207,7 @@ static __device__ __forceinline__ void fill_slots(const ql_w8a8_params *p, const
         if (count) fill_slot(slot_at(l, r->slot, k), p, column, count, row, token, rows, k);
         if (threadIdx.x % FEEDERS == 2 * WARP)
             store_shared_4(l->last + 4 * r->slot, (more ? 0u : 1u) + (count ? 0u : 2u));
-        fence_for_products();
+        fence_shared();
         __syncwarp();
         if (lane == 0) barrier_arrive(l->slot_full + 8 * r->slot);
         advance(r, SLOTS);

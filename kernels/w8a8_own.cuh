@@ -49,13 +49,6 @@ static __device__ __forceinline__ void store_own_int8(const ql_w8a8_decode_param
     *(uint2 *)(shared + at.token * p->x_pitch + at.piece * QL_RUN) = codes;
 }
 
-/* The largest of eight 16-bit magnitudes. */
-static __device__ __forceinline__ uint32_t most_of_eight(uint4 bytes) {
-    const uint32_t most = __vmaxu2(__vmaxu2(bytes.x & 0x7fff7fffu, bytes.y & 0x7fff7fffu),
-                                   __vmaxu2(bytes.z & 0x7fff7fffu, bytes.w & 0x7fff7fffu));
-    return max(most & 0xffffu, most >> 16);
-}
-
 /* Groups of 128 columns, 16 lanes each. */
 static __device__ __forceinline__ void quantize_own_groups(const ql_own_values *held, const ql_w8a8_decode_params *p,
                                                            int tokens) {
@@ -66,7 +59,8 @@ static __device__ __forceinline__ void quantize_own_groups(const ql_own_values *
     for (int i = 0; i < QL_W8A8_OWN_HELD; i++) {
         const ql_held_place at = held_place(p, i);
         if (at.token >= m) break;
-        const uint32_t most = lanes_max(widened(most_of_eight(held->bytes[i]), p->quantize.x_type), COLUMNS / QL_RUN);
+        const uint32_t most =
+            lanes_max(widened(larger_of(pair_magnitude(held->bytes[i])), p->quantize.x_type), COLUMNS / QL_RUN);
         const float scale = e4m3_scale(__uint_as_float(most));
         const ql_encoder e = e4m3_encoder(scale, most, false);
         if (at.piece >= p->span / QL_RUN) continue;
@@ -89,7 +83,7 @@ static __device__ __forceinline__ bool leave_magnitudes(const ql_own_values *hel
 #pragma unroll
     for (int i = 0; i < QL_W8A8_OWN_HELD; i++) {
         if (held_place(p, i).token >= (int)q->m) break;
-        uint32_t most = widened(most_of_eight(held->bytes[i]), q->x_type);
+        uint32_t most = widened(larger_of(pair_magnitude(held->bytes[i])), q->x_type);
         if (code == QL_W8A8_INT8 && most >= limit) {
             float run[QL_RUN];
             unpack_run(run, held->bytes[i], q->x_type);

@@ -25,14 +25,6 @@ static __device__ __forceinline__ row load_row(const ql_w8a8_quantize_params *p,
     return r;
 }
 
-/* The larger magnitudes of a run's even and of its odd values. */
-static __device__ __forceinline__ uint32_t pair_magnitude(uint4 run) {
-    const uint32_t sign = 0x80008000u;
-    return __vmaxu2(__vmaxu2(run.x & ~sign, run.y & ~sign), __vmaxu2(run.z & ~sign, run.w & ~sign));
-}
-
-static __device__ __forceinline__ uint32_t larger_of(uint32_t pair) { return max(pair & 0xffffu, pair >> 16); }
-
 /* The maximum over the block. Two buffers take turns, so that one barrier is enough. */
 static __device__ __forceinline__ uint32_t row_max(uint32_t value, int turn) {
     __shared__ uint32_t most[2][WARP];
@@ -46,7 +38,6 @@ static __device__ __forceinline__ uint32_t row_max(uint32_t value, int turn) {
 /* As e4m3_run, without a branch in each pair. */
 static __device__ __forceinline__ uint2 encode_e4m3(uint4 bits, int type, const ql_encoder *e) {
     float x[QL_RUN], code[QL_RUN];
-    uint32_t pair[QL_RUN / 2];
     unpack_run(x, bits, type);
 #pragma unroll
     for (int i = 0; i < QL_RUN; i++) code[i] = e4m3_quotient(x[i], e);
@@ -54,10 +45,7 @@ static __device__ __forceinline__ uint2 encode_e4m3(uint4 bits, int type, const 
 #pragma unroll
         for (int i = 0; i < QL_RUN; i++) code[i] = exact_quotient(x[i], e->scale);
     }
-#pragma unroll
-    for (int i = 0; i < QL_RUN / 2; i++)
-        pair[i] = __nv_cvt_float2_to_fp8x2(make_float2(code[2 * i], code[2 * i + 1]), __NV_SATFINITE, __NV_E4M3);
-    return make_uint2(pair[0] | pair[1] << 16, pair[2] | pair[3] << 16);
+    return e4m3_of_values(code);
 }
 
 static __device__ __forceinline__ void store_run(const ql_w8a8_quantize_params *p, int64_t index, int i, uint2 codes) {

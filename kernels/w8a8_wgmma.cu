@@ -140,7 +140,7 @@ static __device__ __forceinline__ void add_partial(uint32_t *sums, reader *d, bo
 #pragma unroll
         for (int i = 0; i < SLICES_A_STAGE(k) && first + i < SLICES(k); i++)
             add_four(sums + 4 * (first + i), load_shared_16(from + i * QL_W8A8_SLICE_BYTES), integers);
-        fence_before_copies();
+        fence_shared();
         __syncwarp();
         release_stage(d, d->stage.slot);
         advance(&d->stage, d->q->stages);

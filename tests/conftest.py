@@ -28,3 +28,12 @@ def packed_if_the_case_is(request, monkeypatch):
     """Has the layers of a packed case pack themselves: they owe all that others do."""
     if hasattr(request.node, "callspec") and getattr(request.node.callspec.params.get("case"), "packed", False):
         pack_on_the_cpu(monkeypatch)
+
+
+@pytest.fixture
+def poison():
+    """Memory that torch gives out is full of NaN: an output or a part of scratch that nobody wrote would show."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1000, device="cuda").isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -3,10 +3,9 @@
 import copy
 import gc
 import os
-import subprocess
-import sys
 import threading
 
+import forced_kernels
 import numpy
 import packed_layers
 import packed_oracle as oracle
@@ -453,8 +452,4 @@ def test_base_kernels_when_they_are_forced():
     if os.environ.get("QLINEAR_KERNELS") == "base":
         pytest.skip("this is that run")
     chosen = "test_product or gradient or dequantize or strided or captured_graph or side_stream"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen]
-    done = subprocess.run(
-        command, env={**os.environ, "QLINEAR_KERNELS": "base"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
+    forced_kernels.pass_tests("base", __file__, chosen)

@@ -3,9 +3,8 @@
 import copy
 import itertools
 import os
-import subprocess
-import sys
 
+import forced_kernels
 import packed_forms
 import pytest
 import torch
@@ -16,6 +15,7 @@ from qlinear import _qlinear, ops
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that torch can use"),
+    pytest.mark.usefixtures("poison"),
 ]
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -92,15 +92,6 @@ FORMATS = {
 def form(request):
     torch.manual_seed(len(request.param))
     return FORMATS[request.param]
-
-
-@pytest.fixture(autouse=True)
-def poison():
-    """Memory that torch gives out is full of NaN: an output or a part of scratch that nobody wrote would show."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(1000, device="cuda").isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def fitting(form, N, K):
@@ -305,8 +296,4 @@ def test_base_kernels_when_they_are_forced():
         assert _qlinear.candidates(0, "int4", 256, 256, 128, "float16", 4) == []
         pytest.skip("this is that run")
     chosen = "(sizes or rows or stride or number or fp32_input or forced) and not candidate"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]
-    done = subprocess.run(
-        command, env={**os.environ, "QLINEAR_KERNELS": "base"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
+    forced_kernels.pass_tests("base", __file__, chosen)

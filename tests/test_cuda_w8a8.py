@@ -4,9 +4,8 @@ scales against the CPU's bits, numbers that are no numbers, outliers of every co
 import copy
 import math
 import os
-import subprocess
-import sys
 
+import forced_kernels
 import pytest
 import torch
 
@@ -15,6 +14,7 @@ import qlinear
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that torch can use"),
+    pytest.mark.usefixtures("poison"),
 ]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -36,15 +36,6 @@ KINDS = (
     "group-channel",
     "scalar-token",
 )
-
-
-@pytest.fixture(autouse=True)
-def poison():
-    """Memory that torch gives out is full of NaN: an output or a part of scratch that nobody wrote would show."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(1000, device="cuda").isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def make(kind, K, N, bias=None, seed=0, **options):
@@ -528,8 +519,4 @@ def test_base_kernels_when_they_are_forced():
     if os.environ.get("QLINEAR_KERNELS") == "base":
         pytest.skip("this is that run")
     chosen = "products or strides or blocks or codes or nan or outliers or graph"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen]
-    done = subprocess.run(
-        command, env={**os.environ, "QLINEAR_KERNELS": "base"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
+    forced_kernels.pass_tests("base", __file__, chosen)

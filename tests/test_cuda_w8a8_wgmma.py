@@ -12,7 +12,6 @@ from test_cuda_w8a8 import (  # noqa: F401
     cores_error,
     dense,
     make,
-    poison,
     pytestmark,
     quantize_fp8,
     quantize_int8,

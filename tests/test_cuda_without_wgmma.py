@@ -1,10 +1,8 @@
 """The kernels of GPUs without wgmma, run on one that has it by QLINEAR_KERNELS=mma: they pass the same tests."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forced_kernels
 import pytest
 import torch
 from test_cuda_build import LISTED
@@ -23,18 +21,12 @@ CHOSEN = {
 }
 
 
-def run(*command):
-    environment = {**os.environ, "QLINEAR_KERNELS": "mma"}
-    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
-
-
 def test_none_of_its_kernels_is_found():
-    done = run("-c", "from qlinear import _qlinear; print(*_qlinear.cuda_info()['kernels'])")
+    done = forced_kernels.run("mma", "-c", "from qlinear import _qlinear; print(*_qlinear.cuda_info()['kernels'])")
     of_wgmma = {name for name, source in LISTED if "wgmma" in source}
     assert set(done.stdout.split()) == set(_qlinear.cuda_info()["kernels"]) - of_wgmma
 
 
 @pytest.mark.parametrize("file", CHOSEN)
 def test_the_same_tests_pass(file):
-    done = run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", Path(__file__).parent / file, "-k", CHOSEN[file])
-    assert done.returncode == 0, done.stdout[-3000:]
+    forced_kernels.pass_tests("mma", Path(__file__).parent / file, CHOSEN[file])

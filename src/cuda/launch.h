@@ -31,6 +31,12 @@ static inline bool ql_cuda_has(const ql_cuda_guard *guard, ql_cuda_kernel kernel
 /* How many of `each` hold `count`, which is not negative. */
 static inline int64_t ql_ceil_div(int64_t count, int64_t each) { return count / each + (count % each != 0); }
 
+/* Of the first of so many tiles, those that `ranges` thread blocks or clusters share: what is left over whole waves together
+ * with one wave, so that no range is short. */
+static inline int64_t ql_split_tiles(int64_t tiles, int64_t ranges) {
+    return tiles % ranges == 0 ? 0 : tiles < ranges ? tiles : tiles % ranges + ranges;
+}
+
 /* x by y blocks of `threads`. */
 typedef struct ql_cuda_grid {
     int64_t x, y;

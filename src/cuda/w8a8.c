@@ -169,11 +169,10 @@ static int launch_quantizer(const ql_cuda_guard *guard, void *stream, ql_w8a8_qu
 
 /* By code and groups: with the activations quantized by the blocks themselves, or before. */
 static ql_cuda_kernel decode_kernel(const ql_cuda_w8a8 *product, bool own) {
-    const bool many = !own;
     if (product->params.code == QL_W8A8_INT8)
-        return many ? QL_KERNEL_ql_w8a8_decode_int8_16 : QL_KERNEL_ql_w8a8_decode_int8_8;
-    if (by_groups(product)) return many ? QL_KERNEL_ql_w8a8_decode_groups_16 : QL_KERNEL_ql_w8a8_decode_groups_8;
-    return many ? QL_KERNEL_ql_w8a8_decode_e4m3_16 : QL_KERNEL_ql_w8a8_decode_e4m3_8;
+        return own ? QL_KERNEL_ql_w8a8_decode_int8_8 : QL_KERNEL_ql_w8a8_decode_int8_16;
+    if (by_groups(product)) return own ? QL_KERNEL_ql_w8a8_decode_groups_8 : QL_KERNEL_ql_w8a8_decode_groups_16;
+    return own ? QL_KERNEL_ql_w8a8_decode_e4m3_8 : QL_KERNEL_ql_w8a8_decode_e4m3_16;
 }
 
 static int32_t take(int64_t *at, int64_t bytes) {

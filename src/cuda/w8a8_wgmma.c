@@ -41,7 +41,9 @@ typedef struct cut {
 
 static int64_t tiles_of(const cut *c) { return c->row_tiles * c->token_tiles; }
 
-static bool is_split(const cut *c) { return !c->variant->meets && tiles_of(c) % c->clusters != 0; }
+static int64_t split_tiles(const cut *c) { return c->variant->meets ? 0 : ql_split_tiles(tiles_of(c), c->clusters); }
+
+static bool is_split(const cut *c) { return split_tiles(c) > 0; }
 
 static int meeting_bytes(const cut *c) {
     return c->variant->meets ? (c->members - 1) * QL_W8A8_MEETING_BYTES(c->variant->tokens) : 0;
@@ -65,13 +67,6 @@ static cut cut_of(const variant *v, const ql_w8a8_params *p, int64_t clusters, i
                  .k_blocks = ql_ceil_div(p->k, QL_W8A8_K),
                  .clusters = clusters,
                  .members = members};
-}
-
-/* Of the first tiles, those that ranges are cut from: what is left over whole waves together with one of these, so that no
- * range is short. */
-static int64_t split_tiles(const cut *c) {
-    const int64_t tiles = tiles_of(c), left = tiles % c->clusters;
-    return !is_split(c) ? 0 : tiles < c->clusters ? tiles : left + c->clusters;
 }
 
 /* What thread blocks that go along K together have in the second-level cache, where more of them than one read it. */

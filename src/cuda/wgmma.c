@@ -135,8 +135,7 @@ static bool prepare(ql_cuda_prepared *prepared, const ql_cuda_device *device, co
     params->group_blocks_inverse = inverse(params->group_blocks);
     const int64_t tiles = (int64_t)params->row_tiles * params->token_tiles, all = tiles * params->k_blocks;
     const int32_t most = choice.parameter / together(v), grid = all < most ? (int32_t)all : most;
-    /* What is left over whole waves is split together with one of them, so that no range is short. */
-    params->split_tiles = (int32_t)(tiles % grid == 0 ? 0 : tiles < grid ? tiles : tiles % grid + grid);
+    params->split_tiles = (int32_t)ql_split_tiles(tiles, grid);
     const int32_t units = params->split_tiles * params->k_blocks;
     params->range = units / grid;
     params->longer_ranges = units % grid;

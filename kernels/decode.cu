@@ -349,8 +349,10 @@ static __device__ __forceinline__ void finish_rows(const ql_decode_params *p, in
     const int items = rounds * p->teams * p->m * line_items, parts = p->team_warps, pitch = p->m * 64;
     const float one = 1.0f / QL_RAW_ONE(code, type), one_8 = one / QL_RAW_UNIT(code, type, 1);
     bool first = true;
+    uint32_t item = (uint32_t)thread_anew();
+    /* Warps without an item turn once as well: all come to the barrier by one instruction, as tools that watch barriers want. */
 #pragma unroll 1
-    for (uint32_t item = (uint32_t)thread_anew(); item < (uint32_t)(items + 31 & ~31); item += blockDim.x) {
+    do {
         const int row = (int)(item % (uint32_t)line_items) * rows, line = (int)(item / (uint32_t)line_items);
         const int place = line * p->token_part >> 16, token = line - place * p->m;
         const int strip = block + (place + round * p->teams) * p->blocks, out = strip * 16 + row;
@@ -378,8 +380,7 @@ static __device__ __forceinline__ void finish_rows(const ql_decode_params *p, in
         const int to = exchange_at(p, place % p->teams, turn, rank) + (token * 16 + row) * 4;
 #pragma unroll
         for (int i = 0; i < rows; i++) store_remote(shared_address(shared) + (uint32_t)(to + i * 4), owner, sum[i]);
-    }
-    if (first) __syncthreads();
+    } while ((item += blockDim.x) < (uint32_t)(items + 31 & ~31));
 }
 
 static __device__ __forceinline__ void finish_rounds(const ql_decode_params *p, int code, int type, int tokens,

@@ -266,18 +266,19 @@ static __device__ __forceinline__ void product(const ql_w8a8_wgmma_params *q, sh
     extern __shared__ __align__(1024) uint8_t shared[];
     const layout l = layout_of(shared_address(shared), k);
     const int feeder = __shfl_sync(ALL_LANES, (int)threadIdx.x / WARP, 0) - QL_W8A8_WARPS;
+    start from;
+    if (feeder == 0) from = find_start(q, k);
+    if (feeder == 1 && is_elected()) init_barriers(q, &l, k);
+    if (feeder == 2 && is_elected()) {
+        prefetch_map(q->w_map);
+        prefetch_map(q->x_map);
+    }
+    __syncthreads();
+    if (k.meets) meet_cluster();
+    /* Nothing stands before the registers' change in a branch: it would have to fit in fewer. */
     if (feeder >= 0) {
         if (k.tokens > 64 && k.grouped) WARPGROUP_GIVES_REGISTERS(56);
         if (k.tokens > 64 && !k.grouped) WARPGROUP_GIVES_REGISTERS(72);
-        start from;
-        if (feeder == 0) from = find_start(q, k);
-        if (feeder == 1 && is_elected()) init_barriers(q, &l, k);
-        if (feeder == 2 && is_elected()) {
-            prefetch_map(q->w_map);
-            prefetch_map(q->x_map);
-        }
-        __syncthreads();
-        if (k.meets) meet_cluster();
         if (feeder == 0) {
             start_next_kernel();
             if (is_elected()) copy_codes(q, &l, from, k);
@@ -293,8 +294,6 @@ static __device__ __forceinline__ void product(const ql_w8a8_wgmma_params *q, sh
     } else {
         if (k.tokens > 64 && k.grouped) WARPGROUP_TAKES_REGISTERS(224);
         if (k.tokens > 64 && !k.grouped) WARPGROUP_TAKES_REGISTERS(216);
-        __syncthreads();
-        if (k.meets) meet_cluster();
         wait_for_previous_kernel();
         multiply_all(q, &l, k);
     }

@@ -452,3 +452,27 @@ def test_a_learning_weight_under_autocast_and_checkpointing():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         layer(x).sum().backward()
     assert exact(layer.weight.grad, before)
+
+
+def test_a_learning_weight_under_transforms():
+    layer, x = learning_layer(), inputs(3, K)
+
+    def loss(weights, x):
+        return torch.func.functional_call(layer, weights, (x,)).square().sum()
+
+    weights = dict(layer.named_parameters())
+    gradient = torch.func.grad(loss)(weights, x)["weight"]
+    layer(x).square().sum().backward()
+    assert torch.allclose(gradient, layer.weight.grad, rtol=1e-5, atol=1e-5)
+    each = torch.vmap(torch.func.grad(loss), (None, 0))(weights, x)["weight"]
+    assert torch.allclose(each.sum(0), gradient, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(torch.vmap(layer)(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_learning_weight_is_exported(strict):
+    layer, x = learning_layer(), inputs(3, K)
+    rows = {0: torch.export.Dim("rows", min=2)}
+    exported = torch.export.export(layer, (x,), dynamic_shapes=(rows,), strict=strict).module()
+    for rows in ROWS:
+        assert torch.allclose(exported(inputs(rows, K)), layer(inputs(rows, K)), rtol=1e-5, atol=1e-5)

@@ -197,17 +197,26 @@ class QuantizedLinear(PackingModule):
         super().__setstate__(state)
         self._try_to_settle()
 
+    def _replicate_for_data_parallel(self):
+        """What DataParallel sets in place of parameters, which replicas have none of, is a buffer of the replica."""
+        replica = super()._replicate_for_data_parallel()
+        replica._buffers.update(dict.fromkeys(self._parameters))
+        return replica
+
     # Loading
 
     def _adopt(self, state_dict: dict, prefix: str, assign: bool) -> None:
         """Makes room for the file's tensors where it has others than the module: nn.Module would cast them."""
-        # Files may be loaded one by one, and a layer begin in one and end in the next, which has what this one lacks.
-        is_whole = all(f"{prefix}{name}" in state_dict for name in self.fixed if name not in self.optional)
+        # Files may be loaded one by one, and a layer begin in one and end in the next: what it may lack is gone where
+        # the rest comes without it, unless it came before, by itself.
+        came = {name for name in self.fixed if f"{prefix}{name}" in state_dict}
+        needed, early = {name for name in self.fixed if name not in self.optional}, self._early
+        self.__dict__["_early"] = frozenset() if needed <= early | came else early | came
         for name in (*self.fixed, "bias"):
             here = getattr(self, name)
             there = state_dict.get(f"{prefix}{name}")
             if there is None:
-                if name in self.optional and is_whole:
+                if name in self.optional and needed <= came and name not in early:
                     self._place(name, None)
                 continue
             if not isinstance(there, Tensor):

@@ -48,8 +48,8 @@ class Packing(NamedTuple):
 class PackingModule(torch.nn.Module):
     """A module that packs the tensors called `packs` where `wanted` says so.
 
-    While it is packed, the buffer `packed` has the weight, and meta tensors of the same dtypes and shapes stand in its
-    place in `_buffers` and `_parameters`. Asking for one of them by its attribute unpacks the layer, so that what is
+    While it is packed, the buffer `packed` has the weight, and in its place stand meta tensors of the same dtypes and
+    shapes in `_buffers`, in `_parameters` empty ones on the device, as DistributedDataParallel wants all on one kind. Asking for one of them by its attribute unpacks the layer, so that what is
     read or written in place is the layer's own; the next call packs it again, into the same memory, which a captured
     CUDA graph may read. A tensor that stands there with data (functional_call puts one there) counts in place of the
     packed one.
@@ -72,8 +72,9 @@ class PackingModule(torch.nn.Module):
         # _unsettled: who the tensors are that are still to be packed. If the module holds others by then, as inside
         # functional_call, those are not its own to pack. _captured: who they are that a CUDA graph reads, which stay.
         # _spare: the memory that was packed into before. _ready: the C layer of tensors that were just unpacked, for
-        # a capture that follows: making one reads from the GPU.
+        # a capture that follows: making one reads from the GPU. _early: tensors that came in files which had not all.
         self.__dict__.update(_made=None, _packing=None, _unsettled=None, _captured=None, _spare=None, _ready=None)
+        self.__dict__["_early"] = frozenset()
 
     def _forget(self) -> None:
         self.__dict__.update(_made=None, _ready=None)
@@ -99,8 +100,16 @@ class PackingModule(torch.nn.Module):
         return self._parameters[name] if name in self._parameters else self._buffers.get(name)
 
     def _is_away(self, name: str) -> bool:
+        """Whether one of the packed tensors is in `packed` alone."""
         tensor = self._raw(name)
-        return tensor is not None and tensor.is_meta
+        return tensor is not None and (tensor.is_meta or tensor.numel() == 0)
+
+    def _place_stand_ins(self) -> None:
+        device = self._buffers["packed"].device
+        for name, (dtype, shape) in self._packing.forms.items():
+            empty = name in self._parameters
+            stand_in = torch.empty(0 if empty else shape, dtype=dtype, device=device if empty else "meta")
+            self._place(name, stand_in)
 
     def _place(self, name: str, tensor: Tensor | None) -> None:
         if name in self._parameters and tensor is not None:
@@ -184,8 +193,7 @@ class PackingModule(torch.nn.Module):
         forms = {name: (t.dtype, t.shape) for name in self.packs if (t := self._raw(name)) is not None}
         self._buffers["packed"] = packed
         self.__dict__["_packing"] = Packing(spec, forms)
-        for name, (dtype, shape) in forms.items():
-            self._place(name, torch.empty(shape, dtype=dtype, device="meta"))
+        self._place_stand_ins()
         self._forget()
 
     def _drop_packed(self) -> None:
@@ -214,10 +222,12 @@ class PackingModule(torch.nn.Module):
             # Whoever lists the buffers and then asks for each of them (torch.export does) asks for both forms.
             self._settle_own()
         value = super().__getattr__(name)
-        if name in self.packs and isinstance(value, Tensor) and value.device.type == "meta":
-            with lock:
-                self._unpack()
-                return super().__getattr__(name)
+        if name in self.packs and isinstance(value, Tensor):
+            packing = self.__dict__.get("_packing")
+            if packing is not None and name in packing.forms and self._is_away(name):
+                with lock:
+                    self._unpack()
+                    return super().__getattr__(name)
         return value
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -240,12 +250,16 @@ class PackingModule(torch.nn.Module):
         """Follows a move of the module to `device`, as far as packed tensors go."""
         packed = self._buffers["packed"]
         if device.type == "meta":
+            for name in filter(self._is_away, self._packing.forms):
+                dtype, shape = self._packing.forms[name]
+                self._place(name, torch.empty(shape, dtype=dtype, device=device))
             self._drop_packed()
         elif not wanted(device) or not all(map(self._is_away, self._packing.forms)):
             self._unpack()
             self.__dict__["_spare"] = None
         elif device != packed.device:
             self._buffers["packed"] = packed.to(device)
+            self._place_stand_ins()
 
     def _unpacked_state(self) -> dict:
         """__dict__ as an unpacked layer has it, to be copied or pickled."""
@@ -259,7 +273,7 @@ class PackingModule(torch.nn.Module):
                     else:
                         buffers[name] = tensor
                 state["_parameters"], state["_buffers"] = parameters, buffers
-        for name in ("_made", "_packing", "_unsettled", "_captured", "_spare", "_ready"):
+        for name in ("_made", "_packing", "_unsettled", "_captured", "_spare", "_ready", "_early"):
             del state[name]
         return state
 

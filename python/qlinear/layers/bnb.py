@@ -84,14 +84,21 @@ def _check_threshold(value: float) -> float:
 class _Int8Training(torch.autograd.Function):
     """The product with a float weight, quantized for this call; the gradients see the codes, straight through."""
 
-    @staticmethod
-    def forward(ctx, x, weight, bias, threshold):
-        CB, SCB = ops.quantize_int8_weight(weight)
-        ctx.save_for_backward(x, CB, SCB)
-        return ops.product("int8", x, (CB, SCB, bias, threshold))
+    generate_vmap_rule = True
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def forward(x, weight, bias, threshold):
+        CB, SCB = ops.quantize_int8_weight(weight)
+        return ops.product("int8", x, (CB, SCB, bias, threshold)), CB, SCB
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, CB, SCB = output
+        ctx.mark_non_differentiable(CB, SCB)
+        ctx.save_for_backward(inputs[0], CB, SCB)
+
+    @staticmethod
+    def backward(ctx, grad_output, *_):
         x, CB, SCB = ctx.saved_tensors
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
@@ -138,7 +145,9 @@ class Linear8bitLt(QuantizedLinear):
         self._note(index=index, threshold=_check_threshold(threshold), has_fp16_weights=SCB is None)
         self._parameters["weight"] = weight if SCB is None else Parameter(frozen(weight), requires_grad=False)
         marker = None if SCB is None else torch.zeros((), dtype=torch.uint8, device=weight.device)
-        self._hold(SCB=frozen(SCB), weight_format=marker, bias=frozen(bias))
+        buffers = {"SCB": frozen(SCB), "weight_format": marker, "bias": frozen(bias)}
+        # Absent ones last: see Linear4bit.
+        self._hold(**{name: buffers[name] for name in sorted(buffers, key=lambda name: buffers[name] is None)})
         self.init_8bit_state()
 
     @classmethod
@@ -176,13 +185,14 @@ class Linear8bitLt(QuantizedLinear):
             self._check()
 
     def _arguments(self) -> tuple:
-        return (self._parameters["weight"], self._buffers["SCB"], self._buffers["bias"], self.threshold)
+        return (self._raw("weight"), self._buffers["SCB"], self._buffers["bias"], self.threshold)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.has_fp16_weights:
             return super().forward(x)
         ops.check_tensors(x=x)
-        return _Int8Training.apply(ops.autocast(x), self.weight, self.bias, self.threshold)
+        out, _, _ = _Int8Training.apply(ops.autocast(x), self.weight, self.bias, self.threshold)
+        return out
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         if self.has_fp16_weights:
@@ -395,7 +405,7 @@ class Linear4bit(QuantizedLinear):
 
     @property
     def quant_storage(self) -> torch.dtype:
-        return self._parameters["weight"].dtype
+        return self._raw("weight").dtype
 
     # The names with a dot cannot be those of buffers, so the state dict is written and read here.
 

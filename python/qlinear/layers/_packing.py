@@ -49,10 +49,10 @@ class PackingModule(torch.nn.Module):
     """A module that packs the tensors called `packs` where `wanted` says so.
 
     While it is packed, the buffer `packed` has the weight, and in its place stand meta tensors of the same dtypes and
-    shapes in `_buffers`, in `_parameters` empty ones on the device, as DistributedDataParallel wants all on one kind. Asking for one of them by its attribute unpacks the layer, so that what is
-    read or written in place is the layer's own; the next call packs it again, into the same memory, which a captured
-    CUDA graph may read. A tensor that stands there with data (functional_call puts one there) counts in place of the
-    packed one.
+    shapes in `_buffers`, in `_parameters` empty ones on the device, as DistributedDataParallel wants all on one kind.
+    Asking for one of them by its attribute unpacks the layer, so that what is read or written in place is the layer's
+    own; the next call packs it again, into the same memory, which a captured CUDA graph may read. A tensor that stands
+    there with data (functional_call puts one there) counts in place of the packed one.
     """
 
     operator: ClassVar[str]

@@ -1,6 +1,7 @@
 """Times and ratios on this machine. Run it from the repository's root."""
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
@@ -80,6 +81,16 @@ def _load(options: argparse.Namespace) -> None:
         options.json.write_text(json.dumps(rows, indent=1))
 
 
+def _counters(options: argparse.Namespace) -> None:
+    from benchmarks import counters, cuda
+
+    formats = options.formats or [name for name, subject in cuda.SUBJECTS.items() if not subject.peer]
+    places = itertools.product(formats, options.shapes or cuda.SHAPES, options.m or cuda.MS)
+    named = options.shapes or options.formats or options.m
+    cells = [counters.Cell(name, k, n, m) for name, (k, n), m in places] if named else []
+    counters.run(cells, options.json, options.save)
+
+
 def _rewrite(options: argparse.Namespace) -> None:
     from benchmarks import cuda_report
 
@@ -94,22 +105,24 @@ def main() -> None:
     tune = commands.add_parser("tune", help="every kernel that could run a product on a GPU, timed")
     model = commands.add_parser("model", help="tokens a second of a whole model on a GPU against fp16, and its memory")
     parallel = commands.add_parser("parallel", help="a large model's decode step on one GPU and on several")
+    counters = commands.add_parser("counters", help="what limits products on a GPU, by Nsight Compute's counters")
     load = commands.add_parser("load", help="load_checkpoint against safetensors' load_file")
-    for command in (cpu, cuda, tune, model, parallel, load):
+    for command in (cpu, cuda, tune, model, parallel, load, counters):
         command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
         command.add_argument("--formats", nargs="+", metavar="NAME", help="some of the formats and peers")
-    for command in (cpu, cuda, model, parallel):
+    for command in (cpu, cuda, model, parallel, counters):
         command.add_argument("--save", action="store_true", help="write them, with tables, into benchmarks/results")
     cpu.add_argument("--shapes", nargs="+", type=_shape, default=[(4096, 11008), (4096, 4096)], metavar="KxN")
     cpu.add_argument("--m", nargs="+", type=int, default=[1, 4, 16, 128], metavar="ROWS")
     cpu.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "float16"], metavar="DTYPE")
     cpu.add_argument("--ring", type=float, default=1.0, metavar="GIB", help="weights that one layer's turns go round")
     cpu.set_defaults(run=_cpu)
-    for command in (cuda, tune):
+    for command in (cuda, tune, counters):
         command.add_argument("--shapes", nargs="+", type=_shape, metavar="KxN")
         command.add_argument("--m", nargs="+", type=int, metavar="ROWS")
     tune.add_argument("--save", action="store_true", help="make what is faster the package's own choice, in its table")
     tune.set_defaults(run=_tune)
+    counters.set_defaults(run=_counters)
     cuda.add_argument("--parts", nargs="+", metavar="PART", help="of layers, chains, pairs, host")
     cuda.add_argument("--rounds", type=int, default=15, help="replays of each graph that count (default: 15)")
     cuda.add_argument("--minutes", type=float, help="stop after so many; what was measured by then is reported")

@@ -251,7 +251,7 @@ def _host_us(calls: list[Callable[[], object]], rounds: int = 25, block: int = 1
     return times
 
 
-def _odd(name: str, k: int, n: int) -> tuple[int, int]:
+def odd(name: str, k: int, n: int) -> tuple[int, int]:
     """A little less than k and n: the largest sizes that the format can hold and that no tile divides."""
     if name == "eetq":
         return k - 64, n - 2
@@ -272,7 +272,7 @@ def _pairs(options: Options) -> Iterator[tuple]:
                 yield "act-order", name, (k, n), (name, k, n, half), (f"{name}-act-order", k, n, half)
             if name in ("gptq-4", "awq", "eetq", "nf4-double"):
                 yield "bf16", name, (k, n), (name, k, n, half), (name, k, n, brain)
-                yield "odd shape", name, (k, n), (name, k, n, half), (name, *_odd(name, k, n), half)
+                yield "odd shape", name, (k, n), (name, k, n, half), (name, *odd(name, k, n), half)
 
 
 def _count(options: Options) -> int:

@@ -155,3 +155,58 @@ def test_a_table_has_what_beats_the_rule(benchmarks):
     assert tune.table(rows, lambda problem, m: []) == [chosen]
     twin = tune.Choice(problem._replace(dtype="bfloat16"), 1, "ql_b_bf16_8", 3)
     assert tune.table(rows, lambda problem, m: ["ql_b_bf16_8"]) == [chosen, twin]
+
+
+# ---- counters ----
+
+
+def test_counters_are_of_what_misses_its_bar_by_most(benchmarks):
+    counters = benchmarks("counters")
+    rows = [row("gptq-4", 1, 61, us=us, n=n) for us, n in ((12.0, 6144), (13.0, 28672), (9.0, 57344))]
+    rows += [row("awq", 4, 61, us=20.0), row("awq", 8, 61, us=19.0), row("gptq-4", 256, 61, us=40.0)]
+    rows.append(row("eetq", 4, 117, us=9.0))
+    pair = {"k": 4096, "n": 6144, "m": 4, "format": "eetq", "ratio": 1.2, "met": False}
+    pairs = [pair | {"what": "act-order", "format": "gptq-4"}, pair | {"what": "odd shape"}, pair | {"what": "bf16"}]
+    pairs.append(pair | {"what": "odd shape", "m": 8, "met": True})
+    wanted = [
+        *(("awq", 4096, 28672, 4), ("eetq", 4032, 6142, 4), ("gptq-4", 4096, 28672, 1), ("gptq-4", 4096, 28672, 256)),
+        ("gptq-4-act-order", 4096, 6144, 4),
+    ]
+    found = counters.worst({"rows": rows, "pairs": pairs})
+    assert found == [counters.Cell(*place) for place in wanted]
+
+
+NCU_LOG = """==PROF== Profiling "spin_kernel" - 0: 0%....100% - 1 pass
+==PROF== Disconnected
+"ID","Kernel Name","gpu__time_duration.sum","dram__throughput.avg.pct_of_peak_sustained_elapsed",\
+"launch__registers_per_thread","smsp__average_warps_issue_stalled_wait_per_issue_active.ratio",\
+"smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio",\
+"smsp__average_warps_issue_stalled_selected_per_issue_active.ratio"
+"","","ns","%","register/thread","inst","inst","inst"
+"0","spin_kernel(long)","1","0","8","0","0","0"
+"1","ql_first(ql_params)","1,500","12.5","96","1","2","1"
+"2","ql_second(ql_params)","2500","50","128","","n/a","1"
+"3","spin_kernel(long)","1","0","8","0","0","0"
+"4","ql_third(ql_params)","3500","75","64","3","1","0"
+""".replace("\\\n", "")
+
+
+def test_counters_of_a_log(benchmarks):
+    counters = benchmarks("counters")
+    cells = [counters.Cell("awq", 1, 2, 3), counters.Cell("eetq", 4, 5, 6)]
+    rows = counters.parse(NCU_LOG, cells)
+    assert [(of["format"], of["kernel"], of["ns"]) for of in rows] == [
+        ("awq", "ql_first", 1500.0),
+        ("awq", "ql_second", 2500.0),
+        ("eetq", "ql_third", 3500.0),
+    ]
+    assert rows[0]["stalls"] == {"barrier": 0.5, "wait": 0.25}
+    assert rows[2]["stalls"] == {"wait": 0.75, "barrier": 0.25}
+    assert (rows[2]["registers"], rows[2]["hz"]) == (64.0, None)
+    text = counters.table(rows).markdown()
+    line = "| awq | 1x2 | ql_first | 3 | 1.5 | - | 12 | - | - | - | - | - | - | - | 96 | - | barrier 50%, wait 25% |"
+    assert line in text
+    with pytest.raises(SystemExit, match="1 of 2 products"):
+        counters.parse(NCU_LOG[: NCU_LOG.index('"3"')], cells)
+    with pytest.raises(SystemExit, match="no counters"):
+        counters.parse("==ERROR== no permission", cells)

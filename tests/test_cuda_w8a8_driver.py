@@ -102,6 +102,14 @@ def test_odd_rows_of_the_weight_are_left_to_the_base_kernels(server):
     assert server.run(calls_of, "token", 100, 33, 5, np.float16)[1][1][0] == "ql_linear_few"
 
 
+def test_a_weight_with_fewer_rows_than_a_block_has_its_kernel_of_blocks(server):
+    if "sm_90a" not in _qlinear.cuda_info()["architectures"]:
+        pytest.skip("not compiled for sm_90a")
+    for rows, N in ((40, 96), (300, 96), (40, 160)):
+        launches = server.run(calls_of, "group", 512, N, rows, np.float16)[1]
+        assert dict(LISTED)[launches[-1][0]] == "w8a8_wgmma", (rows, N)
+
+
 def kernels_reached(driver, wish=""):
     """The names of all that products of the shapes launch."""
     os.environ["QLINEAR_KERNELS"] = wish

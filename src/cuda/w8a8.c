@@ -47,12 +47,13 @@ static ql_cuda_w8a8 fp8_of(const ql_weight *weight) {
     };
     const ql_fp8 *fp8 = &weight->fp8;
     const bool across = fp8->block_k < weight->k;
+    const int64_t rows = fp8->block_n;
     return (ql_cuda_w8a8){.params = {.codes = fp8->weight,
                                      .w_scales = fp8->scale,
                                      .row_stride = fp8->row_stride,
                                      .w_row_stride = fp8->scale_stride,
                                      .w_group_stride = across,
-                                     .w_rows = fp8->block_n < weight->n ? fp8->block_n : weight->n,
+                                     .w_rows = rows < weight->n || rows == QL_W8A8_GROUP ? rows : weight->n,
                                      .promoted = fp8->promoted,
                                      .code = QL_W8A8_E4M3},
                           /* A block of 256 columns would have one scale for two groups. */

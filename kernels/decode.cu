@@ -46,6 +46,13 @@ static __device__ __forceinline__ void prefetch_tiles(const uint8_t *at, int til
 
 /* ---- x ---- */
 
+/* Rows of x begin with a line of shared memory, as copies to anywhere else take up to three times as long. What makes their
+ * pieces of 16 bytes lie in different banks is that those of a line change places, by the row: the bits to change in a place. */
+#define TURN_OF(row) ((uint32_t)((row) % 8 * 16))
+
+/* The row of zeros is half a line off: its banks are those that pieces of up to four rows leave. */
+#define ZERO_ROW(p) ((p)->m * (p)->x_pitch + 64)
+
 /* Columns of rows of x into shared memory, zeros beyond k, and a row of zeros where slots are left empty: of `columns` from
  * `first` on, the piece of 256 that is `piece`, and every `pieces`-th after it; of the rows, `most` at most, every `rows`-th
  * from `row` on. to: the place of column `first`. */
@@ -56,11 +63,11 @@ static __device__ __forceinline__ void copy_x(const ql_decode_params *p, int slo
         const int bytes = min(max((p->k - first - column) * 2, 0), 16);
         const uint16_t *from = (const uint16_t *)p->x + (bytes ? first + column : 0) + row * p->x_stride;
         uint32_t at = to + (uint32_t)(column * 2);
-        if (slots == 2) store_shared_16(at + (uint32_t)(p->m * p->x_pitch), make_uint4(0, 0, 0, 0));
+        if (slots == 2) store_shared_16(at + (uint32_t)ZERO_ROW(p), make_uint4(0, 0, 0, 0));
         at += (uint32_t)(row * p->x_pitch);
 #pragma unroll
         for (int i = 0; i < most; i++, from += rows * p->x_stride, at += (uint32_t)(rows * p->x_pitch))
-            if (row + i * rows < p->m) cp_async_16(at, from, bytes);
+            if (row + i * rows < p->m) cp_async_16(at ^ TURN_OF(row + i * rows), from, bytes);
     }
 }
 
@@ -115,13 +122,13 @@ static __device__ __noinline__ void gather_x(const uint16_t *x, const int32_t *o
         }
         if (column >= columns) continue;
         const uint16_t *in_row = x;
-        uint8_t *to = shared + x_at + column * 2;
+        uint32_t to = shared_address(shared) + (uint32_t)(x_at + column * 2);
 #pragma unroll 1
-        for (int row = 0; row < m; row++, in_row += x_stride, to += x_pitch) {
+        for (int row = 0; row < m; row++, in_row += x_stride, to += (uint32_t)x_pitch) {
             __align__(16) uint16_t values[8];
 #pragma unroll
             for (int i = 0; i < 8; i++) values[i] = column + i < inside ? in_row[from[i]] : (uint16_t)0;
-            *(uint4 *)to = *(const uint4 *)values;
+            store_shared_16(to ^ TURN_OF(row), *(const uint4 *)values);
         }
     }
 }
@@ -130,7 +137,7 @@ static __device__ __noinline__ void gather_x(const uint16_t *x, const int32_t *o
 static __device__ __forceinline__ void clear_row(const ql_decode_params *p) {
 #pragma unroll 1
     for (int i = (int)threadIdx.x * 16; i < p->x_pitch; i += (int)blockDim.x * 16)
-        *(uint4 *)(shared + p->x_at + p->m * p->x_pitch + i) = make_uint4(0, 0, 0, 0);
+        *(uint4 *)(shared + p->x_at + ZERO_ROW(p) + i) = make_uint4(0, 0, 0, 0);
 }
 
 /* Where a lane reads x, whose first column for the warp lies at `at`: a row of the matrices that ldmatrix loads. other: what
@@ -144,14 +151,16 @@ static __device__ __forceinline__ ql_decode_x place_x(const ql_decode_params *p,
     ql_decode_x x = {0, 0};
     if (tokens == 16) {
         /* Lanes 0-7 give the rows of a matrix, and so on: two of 8 columns each for tokens 0-7 and two for 8-15. */
-        x.row = at + (uint32_t)(min(lane % 8 + lane / 16 * 8, p->m - 1) * p->x_pitch + lane / 8 % 2 * 16);
+        const int token = min(lane % 8 + lane / 16 * 8, p->m - 1);
+        x.row = at + (uint32_t)(token * p->x_pitch + (lane / 8 % 2 * 16 ^ (int)TURN_OF(token)));
         return x;
     }
     /* Four of 8 columns each. Rows beyond m are doubles of the last. */
     const int here = lane % 8, token = min(slots == 2 ? here % 4 : here, p->m - 1);
-    const int live = token * p->x_pitch, zero = p->m * p->x_pitch;
+    const int piece = lane / 8 * 16, zero = ZERO_ROW(p) + piece;
+    const int live = token * p->x_pitch + (piece ^ (int)TURN_OF(token));
     const bool second = slots == 2 && here >= 4;
-    x.row = at + (uint32_t)((second ? zero : live) + lane / 8 * 16);
+    x.row = at + (uint32_t)(second ? zero : live);
     x.other = (uint32_t)(second ? live - zero : zero - live);
     return x;
 }
@@ -166,19 +175,24 @@ static __device__ __forceinline__ int thread_anew(void) {
     return thread;
 }
 
+/* Where columns of x of a warp lie, from those of batch `own` of the block's part of K on: for the same reason made again. */
+static __device__ __forceinline__ uint32_t x_at_anew(const ql_decode_params *p, int own, int batch_k) {
+    return shared_address(shared) + (uint32_t)(p->x_at + own * batch_k * 2);
+}
+
 #define ONES(type) ((type) == QL_VALUE_F16 ? 0x3c003c00u : 0x3f803f80u)
 
 /* Whether odd steps have sums of their own: wherever there are registers for it. Some want for them as the compiler asks for
  * much of x at once. */
 #define TWO_CHAINS(code, type, tokens, groups)                                                                         \
     ((tokens) == 16 || (code) == QL_CODE_INT2 ? false                                                                  \
-     : (code) == QL_CODE_TABLE4               ? (tokens) == 8 || (type) == QL_VALUE_F16                                \
-     : (tokens) == 4                          ? true                                                                   \
-     : (groups)                               ? (groups) < 8 && ((code) != QL_CODE_INT8 || (type) == QL_VALUE_F16)     \
-                                              : (code) != QL_CODE_INT4)
+     : (code) == QL_CODE_TABLE4 ? (tokens) == 8 ? (groups) >= 4 || (type) != QL_VALUE_F16 : (type) == QL_VALUE_F16     \
+     : (tokens) == 4            ? true                                                                                 \
+     : (groups)                 ? (groups) < 8 && ((code) != QL_CODE_INT8 || (type) == QL_VALUE_F16)                   \
+                                : (code) != QL_CODE_INT4)
 
 /* The four steps of a block: sum += W x, of odd steps `odd`: chains of products half as long. 16 tokens have two chains as
- * it is. */
+ * it is. x: the lane's place in the batch's first line; of four rows none changes places with the second half of a line. */
 static __device__ __forceinline__ void multiply_block(float *sum, float *odd, const ql_batch_codes *codes, int code,
                                                       int type, int tokens, int groups, int block, uint32_t x,
                                                       uint32_t low) {
@@ -186,12 +200,13 @@ static __device__ __forceinline__ void multiply_block(float *sum, float *odd, co
 #pragma unroll
     for (int step = 0; step < 4; step += 2) {
         uint32_t a[4], b[2][2];
-        load_matrices(b[0], b[1], x + (uint32_t)(step * 32));
+        const uint32_t place = tokens == 4 ? x + (uint32_t)(step * 32) : x ^ (uint32_t)(step * 32);
+        load_matrices(b[0], b[1], place + (uint32_t)(block * 128));
         raw_fragment(a, codes, code, type, odd_apart, block, step, shared, low);
         multiply_16816(sum, a, b[0], type);
         if (tokens == 16) {
             multiply_16816(sum + 4, a, b[1], type);
-            load_matrices(b[0], b[1], x + (uint32_t)(step * 32 + 32));
+            load_matrices(b[0], b[1], (x ^ (uint32_t)(step * 32 + 32)) + (uint32_t)(block * 128));
         }
         raw_fragment(a, codes, code, type, odd_apart, block, step + 1, shared, low);
         multiply_16816(TWO_CHAINS(code, type, tokens, groups) ? odd : sum, a, b[tokens == 16 ? 0 : 1], type);
@@ -218,21 +233,23 @@ static __device__ __forceinline__ void complete_sums(float *sum, const float *od
 
 /* Sums of x over the parts of groups in a batch, [parts][tokens] in fp32 at `sums`, or one sum over a warp's batches. x is the
  * large operand of mma: its 16 rows are all tokens of a run of columns, then of the next. at: the batch's first column; sums:
- * lanes 0, 4, ... store. */
+ * lanes 0, 4, ... store. Of lines that are summed whole pieces may come in any order, so that of four tokens runs, too, want
+ * different banks. */
 static __device__ __forceinline__ void sum_x(const ql_decode_params *p, int code, int type, int tokens, int groups,
                                              bool first, int lane, uint32_t at, int sums) {
     const int runs = 16 / tokens, run_k = QL_DECODE_BATCH_K(code) / runs, parts = groups ? groups : 1;
     const int run_parts = parts > runs ? parts / runs : 1, steps = run_k / run_parts / 16;
     const uint32_t ones[2] = {ONES(type), ONES(type)};
     const int row = lane % 16, here = lane / 4;
-    at += (uint32_t)(min(row % tokens, p->m - 1) * p->x_pitch + row / tokens * run_k * 2 + lane / 16 * 16);
+    at += (uint32_t)(min(row % tokens, p->m - 1) * p->x_pitch + row / tokens * run_k * 2);
+    at += (uint32_t)(lane / 16 * 16) ^ TURN_OF(lane);
 #pragma unroll 1
     for (int i = 0; i < run_parts; i++, at += (uint32_t)(steps * 32)) {
         float sum[4] = {0}, odd[4] = {0};
 #pragma unroll
         for (int step = 0; step < steps; step++) {
             uint32_t a[4];
-            load_matrices(a, a + 2, at + (uint32_t)(step * 32));
+            load_matrices(a, a + 2, (at ^ (uint32_t)(step % 4 * 32)) + (uint32_t)(step / 4 * 128));
             multiply_16816(step % 2 ? odd : sum, a, ones, type);
         }
         /* Rows here and here + 8. */
@@ -425,7 +442,7 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
 #else
     const bool roomy = false;
 #endif
-    const bool ahead = groups < 2 || (groups < 8               ? tokens != 16 || type == QL_VALUE_F16
+    const bool ahead = groups < 2 || (groups < 8 ? tokens != 16 || (type == QL_VALUE_F16 && code != QL_CODE_INT2)
                                       : code == QL_CODE_TABLE4 ? tokens == 4 || (tokens == 8 && roomy)
                                                                : tokens == 4 && code != QL_CODE_INT2);
     /* Few rows of x are there so soon that warps do better to start together, next to each other in memory; of many a warp
@@ -522,7 +539,9 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
             for (int to_go = count; to_go > 0; to_go--) {
                 if (code != QL_CODE_TABLE4 && round == 0 && !(sums_ahead && to_go == count))
                     sum_x(p, code, type, tokens, groups, to_go == count, thread_anew() % 32,
-                          x_at + (uint32_t)((count - to_go) * batch_k * 2), sums);
+                          code == QL_CODE_INT3 ? x_at + (uint32_t)((count - to_go) * batch_k * 2)
+                                               : x_at_anew(p, first - first_batch + count - to_go, batch_k),
+                          sums);
                 const bool last = to_go == 1;
                 const int next_strip = last ? strip + p->hop : strip, next = last ? first : first + count - to_go + 1;
                 have = next_strip >= p->strips ? 0 : to_go == 2 || (last && count == 1) ? tail : tiles;
@@ -537,8 +556,8 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                     if (groups && b % (part * slots) == 0)
 #pragma unroll
                         for (int j = 0; j < 8; j++) sum[j] = odd[j % 4] = 0.0f;
-                    multiply_block(sum, odd, &codes, code, type, tokens, groups, b,
-                                   (slot ? x.row + x.other : x.row) + (uint32_t)(b * 128), (uint32_t)lane * 4);
+                    multiply_block(sum, odd, &codes, code, type, tokens, groups, b, slot ? x.row + x.other : x.row,
+                                   (uint32_t)lane * 4);
 #pragma unroll
                     for (int j = 0; j < tiles; j++)
                         if ((j + 1) * QL_TILE_K(code) > b * 64 && (j + 1) * QL_TILE_K(code) <= (b + 1) * 64 && j < have)

@@ -109,8 +109,8 @@ static int cut(ql_decode_params *p, const ql_packed_params *product, const ql_cu
     if (table) take(&at, QL_DECODE_PAIRS_BYTES);
     p->nested_at = take(&at, nested ? 1024 : 0);
     p->x_aligned = !product->order && is_aligned(product);
-    p->x_pitch = p->block_batches * batch_k * 2 + 16;
-    p->x_at = take(&at, (m + (slots == 2)) * p->x_pitch);
+    p->x_pitch = p->block_batches * batch_k * 2;
+    p->x_at = take(&at, slots == 2 ? (m + 1) * p->x_pitch + 64 : m * p->x_pitch);
     p->sums_at = take(&at, table ? 0 : (int64_t)p->teams * (groups ? groups * p->block_batches : warps) * tokens * 4);
     p->exchange_at = take(&at, cluster > 1 ? ql_ceil_div(p->rounds, cluster) * p->teams * cluster * m * 64 : 0);
     /* As many rounds as there is room for; if not all, half of that in each of two buffers: one is filled while the other is

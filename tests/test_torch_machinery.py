@@ -408,6 +408,17 @@ def test_a_learning_weight_compiles_whole(threshold, dynamo):
     assert dynamo["unique_graphs"] == 1
 
 
+@every_case
+def test_no_dense_copy_of_the_weight_is_kept_for_the_gradient(case):
+    layer, x, saved = make(case), inputs(3, K).requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out = layer(x)
+    held = {t.data_ptr() for t in (*layer._parameters.values(), *layer._buffers.values()) if t is not None}
+    assert sum(t.numel() for t in saved if t.data_ptr() not in held) <= x.numel()
+    out.sum().backward()
+    assert x.grad is not None
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(K,), (3, K), (2, 3, K), (0, K)])
 def test_gradients_of_a_learning_weight(dtype, shape):

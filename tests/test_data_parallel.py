@@ -15,17 +15,29 @@ import qlinear
 replicating = importlib.import_module("torch.nn.parallel.replicate")
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
-def test_layers_packed_and_not_under_distributed_data_parallel(tmp_path, monkeypatch):
-    spawn(data_parallel_worker.run, tmp_path, world=PROCESSES)
-    seen = torch.load(tmp_path / "seen")
-    pack_on_the_cpu(monkeypatch)
-    for name, model in data_parallel_worker.models():
+def check_gradients(directory, kind):
+    """What the processes left there against one process with all of the rows."""
+    seen = torch.load(directory / "seen", map_location=kind)
+    for name, model in data_parallel_worker.models(kind):
         assert (name == "int8") == (getattr(model[2], "packed", None) is None)
-        expected = data_parallel_worker.gradients(model, inputs(ROWS, K))
+        expected = data_parallel_worker.gradients(model, inputs(ROWS, K).to(kind))
         assert len(seen[name]) == len(expected) == 4
         for ours, alone in zip(seen[name], expected, strict=True):
             assert torch.allclose(ours, alone, rtol=1e-4, atol=1e-5), name
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
+def test_layers_packed_and_not_under_distributed_data_parallel(tmp_path, monkeypatch):
+    spawn(data_parallel_worker.run, tmp_path, "cpu", world=PROCESSES)
+    pack_on_the_cpu(monkeypatch)
+    check_gradients(tmp_path, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < PROCESSES, reason="fewer NVIDIA GPUs than processes")
+def test_the_same_on_two_gpus(tmp_path):
+    spawn(data_parallel_worker.run, tmp_path, "cuda", world=PROCESSES, backend="nccl")
+    check_gradients(tmp_path, "cuda")
 
 
 @pytest.fixture

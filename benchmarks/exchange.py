@@ -31,7 +31,8 @@ def _check(status: int, what: str) -> None:
 
 
 class Inbox:
-    """Memory of this GPU, zero, that another process may write. It lives as long as the process."""
+    """Memory of this GPU, all bits set (NOTHING in glue.cu), that another process may write. It lives as long as the
+    process."""
 
     def __init__(self, nbytes: int) -> None:
         torch.cuda.synchronize()
@@ -39,7 +40,7 @@ class Inbox:
         memory = ctypes.c_uint64()
         _check(self._driver.cuMemAlloc_v2(ctypes.byref(memory), ctypes.c_size_t(nbytes)), "memory was asked for")
         self.address = memory.value
-        _check(self._driver.cuMemsetD8_v2(memory, ctypes.c_ubyte(0), ctypes.c_size_t(nbytes)), "memory was cleared")
+        _check(self._driver.cuMemsetD8_v2(memory, ctypes.c_ubyte(255), ctypes.c_size_t(nbytes)), "memory was cleared")
         torch.cuda.synchronize()
 
     def handle(self) -> bytes:
@@ -58,8 +59,8 @@ class Inbox:
 
 
 def inbox_bytes(rows: int, hidden: int) -> int:
-    """Two places of 4 bytes a value, of whole warps (glue.cu)."""
-    return 2 * rows * -(-hidden // 256) * 256 * 4
+    """Two places of 2 bytes a value (glue.cu)."""
+    return 2 * rows * hidden * 2
 
 
 class ExchangeGlue(CudaGlue):
@@ -70,16 +71,16 @@ class ExchangeGlue(CudaGlue):
     def __init__(self, rows: int, inbox: int, outbox: int) -> None:
         super().__init__()
         self._addresses = (inbox, outbox)
-        self._epochs = torch.zeros(rows, dtype=torch.int32, device="cuda")
+        self._exchanges = torch.zeros(rows, dtype=torch.int32, device="cuda")
 
     def add_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         if delta is None:
             return super().add_norm(x, delta, weight, eps)
         out, n = torch.empty_like(x), x.shape[-1]
-        threads = min(1024, -(-n // 256) * 32)
+        threads = -(-n // 256) * 32
         inbox, outbox = map(c_void_p, self._addresses)
         tensors = (out, x, delta, weight)
-        ends = (self._epochs, c_int(n), c_float(eps))
+        ends = (self._exchanges, c_int(n), c_float(eps))
         self._launch("exchange_add_norm", (x.shape[0],), threads, *tensors, inbox, outbox, *ends)
         return out
 

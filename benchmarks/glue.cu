@@ -44,87 +44,46 @@ static __device__ __forceinline__ float sum_of_block(float value, float *shared)
     for (int step = 16; step; step >>= 1) value += __shfl_xor_sync(~0u, value, step);
     if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
     __syncthreads();
-    value = 0;
-    for (int warp = 0; warp < (int)blockDim.x / 32; warp++) value += shared[warp];
+    value = threadIdx.x % 32 < blockDim.x / 32 ? shared[threadIdx.x % 32] : 0;
+    for (int step = 16; step; step >>= 1) value += __shfl_xor_sync(~0u, value, step);
     return value;
 }
 
-/* A norm's weights, those of a thread. */
-static __device__ __forceinline__ void fetch_scales(eight scales[2], const half_bits *weight, int n) {
-#pragma unroll
-    for (int part = 0, at = threadIdx.x * 8; part < 2; part++, at += blockDim.x * 8)
-        if (at < n) scales[part] = *(const eight *)(weight + at);
-}
-
-/* out = values / rms(values) * scales of a row of n values, of which a thread has 8 and 8 more blockDim.x * 8 on. */
-static __device__ __forceinline__ void norm(half_bits *out, const float values[2][8], const eight scales[2], int n,
-                                            float eps) {
+/* out = values / rms(values) * scales of a row of n values, of which a thread has 8. */
+static __device__ __forceinline__ void norm(eight *out, const float values[8], const eight *scales, int n, float eps) {
     __shared__ float shared[32];
     float squares = 0;
-#pragma unroll
-    for (int part = 0, at = threadIdx.x * 8; part < 2; part++, at += blockDim.x * 8)
-        if (at < n)
-            for (int i = 0; i < 8; i++) squares += values[part][i] * values[part][i];
+    for (int i = 0; i < 8; i++) squares += values[i] * values[i];
     const float factor = rsqrtf(sum_of_block(squares, shared) / (float)n + eps);
-#pragma unroll
-    for (int part = 0, at = threadIdx.x * 8; part < 2; part++, at += blockDim.x * 8) {
-        if (at >= n) continue;
-        eight made;
-        for (int i = 0; i < 8; i++)
-            made.at[i] = rounded(widened(rounded(values[part][i] * factor)) * widened(scales[part].at[i]));
-        *(eight *)(out + at) = made;
-    }
+    eight made;
+    for (int i = 0; i < 8; i++) made.at[i] = rounded(widened(rounded(values[i] * factor)) * widened(scales->at[i]));
+    if (threadIdx.x * 8 < n) *out = made;
 }
 
-/* x [rows, n] += delta if that is not null; out = norm of x. A block a row; n a multiple of 8, at most 16 a thread. */
+static __device__ __forceinline__ eight zeros(void) {
+    eight made;
+    for (int i = 0; i < 8; i++) made.at[i] = 0;
+    return made;
+}
+
+/* x [rows, n] += delta if that is not null; out = norm of x. A block a row, 8 values a thread; n a multiple of 8. */
 __global__ void __launch_bounds__(1024)
     add_norm(half_bits *out, half_bits *x, const half_bits *delta, const half_bits *weight, int n, float eps) {
-    eight scales[2];
+    const int column = (int)threadIdx.x * 8;
+    const long long at = (long long)blockIdx.x * n + column;
+    const bool mine = column < n;
     let_next_start();
-    fetch_scales(scales, weight, n);
+    const eight scales = mine ? *(const eight *)(weight + column) : zeros();
     wait_for_previous();
-    const long long row = (long long)blockIdx.x * n;
-    float values[2][8];
-#pragma unroll
-    for (int part = 0, at = threadIdx.x * 8; part < 2; part++, at += blockDim.x * 8) {
-        if (at >= n) continue;
-        eight own = *(const eight *)(x + row + at);
-        if (delta) {
-            const eight more = *(const eight *)(delta + row + at);
-            for (int i = 0; i < 8; i++) own.at[i] = rounded(widened(own.at[i]) + widened(more.at[i]));
-            *(eight *)(x + row + at) = own;
-        }
-        for (int i = 0; i < 8; i++) values[part][i] = widened(own.at[i]);
+    eight own = mine ? *(const eight *)(x + at) : zeros();
+    if (delta && mine) {
+        const eight more = *(const eight *)(delta + at);
+        for (int i = 0; i < 8; i++) own.at[i] = rounded(widened(own.at[i]) + widened(more.at[i]));
+        *(eight *)(x + at) = own;
     }
-    norm(out + row, values, scales, n, eps);
-}
-
-typedef struct __align__(16) packet {
-    unsigned data, epoch, more, again;
-} packet;
-
-static __device__ __forceinline__ void send(packet *to, unsigned data, unsigned more, unsigned epoch) {
-    asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %2};" ::"l"(to), "r"(data), "r"(epoch), "r"(more)
-                 : "memory");
-}
-
-/* Of a row of n values: a thread's two packets are PACKETS_APART, so that each store of a warp is in one piece. */
-#define PACKETS_APART 32
-static __device__ __forceinline__ int packets_of_row(int n) { return (n + 255) / 256 * 64; }
-static __device__ __forceinline__ int packet_of(int at) { return at / 256 * 64 + at / 8 % 32; }
-
-/* Waits for a thread's two packets that the other process sends, some ten seconds at most. */
-static __device__ __forceinline__ void receive(packet got[2], const packet *from, unsigned epoch) {
-    for (int tries = 0;; tries++) {
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-            asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                         : "=r"(got[i].data), "=r"(got[i].epoch), "=r"(got[i].more), "=r"(got[i].again)
-                         : "l"(from + PACKETS_APART * i)
-                         : "memory");
-        if (got[0].epoch == epoch && got[0].again == epoch && got[1].epoch == epoch && got[1].again == epoch) return;
-        if (tries == 1 << 24) __trap();
-    }
+    float values[8];
+    for (int i = 0; i < 8; i++) values[i] = widened(own.at[i]);
+    norm((eight *)(out + at), values, &scales, n, eps);
 }
 
 typedef union words {
@@ -132,52 +91,66 @@ typedef union words {
     unsigned word[4];
 } words;
 
+/* Stands in an inbox where nothing has come yet: two NaN, in place of which two others are sent. */
+#define NOTHING 0xffffffffu
+#define NANS 0x7fff7fffu
+
+static __device__ __forceinline__ void put(half_bits *to, words value) {
+    asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(value.word[0]), "r"(value.word[1]),
+                 "r"(value.word[2]), "r"(value.word[3])
+                 : "memory");
+}
+
+/* Waits for a thread's words that the other process sends, some ten seconds at most, and leaves their place empty. */
+static __device__ __forceinline__ words receive(half_bits *from) {
+    words got;
+    for (int tries = 0;; tries++) {
+        asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(got.word[0]), "=r"(got.word[1]), "=r"(got.word[2]), "=r"(got.word[3])
+                     : "l"(from)
+                     : "memory");
+        if (got.word[0] != NOTHING && got.word[1] != NOTHING && got.word[2] != NOTHING && got.word[3] != NOTHING) break;
+        if (tries == 1 << 24) __trap();
+    }
+    words nothing;
+    for (int i = 0; i < 4; i++) nothing.word[i] = NOTHING;
+    put(from, nothing);
+    return got;
+}
+
 /* add_norm where delta is this process' part of a sum of two: it is sent into the other's inbox and the other's read
- * from this one's. Inboxes [2, rows, packets_of_row(n)], whose words are valid by the epoch beside them (as NCCL's LL
- * protocol has it), so that nothing is waited for but the words themselves; epochs [rows] counts the exchanges, and
- * every second one takes the same place: by then its words were read, as the other's answer to the one between them
- * came after. */
-__global__ void __launch_bounds__(1024)
-    exchange_add_norm(half_bits *out, half_bits *x, const half_bits *delta, const half_bits *weight, packet *inbox,
-                      packet *outbox, unsigned *epochs, int n, float eps) {
-    eight scales[2];
+ * from this one's. Inboxes [2, rows, n], full of NOTHING at first: a word that is something else has come, so that nothing is
+ * waited for but the words themselves, and none but they go over. exchanges [rows] counts them, and every second one takes
+ * the same place: by then its words were read and it was emptied, as the other's answer to the one between them came
+ * after. */
+__global__ void __launch_bounds__(1024, 2)
+    exchange_add_norm(half_bits *out, half_bits *x, const half_bits *delta, const half_bits *weight, half_bits *inbox,
+                      half_bits *outbox, unsigned *exchanges, int n, float eps) {
+    const int column = (int)threadIdx.x * 8;
+    const long long at = (long long)blockIdx.x * n + column;
+    const bool mine = column < n;
     let_next_start();
-    fetch_scales(scales, weight, n);
+    const eight scales = mine ? *(const eight *)(weight + column) : zeros();
     wait_for_previous();
-    const long long row = (long long)blockIdx.x * n;
-    const unsigned epoch = epochs[blockIdx.x] + 1;
-    const long long place = ((long long)(epoch & 1) * gridDim.x + blockIdx.x) * packets_of_row(n);
-    words own[2];
-#pragma unroll
-    for (int part = 0, at = threadIdx.x * 8; part < 2; part++, at += blockDim.x * 8) {
-        if (at >= n) continue;
-        own[part].halves = *(const eight *)(delta + row + at);
-        packet *to = outbox + place + packet_of(at);
-        send(to, own[part].word[0], own[part].word[1], epoch);
-        send(to + PACKETS_APART, own[part].word[2], own[part].word[3], epoch);
-    }
-    eight sum[2];
-#pragma unroll
-    for (int part = 0, at = threadIdx.x * 8; part < 2; part++, at += blockDim.x * 8)
-        if (at < n) sum[part] = *(const eight *)(x + row + at);
-    float values[2][8];
-#pragma unroll
-    for (int part = 0, at = threadIdx.x * 8; part < 2; part++, at += blockDim.x * 8) {
-        if (at >= n) continue;
-        packet got[2];
-        receive(got, inbox + place + packet_of(at), epoch);
-        words other;
-        other.word[0] = got[0].data, other.word[1] = got[0].more;
-        other.word[2] = got[1].data, other.word[3] = got[1].more;
+    const unsigned count = exchanges[blockIdx.x];
+    float values[8] = {0};
+    if (mine) {
+        const long long place = (long long)(count & 1) * gridDim.x * n + at;
+        words own, sent;
+        own.halves = *(const eight *)(delta + at);
+        for (int i = 0; i < 4; i++) sent.word[i] = own.word[i] == NOTHING ? NANS : own.word[i];
+        put(outbox + place, sent);
+        eight sum = *(const eight *)(x + at);
+        const words other = receive(inbox + place);
         for (int i = 0; i < 8; i++) {
-            const half_bits both = rounded(widened(own[part].halves.at[i]) + widened(other.halves.at[i]));
-            sum[part].at[i] = rounded(widened(sum[part].at[i]) + widened(both));
-            values[part][i] = widened(sum[part].at[i]);
+            const half_bits both = rounded(widened(own.halves.at[i]) + widened(other.halves.at[i]));
+            sum.at[i] = rounded(widened(sum.at[i]) + widened(both));
+            values[i] = widened(sum.at[i]);
         }
-        *(eight *)(x + row + at) = sum[part];
+        *(eight *)(x + at) = sum;
     }
-    norm(out + row, values, scales, n, eps);
-    if (threadIdx.x == 0) epochs[blockIdx.x] = epoch;
+    norm((eight *)(out + at), values, &scales, n, eps);
+    if (threadIdx.x == 0) exchanges[blockIdx.x] = count + 1;
 }
 
 /* A prompt: qkv [batch, tokens, heads + 2 * kv_heads, 2 * half_dim] -> q [batch, heads, tokens, 2 * half_dim], turned,
@@ -363,20 +336,19 @@ static __device__ __forceinline__ void attend(half_bits *out, half_bits *keys, h
 DEFINE_ATTEND(1)
 DEFINE_ATTEND(4)
 
-/* both [rows, 2 * n] -> out [rows, n]: silu of the first half times the second, 8 values a thread. */
-__global__ void gate(half_bits *out, const half_bits *both, int n, long long count) {
+/* both [rows, 2 * n] -> out [rows, n]: silu of the first half times the second, 8 values a thread, a row in blockIdx.y. */
+__global__ void gate(half_bits *out, const half_bits *both, int n) {
     begin();
-    const long long at = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * 8;
-    if (at >= count) return;
-    const long long row = at / n, column = at % n;
-    const eight a = *(const eight *)(both + row * 2 * n + column),
-                b = *(const eight *)(both + row * 2 * n + n + column);
+    const int column = ((int)blockIdx.x * (int)blockDim.x + (int)threadIdx.x) * 8;
+    if (column >= n) return;
+    const half_bits *from = both + (long long)blockIdx.y * 2 * n + column;
+    const eight a = *(const eight *)from, b = *(const eight *)(from + n);
     eight made;
     for (int i = 0; i < 8; i++) {
         const float value = widened(a.at[i]);
-        made.at[i] = rounded(widened(rounded(value / (1 + __expf(-value)))) * widened(b.at[i]));
+        made.at[i] = rounded(widened(rounded(__fdividef(value, 1 + __expf(-value)))) * widened(b.at[i]));
     }
-    *(eight *)(out + at) = made;
+    *(eight *)(out + (long long)blockIdx.y * n + column) = made;
 }
 
 /* A value's bits so that greater values are greater integers. */

@@ -5,7 +5,7 @@ layers'."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from ctypes import c_float, c_int, c_longlong, c_void_p
+from ctypes import c_float, c_int, c_void_p
 from pathlib import Path
 from typing import NamedTuple
 
@@ -124,7 +124,7 @@ class CudaGlue(TorchGlue):
 
     def add_norm(self, x, delta, weight, eps):
         out, n = torch.empty_like(x), x.shape[-1]
-        threads = min(1024, -(-n // 256) * 32)
+        threads = -(-n // 256) * 32
         self._launch("add_norm", (x.shape[0],), threads, out, x, delta, weight, c_int(n), c_float(eps))
         return out
 
@@ -148,8 +148,8 @@ class CudaGlue(TorchGlue):
 
     def gate(self, both):
         out = both.new_empty(both.shape[0], both.shape[1] // 2)
-        sizes = (c_int(out.shape[1]), c_longlong(out.numel()))
-        self._launch("gate", (-(-out.numel() // 2048),), 256, out, both, *sizes)
+        rows, n = out.shape
+        self._launch("gate", (-(-n // 2048), rows), 256, out, both, c_int(n))
         return out
 
     def pick(self, tokens, logits, cache):

@@ -268,3 +268,14 @@ def test_two_exchange_their_parts(benchmarks, rows, hidden):
         torch.testing.assert_close(outs[0][i], out, rtol=4e-3, atol=4e-3)
     assert torch.equal(own[0], expected)
     assert torch.equal(own[1], expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that torch can use")
+def test_an_exchange_of_what_stands_for_nothing_ends(benchmarks):
+    exchange = benchmarks("exchange")
+    inbox = exchange.Inbox(exchange.inbox_bytes(1, 1032)).address
+    glue, x = exchange.ExchangeGlue(1, inbox, inbox), torch.zeros(1, 1032, dtype=torch.float16, device="cuda")
+    nothing = torch.full((1, 1032), -1, dtype=torch.int16, device="cuda").view(torch.float16)
+    assert glue.add_norm(x, nothing, torch.ones_like(x[0]), 1e-5).isnan().all()
+    assert x.isnan().all()

@@ -17,6 +17,7 @@
  * Grid: as many blocks as are resident, blockDim.x = 32 * teams * team_warps, at most QL_DECODE_THREADS. */
 #include "cluster.cuh"
 #include "entries.cuh"
+#include "one_token.cuh"
 #include "pairs.cuh"
 #include "ptx.cuh"
 #include "value.cuh"
@@ -149,6 +150,10 @@ typedef struct ql_decode_x {
 static __device__ __forceinline__ ql_decode_x place_x(const ql_decode_params *p, int tokens, int slots, uint32_t at,
                                                       int lane) {
     ql_decode_x x = {0, 0};
+    if (tokens == 1) {
+        x.row = place_of_one(at, lane);
+        return x;
+    }
     if (tokens == 16) {
         /* Lanes 0-7 give the rows of a matrix, and so on: two of 8 columns each for tokens 0-7 and two for 8-15. */
         const int token = min(lane % 8 + lane / 16 * 8, p->m - 1);
@@ -185,7 +190,7 @@ static __device__ __forceinline__ uint32_t x_at_anew(const ql_decode_params *p, 
 /* Whether odd steps have sums of their own: wherever there are registers for it. Some want for them as the compiler asks for
  * much of x at once. */
 #define TWO_CHAINS(code, type, tokens, groups)                                                                         \
-    ((tokens) == 16 || (code) == QL_CODE_INT2 ? false                                                                  \
+    ((tokens) == 16 || (tokens) == 1 || (code) == QL_CODE_INT2 ? false                                                 \
      : (code) == QL_CODE_TABLE4 ? (tokens) == 8 ? (groups) >= 4 || (type) != QL_VALUE_F16 : (type) == QL_VALUE_F16     \
      : (tokens) == 4            ? true                                                                                 \
      : (groups)                 ? (groups) < 8 && ((code) != QL_CODE_INT8 || (type) == QL_VALUE_F16)                   \
@@ -286,6 +291,10 @@ static __device__ __forceinline__ void load_row_zeros(float zero[2], const ql_de
 /* A warp's sums of a strip into shared memory; turn: of the rounds that are held. */
 static __device__ __forceinline__ void leave_sums(const ql_decode_params *p, float *sum, int type, int tokens,
                                                   int groups, int slots, bool roomy, int partials, int turn) {
+    if (tokens == 1) {
+        leave_sums_of_one(sum, shared + partials + (turn * p->teams * p->team_warps + (int)threadIdx.x / 32) * 64);
+        return;
+    }
     const int width = tokens == 16 ? 8 : 4;
     const int thread =
         tokens == 16 || groups == 8 || type == QL_VALUE_BF16 || (!roomy && !groups) ? thread_anew() : (int)threadIdx.x;
@@ -432,9 +441,11 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     const int tiles = QL_DECODE_BATCH_TILES(code), batch_k = QL_DECODE_BATCH_K(code),
               blocks = batch_k / QL_DECODE_BLOCK;
     const int slots = QL_DECODE_SLOTS(tokens, groups), width = tokens == 16 ? 8 : 4;
+    const bool one = tokens == 1;                       /* of double quantization */
+    const int sides = one ? 2 : slots;                  /* groups whose sums are side by side */
     const int part = groups ? blocks / groups : blocks; /* blocks of a batch in one group */
     const int pairs = groups >= 2 ? groups / 2 : groups;
-    const bool both = slots == 1 && groups >= 2;
+    const bool both = sides == 1 && groups >= 2;
     /* Elsewhere than on sm_90, and for 2 bit, of which the compiler asks for much at once, it wants for registers: there entries
      * of many groups are not asked for a batch ahead, and what can be found again is not kept. */
 #if __CUDA_ARCH__ == 900
@@ -443,11 +454,11 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     const bool roomy = false;
 #endif
     const bool ahead = groups < 2 || (groups < 8 ? tokens != 16 || (type == QL_VALUE_F16 && code != QL_CODE_INT2)
-                                      : code == QL_CODE_TABLE4 ? tokens == 4 || (tokens == 8 && roomy)
+                                      : code == QL_CODE_TABLE4 ? tokens <= 4 || (tokens == 8 && roomy)
                                                                : tokens == 4 && code != QL_CODE_INT2);
     /* Few rows of x are there so soon that warps do better to start together, next to each other in memory; of many a warp
      * waits for the columns that it wants. */
-    const bool shared_start = tokens == 4;
+    const bool shared_start = tokens <= 4;
     const int lane = (int)(threadIdx.x & 31), warp = (int)(threadIdx.x >> 5), g = lane >> 2;
     const int team = warp * p->warp_team >> 16, member = warp - team * p->team_warps;
     const int rank = (int)blockIdx.x & (1 << p->cluster_shift) - 1, block = (int)blockIdx.x >> p->cluster_shift;
@@ -461,7 +472,7 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     int have = strip >= p->strips || count <= 0 ? 0 : count == 1 ? tail : tiles;
     /* The lane's entry of the batch's first pair. */
     int entry = 0;
-    if (groups >= 2) entry = (strip * p->pairs + first * pairs) * 32 + g * 4 + (slots == 2 ? lane & 2 : 0);
+    if (groups >= 2) entry = (strip * p->pairs + first * pairs) * 32 + g * 4 + (sides == 2 ? lane & 2 : 0);
     if (groups == 1) entry = group_entry(p, strip, first, g);
     ql_batch_codes codes;
     ql_raw_entries raw;
@@ -470,9 +481,9 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
 #pragma unroll
     for (int i = 0; i < pairs; i++) {
         clear_pair(&raw, p, i);
-        if (have && (i == 0 || first * pairs + i < p->pairs)) load_pair(p, code, both, &raw, i, entry + i * 32);
+        if (have && (i == 0 || first * pairs + i < p->pairs)) load_pair(p, code, one, both, &raw, i, entry + i * 32);
     }
-    if (code == QL_CODE_TABLE4 && p->scale_size == 1 && have)
+    if (code == QL_CODE_TABLE4 && (one || p->scale_size == 1) && have)
         load_nested(p, &raw, strip * 16 + g, groups == 1 ? first >> p->group_shift : first * groups);
     /* What is asked for after the codes comes after them, 64 KB a multiprocessor later, so what the first of them meet goes
      * before. x may have to wait for the kernel before: some of the codes are on their way then, half where little else is
@@ -529,6 +540,8 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     if (sums_ahead && strip < p->strips && count > 0) sum_x(p, code, type, tokens, groups, true, lane, x_at, sums);
     int partials = p->partials_at;
     if (p->cluster_shift) wait_cluster();
+    uint32_t x_of_256[2][2], is_step[8];
+    if (one) find_steps(is_step, g);
     int begin = 0; /* the first round whose sums are held */
 #pragma unroll 1
     for (int round = 0; round < p->rounds; round++) {
@@ -552,37 +565,42 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                 if (groups == 1) entry = group_entry(p, next_strip, next, g);
 #pragma unroll
                 for (int b = 0; b < blocks; b++) {
-                    const int set = groups ? b / (part * slots) : 0, slot = slots == 2 ? b / part % 2 : 0;
-                    if (groups && b % (part * slots) == 0)
+                    const int set = groups ? b / (part * sides) : 0, slot = slots == 2 ? b / part % 2 : 0;
+                    if (groups && b % (part * sides) == 0)
 #pragma unroll
                         for (int j = 0; j < 8; j++) sum[j] = odd[j % 4] = 0.0f;
-                    multiply_block(sum, odd, &codes, code, type, tokens, groups, b, slot ? x.row + x.other : x.row,
-                                   (uint32_t)lane * 4);
+                    if (one) {
+                        if (b % 4 == 0) load_matrices(x_of_256[0], x_of_256[1], x.row + (uint32_t)(b * 128));
+                        multiply_block_of_one(sum, &codes, type, b, x_of_256, is_step, shared, (uint32_t)lane * 4);
+                    } else {
+                        multiply_block(sum, odd, &codes, code, type, tokens, groups, b, slot ? x.row + x.other : x.row,
+                                       (uint32_t)lane * 4);
+                    }
 #pragma unroll
                     for (int j = 0; j < tiles; j++)
                         if ((j + 1) * QL_TILE_K(code) > b * 64 && (j + 1) * QL_TILE_K(code) <= (b + 1) * 64 && j < have)
                             load_tile(&codes, code, at, high, j);
-                    if (groups && b % (part * slots) == part * slots - 1) {
+                    if (groups && b % (part * sides) == part * sides - 1) {
                         const int pair = both ? set / 2 : set;
                         if (!ahead && (!both || set % 2 == 0)) {
                             clear_pair(&raw, p, pair);
                             if (pair == 0 || (first + count - to_go) * pairs + pair < p->pairs)
-                                load_pair(p, code, both, &raw, pair, entry + pair * 32);
+                                load_pair(p, code, one, both, &raw, pair, entry + pair * 32);
                         }
                         const ql_entry e =
-                            entry_of(p, code, type, both, &raw, set, (const float *)(shared + p->nested_at));
+                            entry_of(p, code, type, one, both, &raw, set, (const float *)(shared + p->nested_at));
                         complete_sums(sum, odd, e.zero, code, type, tokens, groups, sums + set * slots * tokens * 4);
 #pragma unroll
                         for (int j = 0; j < width; j++) out[j] = fmaf(e.scale[j % 4 / 2], sum[j], out[j]);
                         if (ahead && (!both || set % 2)) {
                             if (have && (pair == 0 || next * pairs + pair < p->pairs))
-                                load_pair(p, code, both, &raw, pair, entry + pair * 32);
+                                load_pair(p, code, one, both, &raw, pair, entry + pair * 32);
                             else if (pair)
                                 clear_scales(&raw, pair);
                         }
                     }
                 }
-                if (code == QL_CODE_TABLE4 && p->scale_size == 1 && have)
+                if (code == QL_CODE_TABLE4 && (one || p->scale_size == 1) && have)
                     load_nested(p, &raw, next_strip * 16 + g, groups == 1 ? next >> p->group_shift : next * groups);
                 if (!ahead) entry += (to_go == 1 ? p->hop * p->pairs - (count - 1) * pairs : pairs) * 32;
                 x.row += (uint32_t)(batch_k * 2);

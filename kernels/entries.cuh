@@ -32,13 +32,14 @@ static __device__ __forceinline__ void clear_pair(ql_raw_entries *raw, const ql_
     clear_scales(raw, pair);
 }
 
-/* The pair whose entries for this lane start at place `at`. Scales have two bytes; a table's four, or one where nested. */
-static __device__ __forceinline__ void load_pair(const ql_decode_params *p, int code, bool both, ql_raw_entries *raw,
-                                                 int pair, int at) {
+/* The pair whose entries for this lane start at place `at`. Scales have two bytes; a table's four, or one where nested. nested:
+ * that they are is known when this is compiled, as branches in the loop end what the compiler can overlap. */
+static __device__ __forceinline__ void load_pair(const ql_decode_params *p, int code, bool nested, bool both,
+                                                 ql_raw_entries *raw, int pair, int at) {
     const uint8_t *scales = (const uint8_t *)p->scales;
     uint32_t *scale = raw->scale[pair];
     if (code == QL_CODE_TABLE4) {
-        if (p->scale_size == 1) {
+        if (nested || p->scale_size == 1) {
             scale[0] = both ? __ldg((const uint32_t *)(scales + at)) : __ldg((const uint16_t *)(scales + at));
         } else if (both) {
             uint4 v = __ldg((const uint4 *)(scales + (int64_t)at * 4));
@@ -82,18 +83,20 @@ static __device__ __forceinline__ float zero_of_byte(uint32_t byte, int code, in
 }
 
 /* Entries of the `index`-th group of those that the lane has (of `both`, two a pair). nested_table: shared memory. */
-static __device__ __forceinline__ ql_entry entry_of(const ql_decode_params *p, int code, int type, bool both,
-                                                    const ql_raw_entries *raw, int index, const float *nested_table) {
+static __device__ __forceinline__ ql_entry entry_of(const ql_decode_params *p, int code, int type, bool nested,
+                                                    bool both, const ql_raw_entries *raw, int index,
+                                                    const float *nested_table) {
     const int pair = both ? index / 2 : index, which = both ? index % 2 : 0;
     const uint32_t *scale = raw->scale[pair];
     ql_entry e = {{0}, {0}};
     if (code == QL_CODE_TABLE4) {
 #pragma unroll
         for (int h = 0; h < 2; h++)
-            e.scale[h] = p->scale_size == 4 ? __uint_as_float(scale[which * 2 + h])
-                                            : __fadd_rn(__fmul_rn(nested_table[scale[0] >> (which * 16 + h * 8) & 255],
-                                                                  __uint_as_float(raw->nested[h])),
-                                                        p->product.nested_offset);
+            e.scale[h] = !nested && p->scale_size == 4
+                             ? __uint_as_float(scale[which * 2 + h])
+                             : __fadd_rn(__fmul_rn(nested_table[scale[0] >> (which * 16 + h * 8) & 255],
+                                                   __uint_as_float(raw->nested[h])),
+                                         p->product.nested_offset);
         return e;
     }
     const bool half = p->product.scales_type == QL_VALUE_F16;

@@ -78,8 +78,8 @@
     QL_WGMMA_TABLE(X, QL_CODE_TABLE4, table4)
 
 /* X(name, source, code, type of x, tokens, groups): products of up to `tokens` tokens. groups: of a batch of columns, 0
- * where one is all of K (decode.h). 16 tokens and 8 groups of 2 and 3 bit want more registers than there are. Threads, grid
- * and shared memory: src/cuda/decode.c, cut(). */
+ * where one is all of K (decode.h). 16 tokens and 8 groups of 2 and 3 bit want more registers than there are. 1 token: of
+ * double quantization alone (one_token.cuh). Threads, grid and shared memory: src/cuda/decode.c, cut(). */
 #define QL_DECODE_TYPES(X, code, name, tokens, groups)                                                                 \
     X(ql_decode_##name##_f16_##tokens##_##groups, decode, code, QL_VALUE_F16, tokens, groups)                          \
     X(ql_decode_##name##_bf16_##tokens##_##groups, decode, code, QL_VALUE_BF16, tokens, groups)
@@ -107,7 +107,8 @@
     QL_DECODE_TILES(X, QL_CODE_TABLE4, table4, 1)                                                                      \
     QL_DECODE_GROUPS(X, QL_CODE_TABLE4, table4, 2)                                                                     \
     QL_DECODE_GROUPS(X, QL_CODE_TABLE4, table4, 4)                                                                     \
-    QL_DECODE_GROUPS(X, QL_CODE_TABLE4, table4, 8)
+    QL_DECODE_GROUPS(X, QL_CODE_TABLE4, table4, 8)                                                                     \
+    QL_DECODE_TYPES(X, QL_CODE_TABLE4, table4, 1, 8)
 
 /* X(name, source, code, groups, tokens): products of up to `tokens` tokens of 8-bit weights and activations. groups: scales
  * change every 128 columns. */

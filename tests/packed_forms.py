@@ -9,4 +9,12 @@ GPTQ = tuple(itertools.product((2, 3, 4, 8), (-1, 32, 64, 128), ("float16", "bfl
 FOURBIT = ((32, False), (64, False), (64, True), (128, False), (256, True), (512, False))
 
 N, K = 272, 1152
+# Columns that a batch of a decode kernel divides: kernels for double quantization want them.
+BATCH_K = 512
 ROWS = (1, 3, 8, 9, 16, 17, 40, 65, 130)
+
+
+def columns(size, nested):
+    """As near to K as blocks of this size allow."""
+    unit = max(size, BATCH_K) if nested else size
+    return K // unit * unit

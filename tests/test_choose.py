@@ -153,7 +153,7 @@ def forms():
         layer, *_ = packed_layers.make_gptq(random, N, K, bits, size, getattr(torch, scales), False, "gptq")
         yield f"int{bits}", K if size == -1 else size, layer
     for size, nested in packed_forms.FOURBIT:
-        layer, _ = packed_layers.make_fourbit(random, N, K // size * size, size, 256 if nested else 0)
+        layer, _ = packed_layers.make_fourbit(random, N, packed_forms.columns(size, nested), size, 256 if nested else 0)
         yield "table4", size, layer
 
 

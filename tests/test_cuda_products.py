@@ -161,7 +161,7 @@ def test_every_kernel_of_integers(bits, dtype):
 def test_every_kernel_of_tables(dtype):
     torch.manual_seed(4)
     for size, nested in packed_forms.FOURBIT:
-        layer = fourbit("nf4", size, nested)(packed_forms.N, packed_forms.K // size * size)
+        layer = fourbit("nf4", size, nested)(packed_forms.N, packed_forms.columns(size, nested))
         try_every_candidate(layer, dtype, packed_forms.ROWS)
 
 

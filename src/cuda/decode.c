@@ -6,13 +6,13 @@
 
 enum { MOST_ROWS = 16, MOST_CLUSTER_SHIFT = 3, MOST_GROUPS = 8, UNWANTED = -1 };
 
-/* A row of the table below by the most tokens of a kernel: 4, 8 or 16. */
-#define TOKEN_TILE(tokens) ((tokens) / 8)
+/* A row of the table below by the most tokens of a kernel: 4, 8, 16 or 1. */
+#define TOKEN_TILE(tokens) ((tokens) == 1 ? 3 : (tokens) / 8)
 
 /* One more than the kernel, by code, type of x, token tile and grouping; 0 where there is none. */
 #define ENTRY(name, source, code, type, tokens, groups)                                                                \
     [code][(type) == QL_VALUE_BF16][TOKEN_TILE(tokens)][groups] = QL_KERNEL_##name + 1,
-static const int kernels[QL_CODE_COUNT][2][3][MOST_GROUPS + 1] = {QL_DECODE_VARIANTS(ENTRY)};
+static const int kernels[QL_CODE_COUNT][2][4][MOST_GROUPS + 1] = {QL_DECODE_VARIANTS(ENTRY)};
 #undef ENTRY
 
 /* log2 of a power of two, or -1. */
@@ -31,13 +31,17 @@ static int groups_of_batch(int code, int64_t k, int64_t group_size) {
     return batch % group_size == 0 && batch / group_size <= MOST_GROUPS ? (int)(batch / group_size) : -1;
 }
 
-/* Two groups side by side want four tokens at most, and two groups. */
-static int tokens_of(int64_t m, int groups) { return m > 8 ? 16 : m <= 4 && groups >= 2 ? 4 : 8; }
+/* Two groups side by side want four tokens at most, and two groups. One token of double quantization has kernels of its own. */
+static int tokens_of(int64_t m, int groups, bool nested) {
+    if (m == 1 && nested && groups == MOST_GROUPS) return 1;
+    return m > 8 ? 16 : m <= 4 && groups >= 2 ? 4 : 8;
+}
 
-static int kernel_of(const ql_cuda_problem *problem) {
+/* The kernel, or UNWANTED. Whether absmax is quantized is no part of a problem, nor of a choice. */
+static int kernel_of(const ql_cuda_problem *problem, bool nested) {
     const int groups = groups_of_batch(problem->code, problem->k, problem->group_size);
     if (groups < 0 || problem->m < 1 || problem->m > MOST_ROWS) return UNWANTED;
-    const int tile = TOKEN_TILE(tokens_of(problem->m, groups));
+    const int tile = TOKEN_TILE(tokens_of(problem->m, groups, nested));
     return kernels[problem->code][problem->x_type == QL_VALUE_BF16][tile][groups] - 1;
 }
 
@@ -61,7 +65,8 @@ static int cut(ql_decode_params *p, const ql_packed_params *product, const ql_cu
     const bool table = code == QL_CODE_TABLE4, nested = product->nested_table != NULL;
     const int64_t k = product->k, m = product->m, tiles = ql_ceil_div(k, QL_TILE_K(code));
     const int groups = groups_of_batch(code, k, product->groups == 1 ? k : product->group_size);
-    const int tokens = tokens_of(m, groups), slots = QL_DECODE_SLOTS(tokens, groups), cluster = 1 << cluster_shift;
+    const int tokens = tokens_of(m, groups, nested), slots = QL_DECODE_SLOTS(tokens, groups),
+              cluster = 1 << cluster_shift;
     *p = (ql_decode_params){.codes = product->codes,
                             .scales = product->scales,
                             .zeros = product->zeros,
@@ -177,7 +182,7 @@ static int add_ways(way ways[WIDTHS * CLUSTERS], int count, const ql_cuda_device
 }
 
 static int candidates(ql_cuda_choice *out, int room, const ql_cuda_device *device, const ql_cuda_problem *problem) {
-    const int kernel = kernel_of(problem);
+    const int kernel = kernel_of(problem, false);
     if (kernel == UNWANTED || !device->kernels[kernel]) return 0;
     ql_packed_params product = {.m = problem->m, .n = problem->n, .k = problem->k, .code = problem->code};
     product.group_size = problem->group_size;
@@ -218,14 +223,15 @@ static bool prepare(ql_cuda_prepared *prepared, const ql_cuda_device *device, co
                                      .m = p->m,
                                      .code = p->code,
                                      .x_type = p->x_type};
-    if (kernel_of(&problem) != (int)choice.kernel) return false;
+    if (kernel_of(&problem, false) != (int)choice.kernel) return false;
     if (!scales_fit(p, groups_of_batch(p->code, p->k, problem.group_size))) return false;
     ql_decode_params *params = &prepared->decode;
     const int bytes = cut(params, p, &device->properties, warps, cluster_shift);
     if (bytes > device->properties.shared_bytes) return false;
     /* Columns out of global memory, one by one, are for one row. */
     if (p->m > 1 && !params->x_aligned && params->stage_at < 0) return false;
-    prepared->kernel = choice.kernel;
+    prepared->kernel = (ql_cuda_kernel)kernel_of(&problem, p->nested_table != NULL);
+    if (!device->kernels[prepared->kernel]) return false;
     prepared->grid = (ql_cuda_grid){.x = (int64_t)params->blocks << cluster_shift,
                                     .y = 1,
                                     .threads = params->teams * warps * 32,

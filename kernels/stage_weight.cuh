@@ -25,8 +25,8 @@ typedef struct entry {
 
 /* What is the same in all stages. Addresses: this lane's in the first stage, entries in the group at hand. */
 typedef struct reader {
-    uint32_t codes, scales, seconds;
-    uint32_t nested_table; /* address */
+    uint32_t codes, high, scales, seconds; /* high: of 3 bit */
+    uint32_t nested_table;                 /* address */
     float nested_offset;
     int scales_type, scale_shift; /* scale_shift: 1 where a scale has 32 bits, else 0 */
     bool has_seconds;
@@ -57,6 +57,7 @@ static __device__ __forceinline__ reader make_reader(const ql_streamk_params *q,
     r.scale_shift = table || (k.wide && r.scales_type == QL_VALUE_F32);
     r.has_seconds = table ? p->nested_table != NULL : p->zeros != NULL;
     r.codes = stage + QL_STREAMK_CODES_AT(k.tokens, k.stage_k) + strip * QL_STREAMK_STRIP_BYTES(k.code, k.stage_k);
+    r.high = r.codes + 512 + lane * 8;
     r.codes += lane * 16;
     r.scales = entries + ((strip * 64 + g * 8) << r.scale_shift);
     if (HAS_PLANES(k)) r.scales = entries + (strip * 16 + g) * PLANE;
@@ -65,6 +66,12 @@ static __device__ __forceinline__ reader make_reader(const ql_streamk_params *q,
     r.nested_table = base + QL_STREAMK_TABLE_AT + QL_STREAMK_TABLE_BYTES;
     r.nested_offset = p->nested_offset;
     return r;
+}
+
+/* From the first half of a tile of codes to the second, and back. */
+static __device__ __forceinline__ void flip_half(reader *r) {
+    r->codes ^= 8;
+    r->high ^= 4;
 }
 
 /* From the first group of a pair to the second, and back. */
@@ -92,22 +99,29 @@ static __device__ __forceinline__ raw_entry read_entry(const reader *r, uint32_t
 
 /* at: bytes from the first stage. */
 static __device__ __forceinline__ void read_stage(stage_words *d, const reader *r, uint32_t at, shape k) {
-    const int strip_bytes = QL_STREAMK_STRIP_BYTES(k.code, k.stage_k), lane = (int)threadIdx.x % WARP;
+    const int strip_bytes = QL_STREAMK_STRIP_BYTES(k.code, k.stage_k);
 #pragma unroll
     for (int i = 0; i < k.rows / 128; i++) {
 #pragma unroll
         for (int tile = 0; tile < k.stage_k / QL_TILE_K(k.code); tile++) {
-            const uint32_t from = r->codes + at + i * 4 * strip_bytes + tile * QL_TILE_BYTES(k.code);
-            const uint4 v = load_shared_16(from);
+            const uint32_t from = at + i * 4 * strip_bytes + tile * QL_TILE_BYTES(k.code);
+            const uint4 v = load_shared_16(r->codes + from);
             d->words[i][4 * tile] = v.x;
             d->words[i][4 * tile + 1] = v.y;
             d->words[i][4 * tile + 2] = v.z;
             d->words[i][4 * tile + 3] = v.w;
             if (k.code == QL_CODE_INT3) {
-                const uint2 h = load_shared_8(from + 512 - lane * 8);
+                const uint2 h = load_shared_8(r->high + from);
                 d->high[i][0] = h.x;
                 d->high[i][1] = h.y;
             }
+        }
+        if (HAS_HALVES(k)) {
+            const uint32_t from = at + i * 4 * strip_bytes;
+            const uint2 v = load_shared_8(r->codes + from);
+            d->words[i][0] = v.x;
+            d->words[i][1] = v.y;
+            if (k.code == QL_CODE_INT3) d->high[i][0] = load_shared_4(r->high + from);
         }
 #pragma unroll
         for (int group = 0; group < k.groups; group++)

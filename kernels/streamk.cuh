@@ -22,6 +22,7 @@ typedef struct shape {
 
 #define PAIRED(k) QL_STREAMK_PAIRED((k).tokens)
 #define HAS_PLANES(k) QL_STREAMK_HAS_PLANES((k).code, (k).tokens)
+#define HAS_HALVES(k) QL_STREAMK_HAS_HALVES((k).code, (k).stage_k)
 
 /* ---- tiles ---- */
 
@@ -106,7 +107,8 @@ static __device__ __forceinline__ int stage_bytes(shape k) {
 
 /* Where a block's codes are in codes_map. */
 static __device__ __forceinline__ int codes_column(int block, shape k) {
-    return block * (QL_STREAMK_STRIP_BYTES(k.code, k.stage_k) / QL_STREAMK_CODES_UNIT(k.code, k.stage_k));
+    const int tiles = HAS_HALVES(k) ? block / 2 : block;
+    return tiles * (QL_STREAMK_STRIP_BYTES(k.code, k.stage_k) / QL_STREAMK_CODES_UNIT(k.code, k.stage_k));
 }
 
 /* Scales of a strip and a pair of groups are 16 << shift bytes. */

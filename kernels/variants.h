@@ -36,8 +36,8 @@
 
 /* X(name, source, code, type of x, wide, rows of W a block, tokens a block, columns a stage, groups a stage): products with
  * a packed weight on wgmma. wide: scales are not of x's type. groups: 2: a group is half of a stage; 1: it is some stages;
- * 0: it is all of K. A stage holds whole tiles of codes, and where rows and tokens are many no more columns than there is
- * room for: of 2 and 3 bit, whose tiles are 128 columns, two or three stages for 256 tokens, which is too few. */
+ * 0: it is all of K. Where rows and tokens are many a stage is no more columns than there is room for: of 2 and 3 bit, whose
+ * tiles of codes are 128 columns, half a tile. */
 #define QL_WGMMA_TYPES(X, code, name, tile, rows, tokens, stage_k, groups)                                             \
     X(ql_wgmma_##name##_f16_##tile, wgmma, code, QL_VALUE_F16, false, rows, tokens, stage_k, groups)                   \
     X(ql_wgmma_##name##_bf16_##tile, wgmma, code, QL_VALUE_BF16, false, rows, tokens, stage_k, groups)
@@ -45,21 +45,21 @@
     QL_WGMMA_TYPES(X, code, name, tile, rows, tokens, stage_k, groups)                                                 \
     X(ql_wgmma_##name##_f16_wide_##tile, wgmma, code, QL_VALUE_F16, true, rows, tokens, stage_k, groups)               \
     X(ql_wgmma_##name##_bf16_wide_##tile, wgmma, code, QL_VALUE_BF16, true, rows, tokens, stage_k, groups)
-#define QL_WGMMA_INTEGERS(X, code, name, tall_k)                                                                       \
+#define QL_WGMMA_INTEGERS(X, code, name)                                                                               \
     QL_WGMMA_SCALES(X, code, name, 32, 128, 32, 128, 1)                                                                \
     QL_WGMMA_SCALES(X, code, name, 32_halves, 128, 32, 128, 2)                                                         \
     QL_WGMMA_SCALES(X, code, name, 64, 128, 64, 128, 1)                                                                \
     QL_WGMMA_SCALES(X, code, name, 64_halves, 128, 64, 128, 2)                                                         \
     QL_WGMMA_SCALES(X, code, name, 128, 128, 128, 128, 1)                                                              \
     QL_WGMMA_SCALES(X, code, name, 128_halves, 128, 128, 128, 2)                                                       \
-    QL_WGMMA_SCALES(X, code, name, tall, 256, 128, tall_k, 1)                                                          \
     QL_WGMMA_TYPES(X, code, name, 32_rows, 128, 32, 128, 0)                                                            \
     QL_WGMMA_TYPES(X, code, name, 64_rows, 128, 64, 128, 0)                                                            \
     QL_WGMMA_TYPES(X, code, name, 128_rows, 128, 128, 128, 0)                                                          \
-    QL_WGMMA_TYPES(X, code, name, tall_rows, 256, 128, tall_k, 0)
-#define QL_WGMMA_256(X, code, name)                                                                                    \
     QL_WGMMA_SCALES(X, code, name, 256, 128, 256, 64, 1)                                                               \
     QL_WGMMA_TYPES(X, code, name, 256_rows, 128, 256, 64, 0)
+#define QL_WGMMA_TALL(X, code, name)                                                                                   \
+    QL_WGMMA_SCALES(X, code, name, tall, 256, 128, 64, 1)                                                              \
+    QL_WGMMA_TYPES(X, code, name, tall_rows, 256, 128, 64, 0)
 #define QL_WGMMA_TABLE(X, code, name)                                                                                  \
     QL_WGMMA_TYPES(X, code, name, 32, 128, 32, 128, 1)                                                                 \
     QL_WGMMA_TYPES(X, code, name, 32_halves, 128, 32, 128, 2)                                                          \
@@ -69,12 +69,12 @@
     QL_WGMMA_TYPES(X, code, name, 128_halves, 128, 128, 128, 2)                                                        \
     QL_WGMMA_TYPES(X, code, name, 256, 128, 256, 64, 1)
 #define QL_WGMMA_VARIANTS(X)                                                                                           \
-    QL_WGMMA_INTEGERS(X, QL_CODE_INT2, int2, 128)                                                                      \
-    QL_WGMMA_INTEGERS(X, QL_CODE_INT3, int3, 128)                                                                      \
-    QL_WGMMA_INTEGERS(X, QL_CODE_INT4, int4, 64)                                                                       \
-    QL_WGMMA_INTEGERS(X, QL_CODE_INT8, int8, 64)                                                                       \
-    QL_WGMMA_256(X, QL_CODE_INT4, int4)                                                                                \
-    QL_WGMMA_256(X, QL_CODE_INT8, int8)                                                                                \
+    QL_WGMMA_INTEGERS(X, QL_CODE_INT2, int2)                                                                           \
+    QL_WGMMA_INTEGERS(X, QL_CODE_INT3, int3)                                                                           \
+    QL_WGMMA_INTEGERS(X, QL_CODE_INT4, int4)                                                                           \
+    QL_WGMMA_INTEGERS(X, QL_CODE_INT8, int8)                                                                           \
+    QL_WGMMA_TALL(X, QL_CODE_INT4, int4)                                                                               \
+    QL_WGMMA_TALL(X, QL_CODE_INT8, int8)                                                                               \
     QL_WGMMA_TABLE(X, QL_CODE_TABLE4, table4)
 
 /* X(name, source, code, type of x, tokens, groups): products of up to `tokens` tokens. groups: of a batch of columns, 0

@@ -134,6 +134,7 @@ static __device__ __forceinline__ void step_on(place *c, reader *reads, const ql
         c->parity ^= 1;
         c->at = 0;
     }
+    if (HAS_HALVES(k)) flip_half(reads);
     if (k.groups == 1 && --c->left == 0) {
         c->left = q->group_blocks;
         flip_group(reads, k);
@@ -142,6 +143,7 @@ static __device__ __forceinline__ void step_on(place *c, reader *reads, const ql
 
 static __device__ __forceinline__ void find_group(place *c, reader *reads, const ql_streamk_params *q, int first,
                                                   shape k) {
+    if (HAS_HALVES(k) && (first & 1)) flip_half(reads);
     if (k.groups != 1) return;
     const int group = group_of(q, first, 1);
     c->left = (group + 1) * q->group_blocks - first;

@@ -1,5 +1,5 @@
-/* A table's values times absmax, rounded once to 16 bit: all sixteen of a row and a group, made by two warps for each stage
- * of the stream-K product, and picked by codes in those that multiply.
+/* A table's values times absmax, rounded once to 16 bit: all sixteen of a row and a group, made by the warps that feed
+ * the stream-K product, and picked by codes in those that multiply.
  *
  * Low bytes and high bytes lie apart, a plane of 16 bytes each, as permutations of bytes pick them: four registers a
  * plane, whose halves a code's highest bit chooses from. Shared memory, which products of 256 tokens leave no room in
@@ -7,105 +7,142 @@
 #ifndef QL_KERNELS_PLANES_CUH
 #define QL_KERNELS_PLANES_CUH
 
-#include "streamk.cuh"
+#include "exchange.cuh"
 #include "value.cuh"
 
-/* ---- the two warps that make them ----
+/* ---- the four warps that make them, and feed the rest ----
  *
- * A lane has rows g and g + 8 of a strip. What it needs of memory it copies into a ring of its own, some pairs of groups
- * ahead, as that comes behind the stages that were asked for: of both rows in the first group, then in the second one,
- * absmax, or those of the second level and the bytes of nested absmax. */
+ * All four, as each shares its scheduler with two warps that multiply, and products of a warpgroup start when the last of
+ * its warps is ready. A lane has a row. What it needs of memory it copies into a ring of its own, some pairs of groups
+ * ahead, as that comes behind the stages that were asked for: 16 bytes of absmax, or 4 of nested absmax, of rows g and
+ * g + 8 of its strip in the first group and in the second. What those 4 stand for is asked for a pair ahead again. */
 
-enum { PLANE = 16 };
+/* Of a row in both groups of a pair: absmax, or what it is made of. */
+typedef struct absmax_parts {
+    float scale[2], by[2];
+} absmax_parts;
 
-static __device__ __forceinline__ void copy_absmax(uint32_t to, const ql_streamk_params *q, int strip, int pair) {
-    const ql_packed_params *p = &q->product;
-    const int g = (int)threadIdx.x % 8, groups = (int)p->groups, pairs = (groups + 1) / 2;
-    const int64_t at = ((int64_t)strip * pairs + pair) * 8 + g;
-    if (pair < pairs && !p->nested_table) cp_async_16(to, (const float4 *)p->scales + at, 16);
-    if (pair < pairs && p->nested_table) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int row = min(strip * 16 + g + i % 2 * 8, (int)p->n - 1), group = min(2 * pair + i / 2, groups - 1);
-            cp_async_4(to + 4 * i, p->nested_absmax + ((row * groups + group) >> q->nested_shift), 4);
-        }
-        cp_async_4(to + 16, (const uint32_t *)p->scales + at, 4);
-    }
+/* A lane's way along its row's pairs of groups. */
+typedef struct absmax_source {
+    const uint8_t *from; /* of the pair that is copied next */
+    int left;            /* pairs that are not copied yet */
+    uint32_t ring;       /* the lane's first slot */
+    uint32_t at;         /* bytes from there to the slot at hand: after a copy the next pair's, after a read free */
+    int entry, last;     /* numbers of the first entry that is read next, and of the row's last one */
+} absmax_source;
+
+enum { PLANE = 16, FLAGS_WARP = 1, RING_SLOT = 128 * 16, RING_BYTES = QL_STREAMK_ABSMAX_SLOTS * RING_SLOT };
+
+static __device__ __forceinline__ void copy_absmax(absmax_source *s, bool nested) {
+    if (s->left > 0 && nested) cp_async_4(s->ring + s->at, s->from, 4);
+    if (s->left > 0 && !nested) cp_async_16(s->ring + s->at, s->from, 16);
     cp_async_commit();
+    s->from += nested ? 32 : 128;
+    s->left--;
+    s->at = (s->at + RING_SLOT) % RING_BYTES;
 }
 
-static __device__ __forceinline__ void read_absmax(float absmax[4], uint32_t from, const ql_packed_params *p) {
-    const uint4 v = load_shared_16(from);
-    absmax[0] = __uint_as_float(v.x);
-    absmax[1] = __uint_as_float(v.y);
-    absmax[2] = __uint_as_float(v.z);
-    absmax[3] = __uint_as_float(v.w);
-    if (!p->nested_table) return;
-    const uint32_t bytes = load_shared_4(from + 16);
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const float nested = __ldg(p->nested_table + (bytes >> 8 * i & 255u));
-        absmax[i] = __fadd_rn(__fmul_rn(nested, absmax[i]), p->nested_offset);
-    }
-}
-
-/* Both planes of both rows. table, low_plane: addresses, the latter of row g; its high one is `planes` bytes further on. */
-static __device__ __forceinline__ void store_planes(uint32_t low_plane, int planes, uint32_t table,
-                                                    const float absmax[2], int type) {
-    uint32_t low[2][4], high[2][4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const uint4 t = load_shared_16(table + 16 * i);
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            const uint32_t first = round16_pair(__fmul_rn(__uint_as_float(t.x), absmax[h]),
-                                                __fmul_rn(__uint_as_float(t.y), absmax[h]), type);
-            const uint32_t second = round16_pair(__fmul_rn(__uint_as_float(t.z), absmax[h]),
-                                                 __fmul_rn(__uint_as_float(t.w), absmax[h]), type);
-            low[h][i] = __byte_perm(first, second, 0x6420);
-            high[h][i] = __byte_perm(first, second, 0x7531);
-        }
-    }
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        const uint32_t to = low_plane + h * 8 * PLANE;
-        store_shared_16(to, make_uint4(low[h][0], low[h][1], low[h][2], low[h][3]));
-        store_shared_16(to + planes, make_uint4(high[h][0], high[h][1], high[h][2], high[h][3]));
-    }
-}
-
-static __device__ __forceinline__ void fill_planes(const ql_streamk_params *q, uint32_t base, walk w, shape k) {
+/* h: 0 for row g, 1 for row g + 8. */
+static __device__ __forceinline__ void read_absmax(absmax_parts *to, absmax_source *s, int h,
+                                                   const ql_streamk_params *q) {
     const ql_packed_params *p = &q->product;
-    const int thread = (int)threadIdx.x % (2 * WARP), own = thread / 8;
-    const uint32_t to = stages_at(base, k) + QL_STREAMK_ENTRIES_AT(k.code, k.rows, k.tokens, k.stage_k) +
-                        (own * 16 + thread % 8) * PLANE;
-    const uint32_t table = base + QL_STREAMK_TABLE_AT, ahead = table + 1024 + thread * 32;
-    enum { SLOTS = QL_STREAMK_ABSMAX_SLOTS, SLOT = 2 * WARP * 32 };
+    const uint32_t from = s->ring + s->at;
+    cp_async_wait(QL_STREAMK_ABSMAX_SLOTS - 1);
+    if (p->nested_table) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            to->by[i] = __ldg(p->nested_table + load_shared_1(from + h + 2 * i));
+            to->scale[i] = __ldg(p->nested_absmax + (min(s->entry + i, s->last) >> q->nested_shift));
+        }
+        s->entry += 2;
+    } else {
+        to->scale[0] = __uint_as_float(load_shared_4(from + 4 * h));
+        to->scale[1] = __uint_as_float(load_shared_4(from + 4 * h + 8));
+    }
+}
+
+static __device__ __forceinline__ float absmax_of(const absmax_parts *parts, int i, const ql_packed_params *p) {
+    return p->nested_table ? __fadd_rn(__fmul_rn(parts->by[i], parts->scale[i]), p->nested_offset) : parts->scale[i];
+}
+
+static __device__ __forceinline__ absmax_source first_absmax(const ql_streamk_params *q, uint32_t ring, int strip,
+                                                             int row, int pair) {
+    const ql_packed_params *p = &q->product;
+    const int groups = (int)p->groups, pairs = (groups + 1) / 2;
+    const int64_t at = ((int64_t)strip * pairs + pair) * 8 + (int)threadIdx.x % 8;
+    absmax_source s;
+    s.from = (const uint8_t *)p->scales + at * (p->nested_table ? 4 : 16);
+    s.left = pairs - pair;
+    s.ring = ring;
+    s.at = 0;
+    s.entry = row * groups + 2 * pair;
+    s.last = row * groups + groups - 1;
+    return s;
+}
+
+/* Both planes of a row. low_plane: address; the high one is `planes` bytes further on. */
+static __device__ __forceinline__ void store_planes(uint32_t low_plane, int planes, const float *table, float absmax,
+                                                    int type) {
+    uint32_t low[4], high[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float *t = table + 4 * i;
+        const uint32_t first = round16_pair(__fmul_rn(t[0], absmax), __fmul_rn(t[1], absmax), type);
+        const uint32_t second = round16_pair(__fmul_rn(t[2], absmax), __fmul_rn(t[3], absmax), type);
+        low[i] = __byte_perm(first, second, 0x6420);
+        high[i] = __byte_perm(first, second, 0x7531);
+    }
+    store_shared_16(low_plane, make_uint4(low[0], low[1], low[2], low[3]));
+    store_shared_16(low_plane + planes, make_uint4(high[0], high[1], high[2], high[3]));
+}
+
+/* The first warp copies codes and x as well. Another one raises flags, as late as that holds nothing up: once the ring is
+ * full of the tile after the one that was left. */
+static __device__ __forceinline__ void feed_planes(const ql_streamk_params *q, uint32_t base, walk w, int warp,
+                                                   shape k) {
+    const ql_packed_params *p = &q->product;
+    const int thread = (int)threadIdx.x % 128, h = thread / 8 % 2;
+    const uint32_t to =
+        stages_at(base, k) + QL_STREAMK_ENTRIES_AT(k.code, k.rows, k.tokens, k.stage_k) + thread * PLANE;
+    const bool nested = p->nested_table != NULL;
     ring r = {0, 1};
-    if (thread % WARP < 16)
-        store_shared_4(table + 4 * (thread % WARP), __float_as_uint(__ldg(p->table + thread % WARP)));
-    __syncwarp();
+    float table[16];
+    int flags_in = -1;
+#pragma unroll
+    for (int i = 0; i < 16; i++) table[i] = __ldg(p->table + i);
+    if (warp == FLAGS_WARP) start_next_kernel();
+    if (warp <= FLAGS_WARP) wait_for_previous_kernel();
     do {
-        int row_tile, token_tile, slot = 0;
+        int row_tile, token_tile;
         place_tile(q, w.tile, &row_tile, &token_tile, k);
-        const int strip = min(row_tile * (k.rows / 16) + own, ((int)p->n + 15) / 16 - 1);
+        const int strip = min(row_tile * (k.rows / 16) + thread / 16, ((int)p->n + 15) / 16 - 1);
         int group = group_of(q, w.first, k.groups), left = (group + 1) * q->group_blocks - w.first;
+        absmax_source s = first_absmax(q, base + QL_STREAMK_TABLE_AT + thread * 16, strip,
+                                       min(strip * 16 + thread % 16, (int)p->n - 1), group / 2);
         bool is_next = true;
-        float absmax[4];
+        float absmax[2];
+        absmax_parts next;
 #pragma unroll 1
-        for (int i = 0; i < SLOTS - 1; i++) copy_absmax(ahead + i * SLOT, q, strip, group / 2 + i);
+        for (int i = 0; i < QL_STREAMK_ABSMAX_SLOTS; i++) copy_absmax(&s, nested);
+        read_absmax(&next, &s, h, q);
 #pragma unroll 1
         for (int block = w.first; block < w.end; block++) {
             const uint32_t full = base + 8 * r.slot;
-            if (is_next) {
-                copy_absmax(ahead + (slot + SLOTS - 1) % SLOTS * SLOT, q, strip, group / 2 + SLOTS - 1);
-                cp_async_wait(SLOTS - 1);
-                read_absmax(absmax, ahead + slot * SLOT, p);
-                slot = (slot + 1) % SLOTS;
-            }
-            const float both[2] = {group & 1 ? absmax[2] : absmax[0], group & 1 ? absmax[3] : absmax[1]};
+            if (flags_in == 0) raise_flags(q, k);
+            flags_in--;
             barrier_wait(full + EMPTY, r.parity);
-            store_planes(to + r.slot * stage_bytes(k), k.rows * PLANE, table, both, k.type);
+            if (warp == 0 && is_elected()) {
+                ask_for_codes(q, base, r.slot, row_tile, block, k);
+                ask_for_x(q, base, r.slot, token_tile, block, k);
+            }
+            if (is_next) {
+                absmax[0] = absmax_of(&next, 0, p);
+                absmax[1] = absmax_of(&next, 1, p);
+                copy_absmax(&s, nested);
+                read_absmax(&next, &s, h, q);
+            }
+            store_planes(to + r.slot * stage_bytes(k), k.rows * PLANE, table, group & 1 ? absmax[1] : absmax[0],
+                         k.type);
             __syncwarp();
             if (thread % WARP == 0) barrier_arrive(full);
             advance(&r, q->stages);
@@ -115,7 +152,10 @@ static __device__ __forceinline__ void fill_planes(const ql_streamk_params *q, u
             is_next = is_over && !(group & 1);
         }
         cp_async_wait(0);
+        if (flags_in >= 0) raise_flags(q, k);
+        flags_in = warp == FLAGS_WARP && w.first > 0 ? q->stages - 1 : -1;
     } while (next_tile(&w, q, k));
+    if (flags_in >= 0) raise_flags(q, k);
 }
 
 /* ---- in warps that multiply ---- */

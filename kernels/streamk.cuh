@@ -122,11 +122,11 @@ static __device__ __forceinline__ uint32_t stages_at(uint32_t base, shape k) {
     return base + QL_STREAMK_HEAD_BYTES(k.code, k.tokens);
 }
 
-/* Full: the codes' bytes, those of x, and 32 lanes' copies of entries or two warps' planes. */
+/* Full: the codes' bytes, those of x, and 32 lanes' copies of entries or four warps' planes. */
 static __device__ __forceinline__ void init_barriers(uint32_t base, int stages, shape k) {
 #pragma unroll 1
     for (int i = 0; i < stages; i++) {
-        barrier_init(base + 8 * i, HAS_PLANES(k) ? 2 + 2 : k.groups ? 2 + WARP : 2);
+        barrier_init(base + 8 * i, HAS_PLANES(k) ? 2 + 4 : k.groups ? 2 + WARP : 2);
         barrier_init(base + 8 * i + EMPTY, WARPS * (PAIRED(k) + 1));
     }
     barrier_init(base + SPARE, WARPS * (PAIRED(k) + 1));

@@ -25,8 +25,8 @@ enum {
     QL_STREAMK_MOST_STAGES = 24,
     QL_STREAMK_TABLE_BYTES = 65536,                              /* pairs of a table's values */
     QL_STREAMK_NESTED_BYTES = 1024,                              /* the table of nested absmax */
-    QL_STREAMK_ABSMAX_SLOTS = 4,    /* of a ring of what absmax is made of, 32 bytes a lane */
-    QL_STREAMK_PLANES_BYTES = 1024 + QL_STREAMK_ABSMAX_SLOTS * 64 * 32 /* a table's values, then that ring */
+    QL_STREAMK_ABSMAX_SLOTS = 4,                                 /* of a ring of what absmax is made of */
+    QL_STREAMK_PLANES_BYTES = QL_STREAMK_ABSMAX_SLOTS * 128 * 16 /* that ring: 16 bytes a row and slot */
 };
 
 typedef struct ql_streamk_params {

@@ -299,13 +299,16 @@ static __device__ __forceinline__ void multiply_all(const ql_streamk_params *q, 
     } while (next_tile(&w, q, k));
 }
 
-/* The four warps behind those that multiply. Where two make planes, one copies codes and x. */
+/* The four warps behind those that multiply. */
 static __device__ __forceinline__ void feed(const ql_streamk_params *q, uint32_t base, walk w, int warp, shape k) {
-    if (warp == 0 && is_elected()) copy_stages(q, base, w, true, HAS_PLANES(k), k);
-    if (warp == 1 && !HAS_PLANES(k) && is_elected()) copy_stages(q, base, w, false, true, k);
-    if (warp == 2 && k.groups && !HAS_PLANES(k)) copy_entries(q, base, w, k);
-    if (warp >= 2 && HAS_PLANES(k)) fill_planes(q, base, w, k);
-    if (warp == (HAS_PLANES(k) ? 1 : 3)) {
+    if (HAS_PLANES(k)) {
+        feed_planes(q, base, w, warp, k);
+        return;
+    }
+    if (warp == 0 && is_elected()) copy_stages(q, base, w, true, false, k);
+    if (warp == 1 && is_elected()) copy_stages(q, base, w, false, true, k);
+    if (warp == 2 && k.groups) copy_entries(q, base, w, k);
+    if (warp == 3) {
         start_next_kernel();
         if (w.first > 0) {
             wait_for_previous_kernel();

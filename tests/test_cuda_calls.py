@@ -324,8 +324,13 @@ def host_times(*functions, calls=200, rounds=20):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="a time: run without -n")
 @every_case
 def test_a_call_costs_the_host_half_of_linear(case):
+    """Beside busy processors both take longer, the layer by more."""
+    busy = os.getloadavg()[0]
+    if busy > os.cpu_count() / 4:
+        pytest.skip(f"{busy:.1f} processes run on {os.cpu_count()} processors")
     layer, x = make(case, 512, 512), inputs(1, 512)
     weight, bias = inputs(512, 512), inputs(512)
     with torch.inference_mode():

@@ -83,7 +83,8 @@ static __device__ __forceinline__ void place_tile(const ql_streamk_params *q, in
     *row_tile = tile;
     *token_tile = 0;
     if (q->token_tiles > 1) {
-        const int most = QL_STREAMK_TOKEN_GROUP / k.tokens, first = tile / (most * q->row_tiles) * most;
+        const int most = QL_STREAMK_TOKEN_GROUP / k.tokens;
+        const int first = tile < most * q->row_tiles ? 0 : tile / (most * q->row_tiles) * most;
         const int width = min(most, q->token_tiles - first);
         tile -= first * q->row_tiles;
         *row_tile = tile / width;

@@ -332,15 +332,21 @@ static __device__ __forceinline__ void product(const ql_streamk_params *q, shape
         prefetch_map(q->x_map);
         prefetch_map(q->codes_map);
     }
-    /* That warp uses no barrier of the ring, and nobody waits for its requests. */
-    if (warp == WARPS + 3) {
+    /* That warp has no part in this, and nobody waits for its requests. What a pair has to see of the barriers their own
+     * fence has said: an arrival that says it again takes 900 cycles. */
+    __syncwarp();
+    if (PAIRED(k)) {
+        arrive_cluster_started();
+        if (warp == WARPS + 3) prefetch_first(q, first_tile(q, k), k);
+        __syncwarp();
+        wait_cluster();
+    } else if (warp == WARPS + 3) {
         named_arrive(START_BARRIER, QL_STREAMK_THREADS);
         prefetch_first(q, first_tile(q, k), k);
     } else {
         named_barrier(START_BARRIER, QL_STREAMK_THREADS);
     }
     __syncwarp();
-    if (PAIRED(k)) meet_cluster();
     /* Nothing stands before the registers' change in a branch: it would have to fit in fewer. */
     if (warp >= WARPS) {
         WARPGROUP_GIVES_REGISTERS(56);

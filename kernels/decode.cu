@@ -17,7 +17,7 @@
  * Grid: as many blocks as are resident, blockDim.x = 32 * teams * team_warps, at most QL_DECODE_THREADS. */
 #include "cluster.cuh"
 #include "entries.cuh"
-#include "one_token.cuh"
+#include "few_tokens.cuh"
 #include "pairs.cuh"
 #include "ptx.cuh"
 #include "value.cuh"
@@ -54,17 +54,17 @@ static __device__ __forceinline__ void prefetch_tiles(const uint8_t *at, int til
 /* The row of zeros is half a line off: its banks are those that pieces of up to four rows leave. */
 #define ZERO_ROW(p) ((p)->m * (p)->x_pitch + 64)
 
-/* Columns of rows of x into shared memory, zeros beyond k, and a row of zeros where slots are left empty: of `columns` from
+/* Columns of rows of x into shared memory, zeros beyond k, and the row of zeros where there is one: of `columns` from
  * `first` on, the piece of 256 that is `piece`, and every `pieces`-th after it; of the rows, `most` at most, every `rows`-th
  * from `row` on. to: the place of column `first`. */
-static __device__ __forceinline__ void copy_x(const ql_decode_params *p, int slots, int most, int first, int columns,
+static __device__ __forceinline__ void copy_x(const ql_decode_params *p, bool zeros, int most, int first, int columns,
                                               uint32_t to, int piece, int pieces, int row, int rows, int lane) {
 #pragma unroll 1
     for (int column = piece * 256 + lane * 8; column < columns; column += pieces * 256) {
         const int bytes = min(max((p->k - first - column) * 2, 0), 16);
         const uint16_t *from = (const uint16_t *)p->x + (bytes ? first + column : 0) + row * p->x_stride;
         uint32_t at = to + (uint32_t)(column * 2);
-        if (slots == 2) store_shared_16(at + (uint32_t)ZERO_ROW(p), make_uint4(0, 0, 0, 0));
+        if (zeros) store_shared_16(at + (uint32_t)ZERO_ROW(p), make_uint4(0, 0, 0, 0));
         at += (uint32_t)(row * p->x_pitch);
 #pragma unroll
         for (int i = 0; i < most; i++, from += rows * p->x_stride, at += (uint32_t)(rows * p->x_pitch))
@@ -134,7 +134,7 @@ static __device__ __noinline__ void gather_x(const uint16_t *x, const int32_t *o
     }
 }
 
-/* A row of zeros, where slots are left empty. */
+/* The row of zeros. */
 static __device__ __forceinline__ void clear_row(const ql_decode_params *p) {
 #pragma unroll 1
     for (int i = (int)threadIdx.x * 16; i < p->x_pitch; i += (int)blockDim.x * 16)
@@ -147,8 +147,8 @@ typedef struct ql_decode_x {
     uint32_t row, other;
 } ql_decode_x;
 
-static __device__ __forceinline__ ql_decode_x place_x(const ql_decode_params *p, int tokens, int slots, uint32_t at,
-                                                      int lane) {
+static __device__ __forceinline__ ql_decode_x place_x(const ql_decode_params *p, int code, int tokens, int slots,
+                                                      int part, uint32_t at, int lane) {
     ql_decode_x x = {0, 0};
     if (tokens == 1) {
         x.row = place_of_one(at, lane);
@@ -165,6 +165,10 @@ static __device__ __forceinline__ ql_decode_x place_x(const ql_decode_params *p,
     const int piece = lane / 8 * 16, zero = ZERO_ROW(p) + piece;
     const int live = token * p->x_pitch + (piece ^ (int)TURN_OF(token));
     const bool second = slots == 2 && here >= 4;
+    if (slots == 2 && code == QL_CODE_TABLE4) {
+        x.row = place_of_both(at + (uint32_t)live, part, lane);
+        return x;
+    }
     x.row = at + (uint32_t)(second ? zero : live);
     x.other = (uint32_t)(second ? live - zero : zero - live);
     return x;
@@ -191,7 +195,7 @@ static __device__ __forceinline__ uint32_t x_at_anew(const ql_decode_params *p, 
  * much of x at once. */
 #define TWO_CHAINS(code, type, tokens, groups)                                                                         \
     ((tokens) == 16 || (tokens) == 1 || (code) == QL_CODE_INT2 ? false                                                 \
-     : (code) == QL_CODE_TABLE4 ? (tokens) == 8 ? (groups) >= 4 || (type) != QL_VALUE_F16 : (type) == QL_VALUE_F16     \
+     : (code) == QL_CODE_TABLE4 ? (tokens) == 8 ? (groups) == 8 || (type) != QL_VALUE_F16 : (type) == QL_VALUE_F16     \
      : (tokens) == 4            ? true                                                                                 \
      : (groups)                 ? (groups) < 8 && ((code) != QL_CODE_INT8 || (type) == QL_VALUE_F16)                   \
                                 : (code) != QL_CODE_INT4)
@@ -441,7 +445,8 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     const int tiles = QL_DECODE_BATCH_TILES(code), batch_k = QL_DECODE_BATCH_K(code),
               blocks = batch_k / QL_DECODE_BLOCK;
     const int slots = QL_DECODE_SLOTS(tokens, groups), width = tokens == 16 ? 8 : 4;
-    const bool one = tokens == 1;                       /* of double quantization */
+    const bool one = tokens == 1; /* of double quantization */
+    const bool zeros = QL_DECODE_ZEROS(code, tokens, groups);
     const int sides = one ? 2 : slots;                  /* groups whose sums are side by side */
     const int part = groups ? blocks / groups : blocks; /* blocks of a batch in one group */
     const int pairs = groups >= 2 ? groups / 2 : groups;
@@ -476,7 +481,7 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     if (groups == 1) entry = group_entry(p, strip, first, g);
     ql_batch_codes codes;
     ql_raw_entries raw;
-    ql_table_part table = {{0}, {0}, 0};
+    ql_table_part table = {{0}, {0}, {0}};
     if (code == QL_CODE_TABLE4) table = load_table(&p->product);
 #pragma unroll
     for (int i = 0; i < pairs; i++) {
@@ -495,16 +500,16 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     for (int i = 0; i < early; i++)
         if (i < have) load_tile(&codes, code, at, at + to_high, i);
     start_next_kernel();
-    if (code == QL_CODE_TABLE4) store_table(shared, (float *)(shared + p->nested_at), &p->product, &table, type);
+    if (code == QL_CODE_TABLE4) store_table(shared, &p->product, &table, type);
     if (p->cluster_shift) arrive_cluster_started();
     const uint32_t x_at = shared_address(shared) + (uint32_t)(p->x_at + own * batch_k * 2);
     if (p->x_aligned) {
         wait_for_previous_kernel();
         if (shared_start)
-            copy_x(p, slots, tokens, first_batch * batch_k, p->block_batches * batch_k,
+            copy_x(p, zeros, tokens, first_batch * batch_k, p->block_batches * batch_k,
                    shared_address(shared) + (uint32_t)p->x_at, warp, (int)(blockDim.x >> 5), 0, 1, lane);
         else
-            copy_x(p, slots, tokens, first * batch_k, count * batch_k, x_at, 0, 1, team, p->teams, lane);
+            copy_x(p, zeros, tokens, first * batch_k, count * batch_k, x_at, 0, 1, team, p->teams, lane);
     }
     cp_async_commit();
 #pragma unroll
@@ -521,11 +526,11 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     if (!groups && (int)threadIdx.x < p->rounds * p->teams && block + (int)threadIdx.x * p->blocks < p->strips)
         prefetch_line((const uint8_t *)p->scales +
                       (int64_t)(block + (int)threadIdx.x * p->blocks) * 16 * p->scale_size);
-    ql_decode_x x = place_x(p, tokens, slots, x_at, lane);
+    ql_decode_x x = place_x(p, code, tokens, slots, part, x_at, lane);
     if (!p->x_aligned) {
         gather_x((const uint16_t *)p->x, p->product.order, p->m, p->k, p->x_stride, p->x_pitch, p->stage_at, p->x_at,
                  first_batch * batch_k, p->block_batches * batch_k);
-        if (slots == 2) clear_row(p);
+        if (zeros) clear_row(p);
     }
     cp_async_wait(0);
     if (shared_start || code == QL_CODE_TABLE4 || !p->x_aligned)
@@ -540,8 +545,11 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     if (sums_ahead && strip < p->strips && count > 0) sum_x(p, code, type, tokens, groups, true, lane, x_at, sums);
     int partials = p->partials_at;
     if (p->cluster_shift) wait_cluster();
-    uint32_t x_of_256[2][2], is_step[8];
-    if (one) find_steps(is_step, g);
+    uint32_t x_of_256[2][2], is_step[8], is_side[2] = {g < 4, g >= 4};
+#pragma unroll
+    for (int i = 0; i < 8; i++) is_step[i] = g == i;
+    if (one) hide(is_step, 8);
+    if (slots == 2 && !zeros) hide(is_side, 2);
     int begin = 0; /* the first round whose sums are held */
 #pragma unroll 1
     for (int round = 0; round < p->rounds; round++) {
@@ -572,6 +580,10 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                     if (one) {
                         if (b % 4 == 0) load_matrices(x_of_256[0], x_of_256[1], x.row + (uint32_t)(b * 128));
                         multiply_block_of_one(sum, &codes, type, b, x_of_256, is_step, shared, (uint32_t)lane * 4);
+                    } else if (slots == 2 && !zeros) {
+                        if (!slot)
+                            multiply_both_blocks(sum, TWO_CHAINS(code, type, tokens, groups) ? odd : sum, &codes, type,
+                                                 b, part, x.row, is_side, shared, (uint32_t)lane * 4);
                     } else {
                         multiply_block(sum, odd, &codes, code, type, tokens, groups, b, slot ? x.row + x.other : x.row,
                                        (uint32_t)lane * 4);
@@ -587,8 +599,7 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                             if (pair == 0 || (first + count - to_go) * pairs + pair < p->pairs)
                                 load_pair(p, code, one, both, &raw, pair, entry + pair * 32);
                         }
-                        const ql_entry e =
-                            entry_of(p, code, type, one, both, &raw, set, (const float *)(shared + p->nested_at));
+                        const ql_entry e = entry_of(p, code, type, one, both, &raw, set, shared, (uint32_t)lane * 4);
                         complete_sums(sum, odd, e.zero, code, type, tokens, groups, sums + set * slots * tokens * 4);
 #pragma unroll
                         for (int j = 0; j < width; j++) out[j] = fmaf(e.scale[j % 4 / 2], sum[j], out[j]);

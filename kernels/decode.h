@@ -20,9 +20,13 @@ enum { QL_DECODE_PAIRS_BYTES = 65536 };
 /* Groups whose sums the columns of one mma hold side by side: up to 4 tokens leave room for two. */
 #define QL_DECODE_SLOTS(tokens, groups) ((tokens) == 4 && (groups) >= 2 ? 2 : 1)
 
+/* Whether a group's columns of x are zeros, read from a row of them, while the other's are multiplied. Of tables they are made
+ * zeros (few_tokens.cuh). */
+#define QL_DECODE_ZEROS(code, tokens, groups) (QL_DECODE_SLOTS(tokens, groups) == 2 && (code) != QL_CODE_TABLE4)
+
 /* A thread block is `teams` teams of `team_warps` warps. A team takes a strip and the block's part of K, its warps split
  * that in whole batches. The blocks of a cluster split K. Offsets and sizes are bytes of dynamic shared memory; where the
- * code is a table's, its pairs lie at 0. What is needed before the first loads comes first, in as few lines of the cache of
+ * code is a table's, its tables (pairs.cuh) lie at 0. What is needed before the first loads comes first, in as few lines of the cache of
  * parameters as can be: each is waited for. */
 typedef struct ql_decode_params {
     const uint8_t *codes;
@@ -43,7 +47,7 @@ typedef struct ql_decode_params {
     int32_t x_aligned;     /* whether pieces of 16 bytes of x can be copied */
     int32_t m, k;
     int32_t x_stride;
-    int32_t x_at, x_pitch;  /* rows of x, and one of zeros where there are slots */
+    int32_t x_at, x_pitch;  /* rows of x, and one of zeros where those are read */
     int32_t ahead;          /* whether a warp's second batch is asked into the cache early; of 8 bit */
     int32_t scale_size;     /* bytes of one */
     int32_t group_shift;    /* log2 of the batches of a group, where it has one or more */
@@ -57,7 +61,6 @@ typedef struct ql_decode_params {
     int32_t token_part;     /* 65536 / m, rounded up */
     int32_t sums_at;        /* sums of x over each group's part in a batch, [parts][tokens of the kernel] fp32 */
     int32_t nested_shift;   /* log2(nested_blocksize) */
-    int32_t nested_at;      /* nested_table */
     int32_t exchange_at;    /* the parts of a cluster's blocks of the strips that a block owns */
     ql_packed_params product;
 } ql_decode_params;

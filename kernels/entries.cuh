@@ -82,10 +82,15 @@ static __device__ __forceinline__ float zero_of_byte(uint32_t byte, int code, in
                                 : __uint_as_float(byte | 0x4b000000u) - (0x1p23f - QL_RAW_OFFSET(code, type));
 }
 
-/* Entries of the `index`-th group of those that the lane has (of `both`, two a pair). nested_table: shared memory. */
+/* The entry of the nested table for a byte of `word`. */
+static __device__ __forceinline__ float nested_entry(const uint8_t *pairs, uint32_t word, int byte, uint32_t low) {
+    return __uint_as_float(table_pair(pairs + 128, word, byte, low));
+}
+
+/* Entries of the `index`-th group of those that the lane has (of `both`, two a pair). pairs, low: as of raw_fragment. */
 static __device__ __forceinline__ ql_entry entry_of(const ql_decode_params *p, int code, int type, bool nested,
                                                     bool both, const ql_raw_entries *raw, int index,
-                                                    const float *nested_table) {
+                                                    const uint8_t *pairs, uint32_t low) {
     const int pair = both ? index / 2 : index, which = both ? index % 2 : 0;
     const uint32_t *scale = raw->scale[pair];
     ql_entry e = {{0}, {0}};
@@ -94,7 +99,7 @@ static __device__ __forceinline__ ql_entry entry_of(const ql_decode_params *p, i
         for (int h = 0; h < 2; h++)
             e.scale[h] = !nested && p->scale_size == 4
                              ? __uint_as_float(scale[which * 2 + h])
-                             : __fadd_rn(__fmul_rn(nested_table[scale[0] >> (which * 16 + h * 8) & 255],
+                             : __fadd_rn(__fmul_rn(nested_entry(pairs, scale[0], which * 2 + h, low),
                                                    __uint_as_float(raw->nested[h])),
                                          p->product.nested_offset);
         return e;

@@ -79,7 +79,7 @@
 
 /* X(name, source, code, type of x, tokens, groups): products of up to `tokens` tokens. groups: of a batch of columns, 0
  * where one is all of K (decode.h). 16 tokens and 8 groups of 2 and 3 bit want more registers than there are. 1 token: of
- * double quantization alone (one_token.cuh). Threads, grid and shared memory: src/cuda/decode.c, cut(). */
+ * double quantization alone (few_tokens.cuh). Threads, grid and shared memory: src/cuda/decode.c, cut(). */
 #define QL_DECODE_TYPES(X, code, name, tokens, groups)                                                                 \
     X(ql_decode_##name##_f16_##tokens##_##groups, decode, code, QL_VALUE_F16, tokens, groups)                          \
     X(ql_decode_##name##_bf16_##tokens##_##groups, decode, code, QL_VALUE_BF16, tokens, groups)

@@ -12,14 +12,21 @@
 /* In the order of preference among those meant for the rows at hand. */
 static const ql_cuda_product_engine *const engines[] = {&ql_cuda_decode, &ql_cuda_wgmma, &ql_cuda_mma, NULL};
 
-/* The most rows for which the decode kernels beat wgmma: x is spread over ever larger clusters as K grows. An H200's us,
- * decode at 8 and at 16 rows / wgmma at 32: 4 bit 4096x6144 9.2, 13.3 / 10.0, 4096x28672 20.7, 28.7 / 27.0. */
-static int64_t decode_rows(int64_t k) { return k > 16384 ? 4 : 8; }
+/* The most rows for which the decode kernels beat wgmma: x is spread over ever larger clusters as K grows, and a table's values
+ * are looked up anew for each. An H200's us, decode / wgmma: 4 bit, 12 rows 4096x6144 10.5 / 10.9, 4096x28672 22.5 / 27.0,
+ * 8192x57344 82 / 85, 28672x8192 of 8 rows 36 / 43; 8 bit, 16 rows 4096x6144 10.7 / 11.5; NF4, 9 rows 8192x10240 26.4 / 21.8, of 8
+ * rows 28672x8192 53 / 50. */
+static int64_t decode_rows(const ql_cuda_problem *problem) {
+    const int64_t k = problem->k;
+    if (problem->code == QL_CODE_TABLE4) return k > 16384 ? 5 : 8;
+    if (problem->code == QL_CODE_INT8 && k <= 4096) return 16;
+    return k > 8192 ? 8 : 12;
+}
 
 /* Whether the problem is given to this engine, if it takes it. */
 static bool is_meant(int engine, const ql_cuda_device *device, const ql_cuda_problem *problem) {
     const bool beside_wgmma = engines[engine] == &ql_cuda_decode && device->properties.major == 9;
-    return problem->m <= (beside_wgmma ? decode_rows(problem->k) : engines[engine]->most_rows);
+    return problem->m <= (beside_wgmma ? decode_rows(problem) : engines[engine]->most_rows);
 }
 
 static bool base_wanted;

@@ -65,8 +65,8 @@ static int cut(ql_decode_params *p, const ql_packed_params *product, const ql_cu
     const bool table = code == QL_CODE_TABLE4, nested = product->nested_table != NULL;
     const int64_t k = product->k, m = product->m, tiles = ql_ceil_div(k, QL_TILE_K(code));
     const int groups = groups_of_batch(code, k, product->groups == 1 ? k : product->group_size);
-    const int tokens = tokens_of(m, groups, nested), slots = QL_DECODE_SLOTS(tokens, groups),
-              cluster = 1 << cluster_shift;
+    const int tokens = tokens_of(m, groups, nested), cluster = 1 << cluster_shift;
+    const bool zeros = QL_DECODE_ZEROS(code, tokens, groups);
     *p = (ql_decode_params){.codes = product->codes,
                             .scales = product->scales,
                             .zeros = product->zeros,
@@ -112,10 +112,9 @@ static int cut(ql_decode_params *p, const ql_packed_params *product, const ql_cu
 
     int at = 0;
     if (table) take(&at, QL_DECODE_PAIRS_BYTES);
-    p->nested_at = take(&at, nested ? 1024 : 0);
     p->x_aligned = !product->order && is_aligned(product);
     p->x_pitch = p->block_batches * batch_k * 2;
-    p->x_at = take(&at, slots == 2 ? (m + 1) * p->x_pitch + 64 : m * p->x_pitch);
+    p->x_at = take(&at, zeros ? (m + 1) * p->x_pitch + 64 : m * p->x_pitch);
     p->sums_at = take(&at, table ? 0 : (int64_t)p->teams * (groups ? groups * p->block_batches : warps) * tokens * 4);
     p->exchange_at = take(&at, cluster > 1 ? ql_ceil_div(p->rounds, cluster) * p->teams * cluster * m * 64 : 0);
     /* As many rounds as there is room for; if not all, half of that in each of two buffers: one is filled while the other is
@@ -141,9 +140,10 @@ static bool sizes_fit(const ql_packed_params *p) {
            p->x_stride <= INT_MAX / 32 && p->x_stride >= -(INT_MAX / 32);
 }
 
-/* A way to cut a product, and what it costs: the batches that one warp walks, where the multiprocessors share strips, and
- * an eighth more in a cluster larger than x needs. Of equal ones the smaller cluster, then the one whose warps are idle
- * least, then the one with most of them. */
+/* A way to cut a product, and what it costs, in eighths of a batch: the batches that one warp walks, where the multiprocessors
+ * share strips, an eighth more in a cluster larger than x needs, and a quarter of a batch for each time that all warps meet
+ * because there is no room for more sums. Of equal ones the smaller cluster, then the one whose warps are idle least, then the
+ * one with most of them. */
 typedef struct way {
     int64_t cost;
     int cluster_shift, idle, warps;
@@ -155,7 +155,7 @@ static bool is_better(const way *a, const way *b) {
     return a->idle != b->idle ? a->idle < b->idle : a->warps > b->warps;
 }
 
-enum { WIDTHS = 6, CLUSTERS = 2 };
+enum { WIDTHS = 7, CLUSTERS = 2 };
 
 /* Inserts into ways, which are sorted, those of a cluster size that fit; how many there are then. */
 static int add_ways(way ways[WIDTHS * CLUSTERS], int count, const ql_cuda_device *device,
@@ -165,15 +165,16 @@ static int add_ways(way ways[WIDTHS * CLUSTERS], int count, const ql_cuda_device
                   batches = ql_ceil_div(whole, cluster);
     /* Each block has a part of K. */
     if (batches * (cluster - 1) >= whole) return count;
-    const int widths[WIDTHS] = {16, 14, 8, 7, 4, batches < 4 ? (int)batches : 0};
+    const int widths[WIDTHS] = {16, 14, 8, 7, 5, 4, batches < 4 ? (int)batches : 0};
     ql_decode_params p;
     for (int i = 0; i < WIDTHS; i++) {
         const int warps = widths[i];
         if (warps < 1 || warps > all || warps > batches ||
             cut(&p, product, &device->properties, warps, cluster_shift) > device->properties.shared_bytes)
             continue;
-        const int64_t turns = ql_ceil_div(batches, warps);
-        const way new = {p.rounds * turns * weight, cluster_shift, (int)(turns * warps - batches), warps};
+        const int64_t turns = ql_ceil_div(batches, warps), meetings = ql_ceil_div(p.rounds, p.flush_rounds) - 1;
+        const way new = {p.rounds * turns * weight + 2 * meetings, cluster_shift, (int)(turns * warps - batches),
+                         warps};
         int place = count++;
         for (; place > 0 && is_better(&new, &ways[place - 1]); place--) ways[place] = ways[place - 1];
         ways[place] = new;

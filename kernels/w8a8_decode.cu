@@ -70,10 +70,13 @@ static __device__ __forceinline__ int output_row(const ql_w8a8_decode_params *p,
     return (((int)blockIdx.x >> p->cluster_shift) + at / STRIP * p->blocks) * STRIP + at % STRIP;
 }
 
-/* They come with the slot that is asked for next: before the loop, or while it waits for nothing but the first. */
-static __device__ __forceinline__ void load_row_scales(const ql_w8a8_decode_params *p) {
+/* They come with the slot that is asked for next: before the loop, or while it waits for nothing but the first. A team's by
+ * its own warps, as those alone have met before they read them. */
+static __device__ __forceinline__ void load_row_scales(const ql_w8a8_decode_params *p, int team) {
     const ql_w8a8_params *w = &p->product;
-    for (int at = (int)threadIdx.x; at < p->outputs; at += (int)blockDim.x) {
+    const int thread = (int)threadIdx.x - team * p->warps * 32;
+    for (int at = (thread / STRIP * p->teams + team) * STRIP + thread % STRIP; at < p->outputs;
+         at += p->teams * p->warps * 32) {
         const int row = min(output_row(p, at), (int)w->n - 1), place = w->w_rows == 1 ? row : row / (int)w->w_rows;
         cp_async_4(shared_address(outputs_of(p) + at), w->w_scales + place * w->w_row_stride, 4);
     }
@@ -413,7 +416,7 @@ static __device__ __forceinline__ void product(const ql_w8a8_decode_params *p, i
     /* What is asked for first comes first: of the weight no more than keeps memory at work until the activations are
      * asked for. */
 #define LOAD_SLOTS(from, to) _Pragma("unroll 1") for (int i = (from); i < (to); i++) LOAD_AHEAD(i)
-    if (!own && !groups) load_row_scales(p);
+    if (!own && !groups) load_row_scales(p, team);
     LOAD_SLOTS(0, p->early);
     start_next_kernel();
     wait_for_previous_kernel();
@@ -423,7 +426,7 @@ static __device__ __forceinline__ void product(const ql_w8a8_decode_params *p, i
         ql_own_values held;
         hold_values(&held, p);
         hold_biases(&biases, p);
-        if (!groups) load_row_scales(p);
+        if (!groups) load_row_scales(p, team);
         LOAD_SLOTS(p->early, p->slots);
         if (groups)
             quantize_own_groups(&held, p, tokens);

@@ -5,6 +5,8 @@ packed: products with packed weights, their packing, gradients and dequantizing.
 activations. quantize: quantizers, and codes from one form to another."""
 
 import argparse
+import itertools
+import math
 
 import test_cuda_quantize as quantizers
 import test_cuda_w8a8 as w8a8
@@ -20,32 +22,40 @@ def engine_of(kernel):
     return kernel.split("_")[1]
 
 
+def whole(kernel):
+    """The parameter with which a kernel splits nothing: parts of K of mma; thread blocks of wgmma, of which 256 tokens
+    take two."""
+    return 1 + ("_256" in kernel)
+
+
 def candidates(layer, dtype, m, options):
-    """Kernels and parameters to run. Without splitting each kernel once, with the parameter that splits nothing: blocks
-    of wgmma, parts of K of mma."""
+    """Kernels and parameters to run. Without splitting each kernel once."""
     found = _qlinear.candidates(0, *problem(layer, dtype), m)
     found = [one for one in found if not options.engines or engine_of(one[0]) in options.engines]
+    found = [one for one in found if one[0] not in options.skip]
     if options.unsplit:
-        found = [(kernel, parameter if engine_of(kernel) == "decode" else 1) for kernel, parameter in found]
+        found = [(kernel, parameter if engine_of(kernel) == "decode" else whole(kernel)) for kernel, parameter in found]
     return list(dict.fromkeys(found))
 
 
 def packed(name, options):
     form = FORMATS[name]
-    N, K = fitting(form, 144, 400)
+    # Nested absmax is for decode where K is whole batches of its blocks.
+    N, K = fitting(form, 144, 512 if name == "nf4" else 400)
     layer = form[0](N, K)
-    oracle = Oracle(layer)
-    count = 0
-    for dtype in DTYPES:
-        for m in (1, 9, 21, 70):
-            x = torch.randn(m, K, device="cuda").to(dtype)
-            for kernel, parameter in candidates(layer, dtype, m, options):
-                _qlinear.set_choice(0, *problem(layer, dtype), m, kernel, parameter)
-                oracle.check(x, layer(x))
-                count += 1
-            _qlinear.set_choice(0, *problem(layer, dtype), m, None, 0)
+    check = (lambda x, out: None) if options.unchecked else Oracle(layer).check
+    count, seen = 0, set()
+    for dtype, m in itertools.product(DTYPES[:1] if options.once else DTYPES, (70, 9, 1)):
+        x = torch.randn(m, K, device="cuda").to(dtype)
+        found = candidates(layer, dtype, m, options)
+        for kernel, parameter in [one for one in found if not options.once or one not in seen]:
+            _qlinear.set_choice(0, *problem(layer, dtype), m, kernel, parameter)
+            check(x, layer(x))
+            count += 1
+        _qlinear.set_choice(0, *problem(layer, dtype), m, None, 0)
+        seen.update(found)
     x = torch.randn(3, K, device="cuda")
-    oracle.check(x, layer(x))
+    check(x, layer(x))
     layer.engine().grad_input(torch.randn(3, N, device="cuda"))
     torch.cuda.synchronize()
     return count
@@ -55,13 +65,16 @@ def eight_bit(kind, options):
     """Odd sizes, which the base kernels take, then those that reach every kernel. Where x has one scale its rows meet
     in scratch, as blocks that share a tile do."""
     shapes = [(17, 130, 5), (100, 33, 3), *WHOLE] + ([] if options.unsplit else [*SHARED])
+    if options.unsplit and kind == "tensor":
+        shapes = [shape for shape in shapes if shape[2] == 1]
+    shapes = [shape for shape in shapes if math.prod(shape) <= options.most]
     for K, N, M in shapes:
-        if options.rows < M or (options.unsplit and kind == "tensor" and M > 1):
-            continue
         layer = w8a8.make(kind, K, N, torch.randn(N, device="cuda"))
-        for dtype in w8a8.DTYPES if M * N < 10000 else w8a8.DTYPES[:1]:
+        for dtype in w8a8.DTYPES[:1] if options.once or M * N > 10000 else w8a8.DTYPES:
             x = w8a8.activations(M, K, dtype, outliers=min(6, K // 8))
-            w8a8.check(layer, kind, x, layer(x))
+            out = layer(x)
+            if not options.unchecked:
+                w8a8.check(layer, kind, x, out)
     layer = w8a8.make(kind, 264, 130)
     layer.engine().grad_input(torch.randn(3, 130, device="cuda"))
     layer.dequantize(torch.float16)
@@ -97,12 +110,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--subjects", nargs="+", default=["packed", "w8a8", "quantize"])
     parser.add_argument("--engines", nargs="+", help="of packed: of decode, wgmma and mma; all where it is not given")
+    parser.add_argument("--skip", nargs="+", default=(), help="of packed: kernels")
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), help="of packed")
     parser.add_argument("--kinds", nargs="+", default=["int8", "token", "tensor", "group"], help="of w8a8")
-    parser.add_argument("--rows", type=int, default=1 << 62, help="of w8a8: no more rows of x")
+    parser.add_argument("--most", type=int, default=1 << 62, help="of w8a8: no shape of more products")
+    parser.add_argument("--once", action="store_true", help="fp16 alone; of packed each kernel for one number of rows")
+    parser.add_argument("--unchecked", action="store_true", help="no result is compared, which torch's kernels do")
+    parser.add_argument("--filled", action="store_true", help="no memory that torch gives holds anything from before")
     parser.add_argument("--unsplit", action="store_true", help="no product that blocks share by way of scratch")
     options = parser.parse_args()
     torch.manual_seed(0)
+    # Then torch writes what it gives, scratch too.
+    torch.use_deterministic_algorithms(options.filled, warn_only=True)
     count = 0
     if "packed" in options.subjects:
         for name in options.formats:

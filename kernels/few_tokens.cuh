@@ -20,9 +20,9 @@ static __device__ __forceinline__ void hide(uint32_t *is, int count) {
 
 /* ---- up to four tokens ---- */
 
-/* Where a lane reads x of two blocks, `part` apart, of which the first begins at `at`: a row of the matrices that ldmatrix loads.
- * Rows of the second block are read a half of a line ahead of those of the first, as they would want the same banks. live: the
- * row's place in the first block's line, with its piece. */
+/* Where a lane reads x of two blocks, `part` apart: a row of the matrices that ldmatrix loads. live: the row's place in the
+ * first block's line, with its piece. Rows of the second block are read half a line ahead of those of the first, as they would
+ * want the same banks. */
 static __device__ __forceinline__ uint32_t place_of_both(uint32_t live, int part, int lane) {
     return lane % 8 < 4 ? live : (live ^ 64) + (uint32_t)(part * 128);
 }

@@ -141,9 +141,10 @@ static bool sizes_fit(const ql_packed_params *p) {
 }
 
 /* A way to cut a product, and what it costs, in eighths of a batch: the batches that one warp walks, where the multiprocessors
- * share strips, an eighth more in a cluster larger than x needs, and a quarter of a batch for each time that all warps meet
- * because there is no room for more sums. Of equal ones the smaller cluster, then the one whose warps are idle least, then the
- * one with most of them. */
+ * share strips, an eighth more in a cluster larger than x needs; half of each batch of a strip again for its sums of x in the
+ * first strip, a quarter of a batch to leave a strip's sums, and three eighths each time that all warps meet because there is no
+ * room for more of them. Of equal ones the smaller cluster, then the one whose warps are idle least, then the one with most of
+ * them. */
 typedef struct way {
     int64_t cost;
     int cluster_shift, idle, warps;
@@ -173,8 +174,8 @@ static int add_ways(way ways[WIDTHS * CLUSTERS], int count, const ql_cuda_device
             cut(&p, product, &device->properties, warps, cluster_shift) > device->properties.shared_bytes)
             continue;
         const int64_t turns = ql_ceil_div(batches, warps), meetings = ql_ceil_div(p.rounds, p.flush_rounds) - 1;
-        const way new = {p.rounds * turns * weight + 2 * meetings, cluster_shift, (int)(turns * warps - batches),
-                         warps};
+        const way new = {p.rounds * turns * weight + 4 * turns + 2 * p.rounds + 3 * meetings, cluster_shift,
+                         (int)(turns * warps - batches), warps};
         int place = count++;
         for (; place > 0 && is_better(&new, &ways[place - 1]); place--) ways[place] = ways[place - 1];
         ways[place] = new;

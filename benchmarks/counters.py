@@ -1,6 +1,6 @@
 """What limits products on an NVIDIA GPU: hardware counters of single launches by Nsight Compute, each with its caches
 emptied, as the weights of the benchmark's ring are cold. Where no products are named, those that miss their bars by
-most in the results at hand: one of each family of formats and kind of M."""
+most in the results at hand: one of each family of formats and kind of M, and F.linear in fp16 beside the long ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rich.console import Console
 
 import qlinear._qlinear as _qlinear
 from benchmarks import bars, cuda, report
-from benchmarks.cuda_layers import SUBJECTS
+from benchmarks.cuda_layers import DEVIATION, SUBJECTS, Layer, Subject
 
 FAMILIES = (
     *(bars.FOUR, bars.EIGHT, ("nf4", "fp4"), bars.DOUBLE, ("gptq-3",), ("gptq-2",)),
@@ -47,6 +47,7 @@ METRICS = {
 STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active(?:\.ratio)?")
 # A kernel of torch's between the products, which tells whose launches are whose.
 MARK = "spin_kernel"
+LINEAR = "F.linear"
 
 
 @dataclass(frozen=True, order=True)
@@ -81,7 +82,13 @@ def worst(results: dict) -> list[Cell]:
         else:
             k, n = cuda.odd(name, k, n)
         offer(pair["what"], pair["ratio"], Cell(name, k, n, pair["m"]))
-    return sorted(cell for _, cell in found.values())
+    cells = {cell for _, cell in found.values()}
+    return sorted(cells | {dataclasses.replace(cell, format=LINEAR) for cell in cells if cell.m in bars.LONG_M})
+
+
+def _linear(k: int, n: int, dtype: torch.dtype) -> tuple[Layer, int]:
+    weight = torch.randn(n, k, dtype=dtype, device="cuda").mul_(DEVIATION)
+    return lambda x: torch.nn.functional.linear(x, weight), weight.nbytes
 
 
 def launch(cells: Iterable[Cell]) -> None:
@@ -91,7 +98,7 @@ def launch(cells: Iterable[Cell]) -> None:
     with torch.inference_mode():
         for cell in cells:
             print(f"{cell.format} {cell.k}x{cell.n} M={cell.m}", flush=True)
-            subject = SUBJECTS[cell.format]
+            subject = Subject(_linear) if cell.format == LINEAR else SUBJECTS[cell.format]
             if made != (cell.format, cell.k, cell.n):
                 layer = None
                 layer, _ = subject.make(cell.k, cell.n, subject.dtypes[0])
@@ -189,8 +196,8 @@ def run(cells: list[Cell], json_file: Path | None, save: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         options = ["--clock-control", "none", "--cache-control", "all", "--profile-from-start", "off"]
-        options += ["--target-processes", "all", "--kernel-name", f"regex:^ql_|{MARK}", "--csv", "--page", "raw"]
-        options += ["--print-units", "base", "--log-file", str(log), "--metrics", ",".join(_metrics(ncu))]
+        options += ["--target-processes", "all", "--csv", "--page", "raw", "--print-units", "base"]
+        options += ["--log-file", str(log), "--metrics", ",".join(_metrics(ncu))]
         listed = json.dumps([dataclasses.astuple(cell) for cell in cells])
         done = subprocess.run([ncu, *options, sys.executable, "-m", "benchmarks.counters", listed], check=False)
         text = log.read_text() if log.exists() else ""

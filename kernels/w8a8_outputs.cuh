@@ -17,7 +17,8 @@ typedef struct reader {
     const layout *l;
     ring stage, scales, slots;
     uint32_t ready;       /* barriers of stages that may be multiplied */
-    uint32_t rows, width; /* in a stage: the warpgroup's rows, and what they are multiplied with */
+    uint32_t rows, width; /* descriptors in the first stage: the warpgroup's rows, and what they are multiplied with */
+    uint32_t pair;        /* turned: scales of the lane's tokens in the first stage */
     bool outliers;
     int turn; /* which of the two buffers of outputs is next: its place */
 } reader;

@@ -19,8 +19,8 @@ static __device__ __forceinline__ void release_stage(const reader *d, int slot) 
 
 /* 128 columns of 64 rows, on top of sums or, without `add`, in their place. */
 static __device__ __forceinline__ void multiply_stage(uint32_t *sums, const reader *d, int add, shape k) {
-    const uint32_t stage = stage_at(d->l, d->stage.slot, k);
-    const uint32_t a = rows_descriptor(stage + d->rows), b = rows_descriptor(stage + d->width);
+    const uint32_t stage = d->stage.slot * (QL_W8A8_STAGE_BYTES(k.tokens) / 16);
+    const uint32_t a = d->rows + stage, b = d->width + stage;
     warpgroup_fence();
 #pragma unroll
     for (int step = 0; step < K / 32; step++)
@@ -62,7 +62,7 @@ static __device__ __forceinline__ void add_scaled(uint32_t *sums, const uint32_t
 
 /* Where tokens are rows: the lane's are g and g + 8. */
 static __device__ __forceinline__ void load_token_pair(float scale[2], const reader *d, shape k) {
-    const uint32_t at = d->l->more + d->stage.slot * k.tokens * 4 + ((int)threadIdx.x / WARP * 16 + lane_of() / 4) * 4;
+    const uint32_t at = d->pair + d->stage.slot * k.tokens * 4;
     scale[0] = __uint_as_float(load_shared_4(at));
     scale[1] = __uint_as_float(load_shared_4(at + 32));
 }
@@ -224,8 +224,13 @@ static __device__ __forceinline__ void multiply_all(const ql_w8a8_wgmma_params *
     d.l = l;
     d.stage.slot = d.scales.slot = d.slots.slot = 0;
     d.stage.parity = d.scales.parity = d.slots.parity = 0;
-    d.rows = (uint32_t)((k.turned ? QL_W8A8_ROWS : 0) + wg * 64) * K;
-    d.width = k.turned ? 0 : QL_W8A8_ROWS * K;
+    d.rows = rows_descriptor(l->stages + (uint32_t)((k.turned ? QL_W8A8_ROWS : 0) + wg * 64) * K);
+    d.width = rows_descriptor(l->stages + (k.turned ? 0 : QL_W8A8_ROWS * K));
+    d.pair = l->more + ((int)threadIdx.x / WARP * 16 + lane_of() / 4) * 4;
+    /* Held in registers: the compiler would compute them anew for each stage, before its products can start. */
+    settle_bits(&d.rows, 1);
+    settle_bits(&d.width, 1);
+    if (k.turned) settle_bits(&d.pair, 1);
     d.outliers = k.code == QL_W8A8_INT8 && q->product.outliers;
     d.turn = 0;
     d.ready = d.outliers ? l->ready : l->full;

@@ -73,8 +73,10 @@ QL_LINEAR_VARIANTS(KERNEL)
 /* out[row][col] = W, a thread an element. */
 extern "C" __global__ void __launch_bounds__(THREADS) ql_dequantize(const __grid_constant__ ql_linear_params p) {
     int64_t step = (int64_t)gridDim.x * THREADS;
-    for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < p.n * p.k; i += step)
-        store_value(p.out, p.out_type, i, weight_at(&p, i / p.k, i % p.k));
+    for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < p.n * p.k; i += step) {
+        const int64_t row = divide(i, p.k);
+        store_value(p.out, p.out_type, i, weight_at(&p, row, i - row * p.k));
+    }
 }
 
 /* LLM.int8(), whose activations are codes already. int8 products are summed in 64 bits, outliers in fp32 from the original

@@ -2,6 +2,7 @@
 #ifndef QL_KERNELS_SOURCE_CUH
 #define QL_KERNELS_SOURCE_CUH
 
+#include "divide.cuh"
 #include "ptx.cuh"
 #include "quantize.h"
 #include "value.cuh"
@@ -117,11 +118,6 @@ static __device__ __forceinline__ bool round_quotient(int *whole, float a, float
 static __device__ __forceinline__ float e4m3_scale(float absmax) {
     float scale = __fdiv_rn(absmax, 448.0f);
     return scale == 0.0f ? 1.0f : scale;
-}
-
-/* 64-bit division is a long sequence, and sizes rarely need it. Neither is negative. */
-static __device__ __forceinline__ int64_t divide(int64_t a, int64_t b) {
-    return (a | b) >> 32 ? a / b : (int64_t)((uint32_t)a / (uint32_t)b);
 }
 
 /* The lanes that share a group of `size` columns: as many as have a run each, a power of two. */

@@ -10,6 +10,14 @@
     X(ql_linear_many, linear, false, 16)                                                                               \
     X(ql_linear_grad, linear, true, 16)
 
+/* X(name, source, code): packed weights whose columns are in order as matrices. */
+#define QL_DEQUANTIZE_VARIANTS(X)                                                                                      \
+    X(ql_dequantize_int2, dequantize, QL_CODE_INT2)                                                                    \
+    X(ql_dequantize_int3, dequantize, QL_CODE_INT3)                                                                    \
+    X(ql_dequantize_int4, dequantize, QL_CODE_INT4)                                                                    \
+    X(ql_dequantize_int8, dequantize, QL_CODE_INT8)                                                                    \
+    X(ql_dequantize_table4, dequantize, QL_CODE_TABLE4)
+
 /* X(name, source, code, type of x, wide, tokens a block): products with a packed weight on mma.sync. wide: fp16 x with
  * scales that are not fp16. Stages of 2 and 3 bit are twice as deep and leave no registers for 128 tokens. */
 #define QL_MMA_INTEGERS(X, code, name, tokens)                                                                         \
@@ -202,6 +210,7 @@
 /* X(name, source, ...): all of them, in the order of the host's table. */
 #define QL_KERNELS(X)                                                                                                  \
     QL_LINEAR_VARIANTS(X)                                                                                              \
+    QL_DEQUANTIZE_VARIANTS(X)                                                                                          \
     QL_DECODE_VARIANTS(X)                                                                                              \
     QL_MMA_VARIANTS(X)                                                                                                 \
     QL_WGMMA_VARIANTS(X)                                                                                               \

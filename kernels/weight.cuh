@@ -3,13 +3,14 @@
 #ifndef QL_KERNELS_WEIGHT_CUH
 #define QL_KERNELS_WEIGHT_CUH
 
+#include "divide.cuh"
 #include "params.h"
 #include "value.cuh"
 
 /* (q - z) * s. */
 static __device__ __forceinline__ float gptq_at(const ql_linear_params *p, int64_t row, int64_t col) {
     /* The index was checked when the layer was made; whatever it was changed to since, nothing outside is read. */
-    int64_t group = p->index ? max((int64_t)0, min((int64_t)p->index[col], p->groups - 1)) : col / p->group_size;
+    int64_t group = p->index ? max((int64_t)0, min((int64_t)p->index[col], p->groups - 1)) : divide(col, p->group_size);
     uint32_t mask = (1u << p->bits) - 1u;
     uint32_t code = load_code((const int32_t *)p->codes + row, p->n, p->bits, col);
     const int32_t *zeros = (const int32_t *)p->zeros + group * ((p->n * p->bits + 31) / 32);
@@ -27,7 +28,7 @@ static __device__ __forceinline__ uint32_t awq_nibble(const int32_t *words, int6
 
 /* (q - z) * s, or q * s + z where the zeros are products. */
 static __device__ __forceinline__ float awq_at(const ql_linear_params *p, int64_t row, int64_t col) {
-    int64_t group = col / p->group_size, words = (p->n + 7) / 8;
+    int64_t group = divide(col, p->group_size), words = (p->n + 7) / 8;
     float code = (float)awq_nibble((const int32_t *)p->codes + col * words, row);
     float scale = load_value(p->scales, p->scales_type, group * p->n + row);
     if (p->zero_products) return fmaf(code, scale, load_value(p->zero_products, p->scales_type, group * p->n + row));
@@ -53,21 +54,21 @@ static __device__ __forceinline__ float int8_at(const ql_linear_params *p, int64
 
 /* code[q] * absmax. */
 static __device__ __forceinline__ float fourbit_at(const ql_linear_params *p, int64_t row, int64_t col) {
-    int64_t index = row * p->k + col, block = index / p->group_size;
+    int64_t index = row * p->k + col, block = divide(index, p->group_size);
     uint32_t byte = ((const uint8_t *)p->codes)[index >> 1];
     float value = p->table[index & 1 ? byte & 15u : byte >> 4];
-    float absmax =
-        p->nested
-            ? __fadd_rn(p->nested_table[p->nested[block]] * ((const float *)p->scales)[block / p->nested_blocksize],
-                        p->offset)
-            : ((const float *)p->scales)[block];
+    float absmax = p->nested ? __fadd_rn(p->nested_table[p->nested[block]] *
+                                             ((const float *)p->scales)[divide(block, p->nested_blocksize)],
+                                         p->offset)
+                             : ((const float *)p->scales)[block];
     return value * absmax;
 }
 
 /* e4m3 * s. */
 static __device__ __forceinline__ float fp8_at(const ql_linear_params *p, int64_t row, int64_t col) {
     uint8_t code = ((const uint8_t *)p->codes)[row * p->row_stride + col * p->col_stride];
-    return value_from_e4m3(code) * ((const float *)p->scales)[row / p->block_n * p->scale_stride + col / p->block_k];
+    return value_from_e4m3(code) *
+           ((const float *)p->scales)[divide(row, p->block_n) * p->scale_stride + divide(col, p->block_k)];
 }
 
 /* The tile of a packed weight that has code (row, col). */
@@ -103,20 +104,24 @@ static __device__ __forceinline__ uint32_t packed_zero(const void *zeros, int co
     return (uint32_t)((const uint8_t *)zeros)[place / 2] >> place % 2 * 4 & 15u;
 }
 
+/* The absmax of (row, group), whose place is `place`. */
+static __device__ __forceinline__ float packed_absmax(const ql_linear_params *p, int64_t row, int64_t group,
+                                                      int64_t place) {
+    const float *absmax = (const float *)p->scales;
+    if (!p->nested) return absmax[place];
+    const int64_t block = divide(row * p->groups + group, p->nested_blocksize);
+    return __fadd_rn(p->nested_table[p->nested[place]] * absmax[block], p->offset);
+}
+
 /* (q - z) * s, or table[q] * absmax. */
 static __device__ __forceinline__ float packed_at(const ql_linear_params *p, int64_t row, int64_t col) {
     if (p->index) col = max((int64_t)0, min((int64_t)p->index[col], p->k - 1));
-    int64_t group = col / p->group_size, place = QL_GROUP_PLACE(row, group, p->groups);
+    int64_t group = divide(col, p->group_size), place = QL_GROUP_PLACE(row, group, p->groups);
     uint32_t code = packed_code(p->codes, p->code, p->k, row, col);
     if (p->code != QL_CODE_TABLE4)
         return ((float)code - (float)packed_zero(p->zeros, p->code, place)) *
                load_value(p->scales, p->scales_type, place);
-    float absmax = p->nested
-                       ? __fadd_rn(p->nested_table[p->nested[place]] *
-                                       ((const float *)p->scales)[(row * p->groups + group) / p->nested_blocksize],
-                                   p->offset)
-                       : ((const float *)p->scales)[place];
-    return p->table[code] * absmax;
+    return p->table[code] * packed_absmax(p, row, group, place);
 }
 
 /* The format is the same for a whole launch, so the branch costs a base kernel little, and one kernel serves all. */

@@ -239,19 +239,24 @@ def _define(name: str, made: Format) -> tuple[Any, Any]:
     def backward(grad_output: Tensor, *arguments: Any) -> Tensor:
         return engine(name, arguments).grad_input(grad_output.detach())
 
+    def backward_cuda(grad_output: Tensor, *arguments: Any) -> Tensor:
+        # On tensor cores torch's product of a matrix that lives as long as the call is far ahead of the base kernel.
+        weight = engine(name, arguments).dequantize(dtype_name(grad_output.dtype, "grad_output"))
+        return grad_output.detach() @ weight
+
     def backward_fake(grad_output: Tensor, *arguments: Any) -> Tensor:
         if grad_output.device.type != "meta":
             made.check_data(arguments)
         return grad_output.new_empty((*grad_output.shape[:-1], made.features(*arguments)[0]))
 
     tags = (torch.Tag.pt2_compliant_tag,)
-    for op, first, kernel, fake in (
-        (name, "x", forward, forward_fake),
-        (f"{name}_grad_input", "grad_output", backward, backward_fake),
+    for op, first, cpu, cuda, fake in (
+        (name, "x", forward, forward, forward_fake),
+        (f"{name}_grad_input", "grad_output", backward, backward_cuda, backward_fake),
     ):
         _library.define(f"{op}(Tensor {first}, {made.schema}) -> Tensor", tags=tags)
-        _library.impl(op, kernel, "CPU")
-        _library.impl(op, kernel, "CUDA")
+        _library.impl(op, cpu, "CPU")
+        _library.impl(op, cuda, "CUDA")
         torch.library.register_fake(f"qlinear::{op}", fake, lib=_library)
     return getattr(torch.ops.qlinear, name).default, getattr(torch.ops.qlinear, f"{name}_grad_input").default
 

@@ -272,12 +272,29 @@ int ql_cuda_copy(const ql_cuda_place *place, void *out, const void *from, ql_dty
     return ql_cuda_launch_alone(place, QL_KERNEL_ql_copy, &grid, &p, message);
 }
 
+/* Who makes a matrix of the weight; *grid becomes its grid where it is not a thread an element. */
+static ql_cuda_kernel dequantize_kernel(ql_cuda_grid *grid, const ql_weight *weight) {
+    if (weight->format != QL_FORMAT_PACKED || weight->packed.inverse || ql_cuda_base_wanted())
+        return QL_KERNEL_ql_dequantize;
+    const int code = weight->packed.spec.code, warps = QL_LINEAR_THREADS / 32;
+    const int64_t tiles = ql_ceil_div(weight->n, QL_STRIP) * ql_ceil_div(weight->k, QL_TILE_K(code));
+    const int64_t blocks = ql_ceil_div(tiles, warps);
+    if (blocks < grid->x) grid->x = blocks;
+    switch (code) {
+    case QL_CODE_INT2: return QL_KERNEL_ql_dequantize_int2;
+    case QL_CODE_INT3: return QL_KERNEL_ql_dequantize_int3;
+    case QL_CODE_INT4: return QL_KERNEL_ql_dequantize_int4;
+    case QL_CODE_INT8: return QL_KERNEL_ql_dequantize_int8;
+    default: return QL_KERNEL_ql_dequantize_table4;
+    }
+}
+
 int ql_cuda_dequantize(const ql_cuda_place *place, void *out, ql_dtype dtype, const ql_weight *weight,
                        char message[QL_CUDA_MESSAGE]) {
     ql_linear_params p = params_of(weight);
     p.out = out;
     p.out_type = (int32_t)dtype;
     if (weight->n == 0) return 0;
-    const ql_cuda_grid grid = elements_of(weight->n * weight->k);
-    return ql_cuda_launch_alone(place, QL_KERNEL_ql_dequantize, &grid, &p, message);
+    ql_cuda_grid grid = elements_of(weight->n * weight->k);
+    return ql_cuda_launch_alone(place, dequantize_kernel(&grid, weight), &grid, &p, message);
 }

@@ -11,7 +11,7 @@ typedef struct ql_cuda_image {
     int64_t bytes;
 } ql_cuda_image;
 
-enum { QL_CUDA_MAX_IMAGES = 16 };
+enum { QL_CUDA_MAX_IMAGES = 32 };
 
 /* How many there are: 0 where the package was built without CUDA. */
 int ql_cuda_image_count(void);

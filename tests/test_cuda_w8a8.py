@@ -503,7 +503,7 @@ def test_a_float_weight_that_learns(M, dtype):
         out = layer(seen)
         out.backward(grad.to(device))
         results.append([t.detach().cpu().double() for t in (out, seen.grad, layer.weight.grad)])
-    # On a GPU the gradient of x meets the weight rounded to 16 bit: codes times a scale, half a step from the float one.
+    # On a GPU the gradient of x meets the weight rounded to 16 bit: codes times a scale, half a step off the float one.
     most = weight.double().abs() + weight.double().abs().amax(1, keepdim=True) / 254
     rounded = UNIT[dtype] * grad.double().abs() @ most if dtype != torch.float32 else 0
     for cpu, gpu, more in zip(*results, (0, rounded, 0), strict=True):

@@ -176,14 +176,6 @@ static __device__ __forceinline__ ql_decode_x place_x(const ql_decode_params *p,
 
 /* ---- the product ---- */
 
-/* threadIdx.x, read anew: what is made of it at the end of a strip would else be held in registers all along, of which
- * there are too few where 16 tokens or 8 groups want many, or a constant of bf16's one. */
-static __device__ __forceinline__ int thread_anew(void) {
-    int thread;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-    return thread;
-}
-
 /* Where columns of x of a warp lie, from those of batch `own` of the block's part of K on: for the same reason made again. */
 static __device__ __forceinline__ uint32_t x_at_anew(const ql_decode_params *p, int own, int batch_k) {
     return shared_address(shared) + (uint32_t)(p->x_at + own * batch_k * 2);

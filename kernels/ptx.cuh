@@ -99,6 +99,14 @@ static __device__ __forceinline__ uint64_t load_relaxed(const uint64_t *from) {
     return value;
 }
 
+/* threadIdx.x, read anew: what is made of it after a loop would else be held in registers all through that, where they are
+ * few, or be made in it again. */
+static __device__ __forceinline__ int thread_anew(void) {
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
+
 /* ---- shared memory by address ---- */
 
 static __device__ __forceinline__ uint4 load_shared_16(uint32_t address) {

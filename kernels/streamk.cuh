@@ -93,6 +93,12 @@ static __device__ __forceinline__ void place_tile(const ql_streamk_params *q, in
     if (PAIRED(k)) *row_tile = *row_tile * 2 + cluster_rank();
 }
 
+/* The first token that a tile multiplies. The last tile's are as many as the others', some of which another tile has as well
+ * and stores: copies of what lies beyond the end of x take longer than those of what is there. */
+static __device__ __forceinline__ int first_token(const ql_streamk_params *q, int token_tile, shape k) {
+    return min(token_tile * k.tokens, max((int)q->product.m - k.tokens, 0));
+}
+
 /* The first group of a block. */
 static __device__ __forceinline__ int group_of(const ql_streamk_params *q, int block, int groups) {
     return groups == 2 ? 2 * block : divide(block, q->group_blocks, q->group_blocks_inverse);
@@ -192,17 +198,16 @@ static __device__ __forceinline__ void ask_for_codes(const ql_streamk_params *q,
 static __device__ __forceinline__ void ask_for_x(const ql_streamk_params *q, uint32_t base, int slot, int token_tile,
                                                  int block, shape k) {
     const uint32_t full = base + 8 * slot, stage = stages_at(base, k) + slot * stage_bytes(k);
-    barrier_arrive_expect(full, k.tokens * k.stage_k * 2);
+    const int token = first_token(q, token_tile, k);
+    barrier_arrive_expect(full, q->x_bytes);
     if (PAIRED(k)) {
         const int share = k.tokens / 2, rank = cluster_rank();
-        copy_box_to_all(stage + rank * share * BOX_K * 2, q->x_map, block * BOX_K, token_tile * k.tokens + rank * share,
-                        full, 3);
+        copy_box_to_all(stage + rank * share * BOX_K * 2, q->x_map, block * BOX_K, token + rank * share, full, 3);
         return;
     }
 #pragma unroll
     for (int box = 0; box < k.stage_k / BOX_K; box++)
-        copy_box(stage + box * BOX_K * k.tokens * 2, q->x_map, block * k.stage_k + box * BOX_K, token_tile * k.tokens,
-                 full);
+        copy_box(stage + box * BOX_K * k.tokens * 2, q->x_map, block * k.stage_k + box * BOX_K, token, full);
 }
 
 static __device__ __forceinline__ void copy_stages(const ql_streamk_params *q, uint32_t base, walk w, bool codes,

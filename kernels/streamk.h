@@ -43,6 +43,7 @@ typedef struct ql_streamk_params {
     int32_t group_blocks;                            /* blocks a group, at least 1 */
     uint32_t k_blocks_inverse, group_blocks_inverse; /* 2^32 / each, rounded down; 2^32 - 1 for 1 */
     int32_t nested_shift;                            /* log2 of nested_blocksize */
+    int32_t x_bytes; /* of x in a stage: less than there is room for where M is less than a tile */
 } ql_streamk_params;
 
 /* Tiles of 256 tokens are done by thread blocks in clusters of two, which have tiles below each other: each brings half of x

@@ -39,8 +39,9 @@ typedef struct row_terms {
 
 /* A warp's 16 rows, 32 tokens, as a quarter of each of the buffer's lines of 128 bytes; their pieces of 16 bytes are
  * swizzled by the token. */
-static __device__ __forceinline__ void turn_over(const float *sums, uint32_t buffer, const row_terms *rows, shape k) {
-    const int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP % 4;
+static __device__ __forceinline__ void turn_over(const float *sums, uint32_t buffer, const row_terms *rows, int thread,
+                                                 shape k) {
+    const int lane = thread % WARP, warp = thread / WARP % 4;
     const int token = lane / 16 * 8 + lane % 8, piece = (2 * warp + lane / 8 % 2) ^ lane % 8;
 #pragma unroll
     for (int j = 0; j < QL_STREAMK_OUTPUT_TOKENS / 8; j += 2) {
@@ -55,32 +56,47 @@ static __device__ __forceinline__ void turn_over(const float *sums, uint32_t buf
     }
 }
 
-/* A warpgroup's buffer of 64 rows from `row` on and 32 tokens from `token` on: eight lanes a line. */
-static __device__ __forceinline__ void store_buffer(const ql_packed_params *p, uint32_t buffer, int row, int token) {
-    const int thread = (int)threadIdx.x % 128, line = thread / 8, piece = thread % 8, col = row + piece * 8;
-    const int columns = min(8, (int)p->n - col);
-    const int tokens = columns > 0 ? min(QL_STREAMK_OUTPUT_TOKENS, (int)p->m - token) : 0;
-    uint32_t from = buffer + line * 128 + (piece ^ line % 8) * 16;
-    uint16_t *out = (uint16_t *)p->out + (int64_t)(token + line) * p->n + col;
-    if (HAS_WHOLE_PIECES(p)) {
+/* As store_buffer, where rows of out begin anywhere: a warp has every fourth line, consecutive lanes consecutive columns, so
+ * that all but the ends of a line are whole sectors. */
+static __device__ __forceinline__ void store_ragged(const ql_packed_params *p, uint32_t buffer, int row, int token,
+                                                    int skipped, int thread) {
+    const int lane = thread % WARP;
+    const int columns = (int)p->n - row, tokens = min(QL_STREAMK_OUTPUT_TOKENS, (int)p->m - token);
+    int line = thread / WARP % 4;
+    uint16_t *out = (uint16_t *)p->out + (int64_t)(token + line) * p->n + row;
+#pragma unroll 1
+    for (; line < tokens; line += 4, out += 4 * p->n)
 #pragma unroll
-        for (int i = 0; i < QL_STREAMK_OUTPUT_TOKENS; i += 16)
-            if (line + i < tokens) store_global_16(out + i * p->n, load_shared_16(from + i * 128));
-        return;
-    }
-#pragma unroll 1
-    for (int i = line; i < tokens; i += 16, from += 16 * 128, out += 16 * p->n)
-#pragma unroll 1
-        for (int c = 0; c < columns; c++) out[c] = load_shared_2(from + 2 * c);
+        for (int column = lane; column < 64; column += WARP) {
+            const uint32_t from = buffer + line * 128 + (column / 8 ^ line % 8) * 16 + column % 8 * 2;
+            if (column < columns && line >= skipped) out[column] = load_shared_2(from);
+        }
 }
 
-/* A warpgroup's 64 rows from `row` on, all tokens of the tile. Its two buffers take turns, across tiles as well, so that one
- * barrier a turn says both that a buffer is full and that the other is free. */
+/* A warpgroup's buffer of 64 rows from `row` on and 32 tokens from `token` on, but the first `skipped`: eight lanes a line. */
+static __device__ __forceinline__ void store_buffer(const ql_packed_params *p, uint32_t buffer, int row, int token,
+                                                    int skipped, int thread) {
+    const int line = thread % 128 / 8, piece = thread % 8, col = row + piece * 8;
+    const int tokens = col < p->n ? min(QL_STREAMK_OUTPUT_TOKENS, (int)p->m - token) : 0;
+    const uint32_t from = buffer + line * 128 + (piece ^ line % 8) * 16;
+    uint16_t *out = (uint16_t *)p->out + (int64_t)(token + line) * p->n + col;
+    if (!HAS_WHOLE_PIECES(p)) {
+        store_ragged(p, buffer, row, token, skipped, thread);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < QL_STREAMK_OUTPUT_TOKENS; i += 16)
+        if (line + i < tokens && line + i >= skipped) store_global_16(out + i * p->n, load_shared_16(from + i * 128));
+}
+
+/* A warpgroup's 64 rows from `row` on, all tokens from `token` on but the first `skipped`, which another tile stores. Its two
+ * buffers take turns, across tiles as well, so that one barrier a turn says both that a buffer is full and that the other is
+ * free. What is made of the thread's number is made here: the loops before would else make parts of it again and again. */
 static __device__ __forceinline__ void store_rows(const float *sums, int *turn, const ql_packed_params *p,
-                                                  uint32_t buffers, int row, int token, const uint32_t scale_words[2],
-                                                  shape k) {
-    const int warpgroup = (int)threadIdx.x / 128;
-    const int own = row + (int)threadIdx.x / WARP % 4 * 16 + (int)threadIdx.x % WARP / 4;
+                                                  uint32_t buffers, int row, int token, int skipped,
+                                                  const uint32_t scale_words[2], shape k) {
+    const int thread = thread_anew(), warpgroup = thread / 128;
+    const int own = row + thread / WARP % 4 * 16 + thread % WARP / 4;
     row_terms rows = {{1.0f, 1.0f}, {0.0f, 0.0f}};
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -91,11 +107,12 @@ static __device__ __forceinline__ void store_rows(const float *sums, int *turn, 
 #pragma unroll
     for (int from = 0; from < k.tokens; from += QL_STREAMK_OUTPUT_TOKENS) {
         if (token + from >= p->m) break;
+        if (from + QL_STREAMK_OUTPUT_TOKENS <= skipped) continue;
         const uint32_t buffer = buffers + (2 * warpgroup + *turn) * QL_STREAMK_OUTPUT_BYTES;
         *turn ^= 1;
-        turn_over(sums + from / 2, buffer, &rows, k);
+        turn_over(sums + from / 2, buffer, &rows, thread, k);
         named_barrier(OUTPUT_BARRIER + warpgroup, 128);
-        store_buffer(p, buffer, row, token + from);
+        store_buffer(p, buffer, row, token + from, skipped - from, thread);
     }
 }
 
@@ -292,10 +309,11 @@ static __device__ __forceinline__ void multiply_all(const ql_streamk_params *q, 
             continue;
         }
         add_partials(sums, q, w.end, k);
+        const int token = first_token(q, token_tile, k), skipped = token_tile * k.tokens - token;
 #pragma unroll
         for (int i = 0; i < sub_tiles; i++)
             store_rows(sums + i * k.tokens / 2, &turn, p, base + QL_STREAMK_BARRIER_BYTES,
-                       row - strip % 4 * 16 + i * 64, token_tile * k.tokens, scale_words[i], k);
+                       row - strip % 4 * 16 + i * 64, token, skipped, scale_words[i], k);
     } while (next_tile(&w, q, k));
 }
 

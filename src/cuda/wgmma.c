@@ -116,6 +116,11 @@ static const variant *taking(const ql_cuda_device *device, const ql_packed_param
     return v && device->kernels[v->kernel] ? v : NULL;
 }
 
+/* Of a box of x: a tile's tokens, but none that are not there in a tile that is all of them. */
+static int x_rows(const variant *v, int64_t m) {
+    return together(v) == 1 && m < v->tokens ? (int)m : v->tokens / together(v);
+}
+
 /* What streamk.cuh divides by. */
 static uint32_t inverse(int32_t value) {
     return value == 1 ? UINT32_MAX : (uint32_t)(((uint64_t)1 << 32) / (uint64_t)value);
@@ -140,6 +145,7 @@ static bool prepare(ql_cuda_prepared *prepared, const ql_cuda_device *device, co
     params->range = units / grid;
     params->longer_ranges = units % grid;
     params->stages = stages_of(v, device->properties.shared_bytes);
+    params->x_bytes = x_rows(v, p->m) * together(v) * v->stage_k * 2;
     while (p->nested_blocksize >> (params->nested_shift + 1)) params->nested_shift++;
     prepared->kernel = v->kernel;
     prepared->grid =
@@ -156,12 +162,12 @@ static bool prepare(ql_cuda_prepared *prepared, const ql_cuda_device *device, co
     return true;
 }
 
-/* x as boxes of 64 columns by a tile's tokens. */
+/* x as boxes of 64 columns by a tile's tokens, or all where they are fewer. */
 static ql_cu_result map_x(void *map, const ql_cuda_driver *driver, const ql_packed_params *p, const variant *v) {
     const uint64_t shape[2] = {(uint64_t)p->k, (uint64_t)p->m};
     const int64_t stride = p->m == 1 ? (p->k + 7) / 8 * 8 : p->x_stride;
     const uint64_t bytes[1] = {(uint64_t)stride * 2};
-    const uint32_t box[2] = {QL_STREAMK_BOX_K, (uint32_t)(v->tokens / together(v))}, step[2] = {1, 1};
+    const uint32_t box[2] = {QL_STREAMK_BOX_K, (uint32_t)x_rows(v, p->m)}, step[2] = {1, 1};
     return driver->tensor_map_encode_tiled(map, p->x_type == QL_VALUE_F16 ? QL_CU_TENSOR_F16 : QL_CU_TENSOR_BF16, 2,
                                            (void *)(uintptr_t)p->x, shape, bytes, box, step, 0,
                                            QL_CU_TENSOR_SWIZZLE_128B, QL_CU_TENSOR_L2_128B, 0);

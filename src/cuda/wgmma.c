@@ -4,6 +4,7 @@
 #include "nonce.h"
 
 #include <limits.h>
+#include <math.h>
 #include <stdio.h>
 
 enum { MOST_K = 1 << 26 /* so that bytes of a strip and blocks of all split tiles are counted in 32 bits */ };
@@ -58,47 +59,84 @@ static int stages_of(const variant *v, int room) {
     return stages < QL_STREAMK_MOST_STAGES ? stages : QL_STREAMK_MOST_STAGES;
 }
 
-/* Lower is better: what a tile of 128 rows costs for each block of K, in the time of its products alone, and the
- * decoding of the weights. Tall tiles halve the traffic of x, but there are half as many to share, so they want
- * several. So do those of 256 tokens, which halve the decoding, a table's and 8 bit's in groups above all: their sums
- * go between thread blocks in as long as EXCHANGE cubes of 128 of the product take. */
-static int64_t rank(const variant *v, const ql_cuda_problem *problem) {
-    enum { EXCHANGE = 660 };
-    const int64_t tiles = ql_ceil_div(problem->m, v->tokens);
-    const bool many = problem->m > 512;
-    if (v->rows == 256) return tiles * (many ? 18500 : 23000);
-    if (v->tokens < 256) return tiles * (v->tokens == 32 ? 10000 : v->tokens == 64 ? 12500 : 19000);
-    if (many) return tiles * (v->code == QL_CODE_TABLE4 ? 31000 : 36600);
-    const int64_t each = v->code == QL_CODE_TABLE4 ? 32700 : v->code == QL_CODE_INT8 && v->groups ? 35900 : 37200;
-    const double cubes = (double)problem->m * (double)problem->n * (double)problem->k * 0x1p-21;
-    return tiles * (each + (int64_t)((double)(each * EXCHANGE) / cubes));
+/* What a stage of 128 columns takes, in ns: tiles of 32, 64, 128 and 256 tokens, then those of 256 rows. */
+static double pace(const variant *v) {
+    static const double paces[][5] = {{345, 463, 768, 1547},       {435, 546, 839, 1547},
+                                      {360, 474, 757, 1547, 1590}, {341, 460, 775, 1563, 1563},
+                                      {376, 509, 814, 1621, 1776}, {376, 521, 906, 1547}};
+    const int kind = v->code == QL_CODE_INT2   ? 0
+                     : v->code == QL_CODE_INT3 ? 1
+                     : v->code == QL_CODE_INT4 ? 2
+                     : v->code == QL_CODE_INT8 ? 3 + (v->groups != 0)
+                                               : 5;
+    const int tile = v->rows == 256 ? 4 : v->tokens == 32 ? 0 : v->tokens == 64 ? 1 : v->tokens == 128 ? 2 : 3;
+    return paces[kind][tile];
+}
+
+/* What a product takes, in ns: a model of an H200 that tells ways to run it from each other, without the time that all of
+ * them take, fitted to some 1700 products. The weight comes at 4200 bytes a ns; a tile ends in outputs. Ranges that share
+ * a tile leave each other sums, which is dear; dearer where they do not begin and end with tiles: then thread blocks are at
+ * different places of K as well, and where the second-level cache does not hold what they share, they read it again. */
+static double cost(const variant *v, const ql_cuda_problem *p, int64_t blocks) {
+    const int64_t rows = (int64_t)v->rows * together(v), token_tiles = ql_ceil_div(p->m, v->tokens);
+    const int64_t tiles = ql_ceil_div(p->n, rows) * token_tiles, walkers = blocks / together(v);
+    const double bits = QL_CODE_BITS(p->code), size = v->rows * v->tokens / (128.0 * 128);
+    const double share = (double)tiles / (double)walkers, k = (double)p->k;
+    double loop = share * k / 128 * pace(v), exchange = 0;
+    if (tiles % walkers != 0) {
+        exchange = 1500 + 480 * size * fmax(1, 1 / share);
+        if (tiles > walkers || walkers % tiles != 0) {
+            const double uncached = fmin(1, k * fmin((double)p->m, QL_STREAMK_TOKEN_GROUP) / 6e6);
+            exchange += 710 + 1265 * size;
+            loop *= 1 + uncached * (5 / (double)rows + (token_tiles > 1 ? 1.2 * bits / v->tokens : 0));
+        }
+    }
+    return fmax(loop, (double)p->n * k * bits / 8 / 4200) + ceil(share) * (1130 + 100 * size) + exchange;
 }
 
 static bool serves(const variant *v, const ql_cuda_device *device, const ql_cuda_problem *problem) {
-    return !v->wide && v->code == problem->code && v->type == problem->x_type && device->kernels[v->kernel] &&
-           fits_groups(v, problem->group_size == problem->k, problem->group_size) && problem->k <= MOST_K &&
-           problem->n <= INT_MAX - 256 && problem->m <= INT_MAX - 256;
+    return problem->m > 0 && problem->n > 0 && !v->wide && v->code == problem->code && v->type == problem->x_type &&
+           device->kernels[v->kernel] && fits_groups(v, problem->group_size == problem->k, problem->group_size) &&
+           problem->k <= MOST_K && problem->n <= INT_MAX - 256 && problem->m <= INT_MAX - 256;
+}
+
+/* A way to run a product: a variant, and how many thread blocks at most. */
+typedef struct way {
+    double cost;
+    ql_cuda_choice choice;
+} way;
+
+/* Inserts one into ways, which are sorted; how many there are then. */
+static int add_way(way *ways, int count, const variant *v, const ql_cuda_problem *problem, int64_t blocks) {
+    const way new = {cost(v, problem, blocks), {.kernel = v->kernel, .parameter = (int32_t)blocks}};
+    int place = count;
+    for (; place > 0 && ways[place - 1].cost > new.cost; place--) ways[place] = ways[place - 1];
+    ways[place] = new;
+    return count + 1;
+}
+
+/* Fewer thread blocks than there are multiprocessors, so that each has whole tiles, or each tile the same number of them. */
+static int64_t even_blocks(const variant *v, const ql_cuda_problem *problem, int64_t most) {
+    const int64_t tiles = ql_ceil_div(problem->n, v->rows * together(v)) * ql_ceil_div(problem->m, v->tokens);
+    const int64_t walkers = most / together(v);
+    const int64_t even = tiles < walkers ? tiles * (walkers / tiles) : ql_ceil_div(tiles, ql_ceil_div(tiles, walkers));
+    return even * together(v);
 }
 
 static int candidates(ql_cuda_choice *out, int room, const ql_cuda_device *device, const ql_cuda_problem *problem) {
-    int64_t ranks[VARIANTS];
-    int order[VARIANTS], found = 0, count = 0;
+    const int64_t all = device->properties.multiprocessors;
+    way ways[2 * VARIANTS];
+    int count = 0;
     for (int i = 0; i < VARIANTS; i++) {
-        if (!serves(&variants[i], device, problem)) continue;
-        int place = found++;
-        const int64_t own = rank(&variants[i], problem);
-        for (; place > 0 && ranks[place - 1] > own; place--) {
-            ranks[place] = ranks[place - 1];
-            order[place] = order[place - 1];
-        }
-        ranks[place] = own;
-        order[place] = i;
+        const variant *v = &variants[i];
+        const int64_t most = all - all % together(v);
+        if (!most || !serves(v, device, problem)) continue;
+        const int64_t even = even_blocks(v, problem, most);
+        count = add_way(ways, count, v, problem, most);
+        if (even != most) count = add_way(ways, count, v, problem, even);
     }
-    for (int i = 0; i < found; i++) {
-        const variant *v = &variants[order[i]];
-        if (count < room)
-            out[count++] = (ql_cuda_choice){.kernel = v->kernel, .parameter = device->properties.multiprocessors};
-    }
+    if (count > room) count = room;
+    for (int i = 0; i < count; i++) out[i] = ways[i].choice;
     return count;
 }
 

@@ -85,7 +85,8 @@ typedef struct ql_packed_params {
     const float *table;        /* [16], for QL_CODE_TABLE4 */
     const float *nested_table; /* [256], or NULL */
     const float *nested_absmax;
-    const int32_t *order; /* [k]: column j of the packed weight meets column order[j] of x; or NULL: as they are */
+    const int32_t *order;   /* [k]: column j of the packed weight meets column order[j] of x; or NULL: as they are */
+    const int32_t *inverse; /* [k]: inverse[order[j]] = j, or NULL likewise; 16-byte aligned */
     int64_t m, n, k, x_stride, bias_stride;
     int64_t group_size, groups, nested_blocksize;
     float nested_offset;

@@ -102,15 +102,17 @@ typedef struct ql_pack_params {
     int32_t format, code, scale_size, zero_offset; /* format: of the checkpoint; scale_size: in bytes */
 } ql_pack_params;
 
-enum { QL_ARRANGE_THREADS = 512, QL_ARRANGE_ALIGNMENT = 256 };
+/* ROWS: at a time, of ql_arrange_many. */
+enum { QL_ARRANGE_THREADS = 512, QL_ARRANGE_ALIGNMENT = 256, QL_ARRANGE_ROWS = 4 };
 
 /* x of 16 bit in the columns' order of a packed weight: out[m][j] = x[m][order[j]], or x[m][j] without an order; zeros from
- * k up to out_stride, a multiple of 8. ql_arrange_ordered takes k * 2 bytes of shared memory, rounded up to 16. */
+ * k up to out_stride, a multiple of 8. Grid and shared memory: src/cuda/arrange.c. ql_arrange_rows takes k of 16 bits. */
 typedef struct ql_arrange_params {
     void *out; /* [m, out_stride], 16-byte aligned */
     const void *x;
-    const int32_t *order; /* [k] in [0, k), or NULL */
+    const int32_t *order, *inverse; /* [k] in [0, k), inverse[order[j]] = j, 16-byte aligned; or NULL */
     int64_t m, k, x_stride, out_stride;
+    int32_t two_rows; /* of ql_arrange_rows: whether there is room for two */
 } ql_arrange_params;
 
 enum { QL_COPY_DIMS = 16 };

@@ -153,6 +153,10 @@ static __device__ __forceinline__ void store_shared_16(uint32_t address, uint4 v
                  : "memory");
 }
 
+static __device__ __forceinline__ void store_shared_8(uint32_t address, uint2 v) {
+    asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(v.x), "r"(v.y) : "memory");
+}
+
 static __device__ __forceinline__ void store_shared_2(uint32_t address, uint32_t v) {
     asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"((uint16_t)v) : "memory");
 }

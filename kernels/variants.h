@@ -174,6 +174,8 @@
     X(ql_w8a8_quantize, w8a8_quantize)                                                                                 \
     X(ql_arrange, arrange)                                                                                             \
     X(ql_arrange_ordered, arrange)                                                                                     \
+    X(ql_arrange_rows, arrange)                                                                                        \
+    X(ql_arrange_many, arrange)                                                                                        \
     X(ql_pack_codes, pack)                                                                                             \
     X(ql_pack_entries, pack)                                                                                           \
     X(ql_pack_order, pack)                                                                                             \

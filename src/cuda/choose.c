@@ -1,5 +1,6 @@
 #include "choose.h"
 
+#include "arrange.h"
 #include "decode.h"
 #include "memo.h"
 #include "mma.h"
@@ -61,25 +62,13 @@ static bool preferred(ql_cuda_choice *choice, int engine, const ql_cuda_device *
     return found;
 }
 
-/* What a row of arranged x takes: whole pieces of 16 bytes. */
-static int64_t arranged_stride(int64_t k) { return (k + 7) / 8 * 8; }
-
 /* Scratch is aligned to more than any engine asks for, so any such address stands for it. */
 static ql_packed_params arranged(const ql_packed_params *params) {
     ql_packed_params result = *params;
     result.x = (const void *)(uintptr_t)QL_ARRANGE_ALIGNMENT;
-    result.x_stride = arranged_stride(params->k);
-    result.order = NULL;
+    result.x_stride = ql_cuda_arranged_stride(params->k);
+    result.order = result.inverse = NULL;
     return result;
-}
-
-/* The bytes of x once it is arranged, a multiple of QL_ARRANGE_ALIGNMENT, or -1 where they do not fit int64. */
-static int64_t arranged_size(const ql_packed_params *params) {
-    int64_t bytes;
-    if (__builtin_mul_overflow(params->m, arranged_stride(params->k) * 2, &bytes) ||
-        __builtin_add_overflow(bytes, QL_ARRANGE_ALIGNMENT - 1, &bytes))
-        return -1;
-    return bytes - bytes % QL_ARRANGE_ALIGNMENT;
 }
 
 /* Plans the product with an engine; false where that does not take it, with x as it is or arranged. */
@@ -88,7 +77,7 @@ static bool plan_with(ql_cuda_plan *plan, const ql_cuda_product_engine *engine, 
     plan->arranged_bytes = 0;
     if (!engine->prepare(&plan->prepared, device, params, choice)) {
         const ql_packed_params taken = arranged(params);
-        plan->arranged_bytes = arranged_size(params);
+        plan->arranged_bytes = ql_cuda_arranged_bytes(params->m, params->k);
         if (plan->arranged_bytes < 0 || !engine->prepare(&plan->prepared, device, &taken, choice)) return false;
     }
     if (__builtin_add_overflow(plan->arranged_bytes, plan->prepared.scratch_bytes, &plan->scratch_bytes)) return false;
@@ -110,32 +99,10 @@ void ql_cuda_choose(ql_cuda_plan *plan, const ql_cuda_device *device, const ql_p
             return;
 }
 
-static int launch_arrange(const ql_cuda_guard *guard, void *stream, void *out, const ql_packed_params *params,
-                          char message[QL_CUDA_MESSAGE]) {
-    const ql_arrange_params p = {.out = out,
-                                 .x = params->x,
-                                 .order = params->order,
-                                 .m = params->m,
-                                 .k = params->k,
-                                 .x_stride = params->x_stride,
-                                 .out_stride = arranged_stride(params->k)};
-    ql_cuda_grid grid = {.y = 1, .threads = QL_ARRANGE_THREADS, .overlaps = true};
-    const int64_t row_bytes = (p.k * 2 + 15) / 16 * 16, pieces = p.m * (p.out_stride / 8);
-    const bool fits = row_bytes <= guard->properties->shared_bytes;
-    if (p.order && fits) {
-        grid.shared_bytes = (int)row_bytes;
-        grid.x = p.m < 4096 ? p.m : 4096;
-        return ql_cuda_launch(guard, QL_KERNEL_ql_arrange_ordered, stream, &grid, &p, message);
-    }
-    grid.x = (pieces + QL_ARRANGE_THREADS - 1) / QL_ARRANGE_THREADS;
-    grid.x = grid.x < 65536 ? grid.x : 65536;
-    return ql_cuda_launch(guard, QL_KERNEL_ql_arrange, stream, &grid, &p, message);
-}
-
 int ql_cuda_run(const ql_cuda_guard *guard, void *stream, ql_cuda_plan *plan, const ql_packed_params *params,
                 void *scratch, char message[QL_CUDA_MESSAGE]) {
     if (!plan->arranged_bytes) return plan->engine->launch(guard, stream, &plan->prepared, params->x, scratch, message);
-    if (launch_arrange(guard, stream, scratch, params, message) < 0) return -1;
+    if (ql_cuda_arrange(guard, stream, scratch, params, message) < 0) return -1;
     return plan->engine->launch(guard, stream, &plan->prepared, scratch, (char *)scratch + plan->arranged_bytes,
                                 message);
 }

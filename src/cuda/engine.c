@@ -145,6 +145,7 @@ static ql_packed_params packed_params(const ql_cuda_product *product) {
         .nested_table = packed->nested_table,
         .nested_absmax = packed->nested_absmax,
         .order = packed->order,
+        .inverse = packed->inverse,
         .m = product->m,
         .n = product->weight->n,
         .k = product->weight->k,

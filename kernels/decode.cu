@@ -18,6 +18,7 @@
 #include "cluster.cuh"
 #include "entries.cuh"
 #include "few_tokens.cuh"
+#include "order.cuh"
 #include "pairs.cuh"
 #include "ptx.cuh"
 #include "value.cuh"
@@ -47,10 +48,6 @@ static __device__ __forceinline__ void prefetch_tiles(const uint8_t *at, int til
 
 /* ---- x ---- */
 
-/* Rows of x begin with a line of shared memory, as copies to anywhere else take up to three times as long. What makes their
- * pieces of 16 bytes lie in different banks is that those of a line change places, by the row: the bits to change in a place. */
-#define TURN_OF(row) ((uint32_t)((row) % 8 * 16))
-
 /* The row of zeros is half a line off: its banks are those that pieces of up to four rows leave. */
 #define ZERO_ROW(p) ((p)->m * (p)->x_pitch + 64)
 
@@ -68,7 +65,7 @@ static __device__ __forceinline__ void copy_x(const ql_decode_params *p, bool ze
         at += (uint32_t)(row * p->x_pitch);
 #pragma unroll
         for (int i = 0; i < most; i++, from += rows * p->x_stride, at += (uint32_t)(rows * p->x_pitch))
-            if (row + i * rows < p->m) cp_async_16(at ^ TURN_OF(row + i * rows), from, bytes);
+            if (row + i * rows < p->m) cp_async_16(at ^ QL_DECODE_TURN(row + i * rows), from, bytes);
     }
 }
 
@@ -80,58 +77,13 @@ static __device__ __forceinline__ void wait_for_teams(int teams, int member) {
         named_barrier(member + 1, teams * 32);
 }
 
-/* Rows of x as they come, all their columns, into shared memory at `to`: by all threads. */
-static __device__ __forceinline__ void stage_x(const uint16_t *x, int m, int k, int x_stride, int x_pitch,
-                                               uint32_t to) {
+/* A row of x that pieces of 16 bytes do not meet; the host gives no more of them. A call, so that the loop of strips has its
+ * registers. */
+static __device__ __noinline__ void load_row(const uint16_t *x, int k, int x_at, int first, int columns) {
+    wait_for_previous_kernel();
 #pragma unroll 1
-    for (int column = (int)threadIdx.x * 8; column < k; column += (int)blockDim.x * 8) {
-        const int bytes = min((k - column) * 2, 16);
-#pragma unroll 1
-        for (int row = 0; row < m; row++)
-            cp_async_16(to + (uint32_t)(row * x_pitch + column * 2), x + row * x_stride + column, bytes);
-    }
-    cp_async_commit();
-    cp_async_wait(0);
-    __syncthreads();
-}
-
-/* Columns of another order, or of rows that pieces of 16 bytes do not meet: a thread takes eight neighbours of every row,
- * out of x as it lies in shared memory at stage_at, or where there is no room for that out of global memory. The order
- * belongs to the weight: its first part is loaded before the wait. A call, so that the loop of strips has its registers; it
- * takes values, as it could not read the kernel's parameters as constants. */
-static __device__ __noinline__ void gather_x(const uint16_t *x, const int32_t *order, int m, int k, int x_stride,
-                                             int x_pitch, int stage_at, int x_at, int first, int columns) {
-    const int inside = min(columns, k - first);
-    const bool staged = stage_at >= 0;
-    bool waited = false;
-#pragma unroll 1
-    for (int column = (int)threadIdx.x * 8; column < columns || !waited; column += (int)blockDim.x * 8) {
-        int from[8];
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            const int here = first + max(min(column + i, inside - 1), 0);
-            from[i] = order ? __ldg(order + here) : here;
-        }
-        if (!waited) {
-            wait_for_previous_kernel();
-            if (staged) {
-                stage_x(x, m, k, x_stride, x_pitch, shared_address(shared) + (uint32_t)stage_at);
-                x = (const uint16_t *)(shared + stage_at);
-                x_stride = x_pitch / 2;
-            }
-            waited = true;
-        }
-        if (column >= columns) continue;
-        const uint16_t *in_row = x;
-        uint32_t to = shared_address(shared) + (uint32_t)(x_at + column * 2);
-#pragma unroll 1
-        for (int row = 0; row < m; row++, in_row += x_stride, to += (uint32_t)x_pitch) {
-            __align__(16) uint16_t values[8];
-#pragma unroll
-            for (int i = 0; i < 8; i++) values[i] = column + i < inside ? in_row[from[i]] : (uint16_t)0;
-            store_shared_16(to ^ TURN_OF(row), *(const uint4 *)values);
-        }
-    }
+    for (int column = (int)threadIdx.x; column < columns; column += (int)blockDim.x)
+        *(uint16_t *)(shared + x_at + column * 2) = first + column < k ? x[first + column] : (uint16_t)0;
 }
 
 /* The row of zeros. */
@@ -157,13 +109,13 @@ static __device__ __forceinline__ ql_decode_x place_x(const ql_decode_params *p,
     if (tokens == 16) {
         /* Lanes 0-7 give the rows of a matrix, and so on: two of 8 columns each for tokens 0-7 and two for 8-15. */
         const int token = min(lane % 8 + lane / 16 * 8, p->m - 1);
-        x.row = at + (uint32_t)(token * p->x_pitch + (lane / 8 % 2 * 16 ^ (int)TURN_OF(token)));
+        x.row = at + (uint32_t)(token * p->x_pitch + (lane / 8 % 2 * 16 ^ (int)QL_DECODE_TURN(token)));
         return x;
     }
     /* Four of 8 columns each. Rows beyond m are doubles of the last. */
     const int here = lane % 8, token = min(slots == 2 ? here % 4 : here, p->m - 1);
     const int piece = lane / 8 * 16, zero = ZERO_ROW(p) + piece;
-    const int live = token * p->x_pitch + (piece ^ (int)TURN_OF(token));
+    const int live = token * p->x_pitch + (piece ^ (int)QL_DECODE_TURN(token));
     const bool second = slots == 2 && here >= 4;
     if (slots == 2 && code == QL_CODE_TABLE4) {
         x.row = place_of_both(at + (uint32_t)live, part, lane);
@@ -243,7 +195,7 @@ static __device__ __forceinline__ void sum_x(const ql_decode_params *p, int code
     const uint32_t ones[2] = {ONES(type), ONES(type)};
     const int row = lane % 16, here = lane / 4;
     at += (uint32_t)(min(row % tokens, p->m - 1) * p->x_pitch + row / tokens * run_k * 2);
-    at += (uint32_t)(lane / 16 * 16) ^ TURN_OF(lane);
+    at += (uint32_t)(lane / 16 * 16) ^ QL_DECODE_TURN(lane);
 #pragma unroll 1
     for (int i = 0; i < run_parts; i++, at += (uint32_t)(steps * 32)) {
         float sum[4] = {0}, odd[4] = {0};
@@ -443,6 +395,8 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     const int part = groups ? blocks / groups : blocks; /* blocks of a batch in one group */
     const int pairs = groups >= 2 ? groups / 2 : groups;
     const bool both = sides == 1 && groups >= 2;
+    /* Whether columns may be in another order. */
+    const bool ordered = QL_DECODE_ORDERED(code, tokens, groups);
     /* Elsewhere than on sm_90, and for 2 bit, of which the compiler asks for much at once, it wants for registers: there entries
      * of many groups are not asked for a batch ahead, and what can be found again is not kept. */
 #if __CUDA_ARCH__ == 900
@@ -502,6 +456,8 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                    shared_address(shared) + (uint32_t)p->x_at, warp, (int)(blockDim.x >> 5), 0, 1, lane);
         else
             copy_x(p, zeros, tokens, first * batch_k, count * batch_k, x_at, 0, 1, team, p->teams, lane);
+    } else if (ordered && p->stage_columns) {
+        ask_for_columns(p, shared_address(shared));
     }
     cp_async_commit();
 #pragma unroll
@@ -520,8 +476,11 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                       (int64_t)(block + (int)threadIdx.x * p->blocks) * 16 * p->scale_size);
     ql_decode_x x = place_x(p, code, tokens, slots, part, x_at, lane);
     if (!p->x_aligned) {
-        gather_x((const uint16_t *)p->x, p->product.order, p->m, p->k, p->x_stride, p->x_pitch, p->stage_at, p->x_at,
-                 first_batch * batch_k, p->block_batches * batch_k);
+        const int columns = p->block_batches * batch_k;
+        if (ordered && p->stage_columns)
+            move_columns(p, shared_address(shared), first_batch * batch_k, columns);
+        else
+            load_row((const uint16_t *)p->x, p->k, p->x_at, first_batch * batch_k, columns);
         if (zeros) clear_row(p);
     }
     cp_async_wait(0);

@@ -24,6 +24,15 @@ enum { QL_DECODE_PAIRS_BYTES = 65536 };
  * zeros (few_tokens.cuh). */
 #define QL_DECODE_ZEROS(code, tokens, groups) (QL_DECODE_SLOTS(tokens, groups) == 2 && (code) != QL_CODE_TABLE4)
 
+/* Whether a kernel knows columns in another order: weights with a table have none, and more tokens, or 8 groups of 3 bit, want the
+ * registers that it takes. */
+#define QL_DECODE_ORDERED(code, tokens, groups)                                                                        \
+    ((code) != QL_CODE_TABLE4 && (tokens) == 4 && ((code) != QL_CODE_INT3 || (groups) != 8))
+
+/* Rows of x begin with a line of shared memory, as copies to anywhere else take up to three times as long. What makes their
+ * pieces of 16 bytes lie in different banks is that those of a line change places, by the row: the bits to change in a place. */
+#define QL_DECODE_TURN(row) ((uint32_t)((row) % 8 * 16))
+
 /* A thread block is `teams` teams of `team_warps` warps. A team takes a strip and the block's part of K, its warps split
  * that in whole batches. The blocks of a cluster split K. Offsets and sizes are bytes of dynamic shared memory; where the
  * code is a table's, its tables (pairs.cuh) lie at 0. What is needed before the first loads comes first, in as few lines of the cache of
@@ -51,7 +60,6 @@ typedef struct ql_decode_params {
     int32_t ahead;          /* whether a warp's second batch is asked into the cache early; of 8 bit */
     int32_t scale_size;     /* bytes of one */
     int32_t group_shift;    /* log2 of the batches of a group, where it has one or more */
-    int32_t stage_at;       /* x as it comes, for columns in another order; where partials lie later; or -1 */
     int64_t hop_bytes;      /* of codes: from a team's strip to its next */
     int32_t teams, hop;     /* hop: blocks * teams */
     int32_t rounds;         /* strips of the team that has most */
@@ -62,6 +70,8 @@ typedef struct ql_decode_params {
     int32_t sums_at;        /* sums of x over each group's part in a batch, [parts][tokens of the kernel] fp32 */
     int32_t nested_shift;   /* log2(nested_blocksize) */
     int32_t exchange_at;    /* the parts of a cluster's blocks of the strips that a block owns */
+    int32_t stage_at;       /* for columns in another order (order.cuh), where partials lie later: places, then x */
+    int32_t stage_columns;  /* of it, or 0 */
     ql_packed_params product;
 } ql_decode_params;
 

@@ -234,9 +234,17 @@ def test_numbers_of_rows_that_share_a_choice():
 
 def test_rows_are_put_in_order_in_shared_memory_where_they_fit(server):
     assert "ql_arrange_ordered" in server.run(ordered, 64)
+    assert "ql_arrange_rows" in server.run(ordered, 600)
+    assert "ql_arrange_many" in server.run(ordered, 2048)
     longer = server.run(ordered, 64, 2**17)
     assert "ql_arrange" in longer
     assert not (BASE | {"ql_arrange_ordered"}) & set(longer)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_few_columns_are_put_in_order_by_the_product_itself(server, rows):
+    (kernel,) = server.run(ordered, rows)
+    assert kernel.startswith("ql_decode_int4_")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -27,13 +27,17 @@ def words(*shape):
     return torch.randint(-(2**31), 2**31, shape, dtype=torch.int64, device="cuda").to(torch.int32)
 
 
-def gptq(bits, group_size, scales=torch.float16, order=False):
+def shuffled(g_idx):
+    return g_idx[torch.randperm(len(g_idx), device="cuda")]
+
+
+def gptq(bits, group_size, scales=torch.float16, order=None):
     def make(N, K):
         size = K if group_size == -1 else group_size
         groups = -(-K // size)
         g_idx = torch.arange(K, device="cuda", dtype=torch.int32) // size
         if order:
-            g_idx = g_idx[torch.randperm(K, device="cuda")]
+            g_idx = order(g_idx)
         return qlinear.QuantLinear(
             words(-(-K * bits // 32), N),
             words(groups, -(-N * bits // 32)),
@@ -78,7 +82,7 @@ FORMATS = {
     "gptq4-g128": (gptq(4, 128), 8, 8),
     "gptq4-g32-fp32": (gptq(4, 32, torch.float32), 8, 8),
     "gptq4-g48-bf16": (gptq(4, 48, torch.bfloat16), 8, 8),
-    "gptq4-order": (gptq(4, 64, order=True), 64, 8),
+    "gptq4-order": (gptq(4, 64, order=shuffled), 64, 8),
     "gptq8-one": (gptq(8, -1), 4, 4),
     "gptq8-g128": (gptq(8, 128), 4, 4),
     "awq-g64": (awq(64), 8, 8),
@@ -145,6 +149,29 @@ def try_every_candidate(layer, dtype, rows):
 def test_every_candidate(form, dtype):
     sizes = [fitting(form, N, K) for N, K in ((272, 1152), (72, 320), (1000, 1088))]
     assert sum(try_every_candidate(form[0](N, K), dtype, packed_forms.ROWS) for N, K in sizes) >= 27
+
+
+# What g_idx becomes of one that has columns in order, in groups of 64.
+ORDERS = {
+    "same": lambda g_idx: g_idx,
+    "reversed": lambda g_idx: g_idx.flip(0),
+    "interleaved": lambda g_idx: g_idx.reshape(-1, 64).t().reshape(-1),
+    "random": shuffled,
+}
+
+
+@pytest.mark.parametrize("K", [1344, 4096, 14336, 28672, 53248, 70016])
+@pytest.mark.parametrize("order", ORDERS)
+def test_columns_in_another_order(order, K):
+    """In the product's own blocks, a row at a time, four at a time, and of rows too long for shared memory."""
+    torch.manual_seed(K)
+    layer = gptq(4, 64, order=ORDERS[order])(48, K)
+    oracle = Oracle(layer)
+    for m, dtype in itertools.product((1, 2, 4, 9, 130, 300, 1030), DTYPES):
+        for offset, pad in ((0, 0), (8, 8), (1, 3)):
+            x = torch.randn(offset + m * (K + pad), device="cuda").to(dtype)
+            x = x[offset:].as_strided((m, K), (K + pad, 1), offset)
+            oracle.check(x, layer(x))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -6,6 +6,11 @@
 
 enum { MOST_ROWS = 16, MOST_CLUSTER_SHIFT = 3, MOST_GROUPS = 8, UNWANTED = -1 };
 
+/* Elements of x of which each block does better to put columns in order itself than to wait for a kernel that does it once. On an
+ * H200, us in a chain, itself / after that kernel: 4096x6144 with 2 and 4 rows 6.1 / 6.9, 6.7 / 7.8; 8192x10240 with 1, 2 and 4
+ * rows 13.4 / 13.5, 14.2 / 13.7, 15.7 / 14.6; 8 bit 21.2 / 22.4, 22.0 / 22.4, 23.5 / 22.8. */
+enum { MOST_ORDERED = 16384 };
+
 /* A row of the table below by the most tokens of a kernel: 4, 8, 16 or 1. */
 #define TOKEN_TILE(tokens) ((tokens) == 1 ? 3 : (tokens) / 8)
 
@@ -55,6 +60,19 @@ static int take(int *at, int64_t bytes) {
     /* More than any block has, whatever else it takes. */
     *at = bytes > 1 << 24 || *at > 1 << 24 ? INT_MAX / 2 : start + (int)((bytes + 15) / 16 * 16);
     return start;
+}
+
+/* Where columns in another order pass through (order.cuh): eight a thread, as often as it takes or as there is room for. It
+ * begins with a line of memory, so that lines stay whole. at: the bytes of shared memory without it; returns those with it. */
+static int lay_stage(ql_decode_params *p, const ql_cuda_properties *gpu, int at) {
+    const int64_t columns = (int64_t)p->teams * p->team_warps * 32 * 8, bytes = columns * (4 + p->m * 2);
+    int end = (p->partials_at + 127) / 128 * 128;
+    const int64_t wanted = ql_ceil_div(p->k, columns), room = (gpu->shared_bytes - (int64_t)end) / bytes;
+    const int64_t times = wanted < room ? wanted : room;
+    if (times < 1) return at;
+    p->stage_columns = (int32_t)(times * columns);
+    p->stage_at = take(&end, times * bytes);
+    return end > at ? end : at;
 }
 
 /* Cuts a product for `warps` warps a team and clusters of 2^cluster_shift blocks; the bytes of shared memory that a block
@@ -126,12 +144,8 @@ static int cut(ql_decode_params *p, const ql_packed_params *product, const ql_cu
     p->flush_rounds = (int32_t)rounds;
     p->partials_bytes = two ? (int32_t)(rounds * round_bytes) : 0;
     p->partials_at = take(&at, rounds * round_bytes * (two ? 2 : 1));
-    const bool staged = product->order && is_aligned(product) && !cluster_shift;
-    p->stage_at = staged ? p->partials_at : -1;
-    int end = p->partials_at;
-    if (staged) take(&end, m * p->x_pitch);
-    if (end > at) at = end;
-    return at;
+    return product->order && is_aligned(product) && QL_DECODE_ORDERED(code, tokens, groups) ? lay_stage(p, gpu, at)
+                                                                                            : at;
 }
 
 static bool sizes_fit(const ql_packed_params *p) {
@@ -230,8 +244,9 @@ static bool prepare(ql_cuda_prepared *prepared, const ql_cuda_device *device, co
     ql_decode_params *params = &prepared->decode;
     const int bytes = cut(params, p, &device->properties, warps, cluster_shift);
     if (bytes > device->properties.shared_bytes) return false;
-    /* Columns out of global memory, one by one, are for one row. */
-    if (p->m > 1 && !params->x_aligned && params->stage_at < 0) return false;
+    /* Columns that are loaded one by one are for one row, and as they are. */
+    if (!params->x_aligned && !params->stage_columns && (p->m > 1 || p->order)) return false;
+    if (p->order && p->m * p->k > MOST_ORDERED) return false;
     prepared->kernel = (ql_cuda_kernel)kernel_of(&problem, p->nested_table != NULL);
     if (!device->kernels[prepared->kernel]) return false;
     prepared->grid = (ql_cuda_grid){.x = (int64_t)params->blocks << cluster_shift,

@@ -82,17 +82,25 @@ static __device__ __forceinline__ uint2 e4m3_run(const float *run, const ql_enco
     return e4m3_of_values(value);
 }
 
+/* 0xff in each of the bytes whose bit of four is set. */
+static __device__ __forceinline__ uint32_t bytes_of_bits(uint32_t four) {
+    return ((four & 15u) * 0x00204081u & 0x01010101u) * 0xffu;
+}
+
+/* The lowest byte of each of four words. */
+static __device__ __forceinline__ uint32_t low_bytes(const uint32_t *word) {
+    return __byte_perm(__byte_perm(word[0], word[1], 0x0040), __byte_perm(word[2], word[3], 0x0040), 0x5410);
+}
+
 /* Adding 1.5 * 2^23 leaves the sum's last place at 1: the addition itself rounds half to even. Values whose bit of `marked`
  * is set have code 0. */
 static __device__ __forceinline__ uint2 int8_run(const float *run, const ql_encoder *e, uint32_t marked) {
+    const uint32_t zeros = e->exact ? 0xffu : marked;
     uint32_t code[QL_RUN];
 #pragma unroll
-    for (int i = 0; i < QL_RUN; i++) {
-        float shifted = __fadd_rn(__fmul_rn(__fmul_rn(run[i], e->factor), e->scale), 0x1.8p23f);
-        code[i] = e->exact || (marked >> i & 1) ? 0 : __float_as_uint(shifted) & 0xffu;
-    }
-    return make_uint2(code[0] | code[1] << 8 | code[2] << 16 | code[3] << 24,
-                      code[4] | code[5] << 8 | code[6] << 16 | code[7] << 24);
+    for (int i = 0; i < QL_RUN; i++)
+        code[i] = __float_as_uint(__fadd_rn(__fmul_rn(__fmul_rn(run[i], e->factor), e->scale), 0x1.8p23f));
+    return make_uint2(low_bytes(code) & ~bytes_of_bits(zeros), low_bytes(code + 4) & ~bytes_of_bits(zeros >> 4));
 }
 
 /* The larger magnitudes of eight 16-bit values' even and of their odd ones, as bits. */

@@ -168,12 +168,13 @@ static __device__ __forceinline__ void add_chains(float (*sum)[4], int tiles) {
 /* ---- outliers ---- */
 
 /* sums += W x over the marked columns of a chunk, which are kept in 16 bit as x has them. x: the kept row of token 0, at
- * the lane's columns of the chunk. */
+ * the lane's columns of the chunk. steps: bits 4 i to 4 i + 3: whether columns of the i-th product are marked; few are. */
 static __device__ __forceinline__ void multiply_kept(float (*sums)[4], const uint4 w[2], const uint8_t *x, int m,
-                                                     int tiles, int type) {
+                                                     uint32_t steps, int tiles, int type) {
     const int lane = (int)threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
+        if (!(steps >> 4 * i & 15)) continue;
         uint32_t a[4];
         operand_of_int8(a, word_of(w[0], i), word_of(w[1], i), type);
 #pragma unroll
@@ -216,25 +217,28 @@ static __device__ __forceinline__ void multiply_pieces(float sum[4], const ql_w8
     }
 }
 
+/* The bits of the lane's columns of a chunk. */
+static __device__ __forceinline__ uint32_t marked_of_lane(uint2 mask) {
+    const int lane = (int)threadIdx.x % 32;
+    return (lane % 4 < 2 ? mask.x : mask.y) >> lane % 2 * 16 & 0xffffu;
+}
+
 /* Which of the two. */
 static __device__ __forceinline__ void multiply_outliers(float (*sums)[4], const ql_w8a8_decode_params *p,
-                                                         const uint4 w[2], int place, int64_t col, uint32_t marked,
+                                                         const uint4 w[2], int place, int64_t col, uint2 mask,
                                                          int tiles) {
     const int lane = (int)threadIdx.x % 32, own = lane % 4 * 16, m = (int)p->product.m;
+    const uint32_t steps = mask.x | mask.y | (mask.x | mask.y) >> 16;
     if (place != NOT_KEPT && p->product.x_type == QL_VALUE_F16) {
-        multiply_kept(sums, w, kept_at(p, place, 0, 0) + own * 2, m, tiles, QL_VALUE_F16);
+        multiply_kept(sums, w, kept_at(p, place, 0, 0) + own * 2, m, steps, tiles, QL_VALUE_F16);
     } else if (place != NOT_KEPT && p->product.x_type == QL_VALUE_BF16) {
-        multiply_kept(sums, w, kept_at(p, place, 0, 0) + own * 2, m, tiles, QL_VALUE_BF16);
+        multiply_kept(sums, w, kept_at(p, place, 0, 0) + own * 2, m, steps, tiles, QL_VALUE_BF16);
     } else {
+        const uint32_t marked = marked_of_lane(mask);
 #pragma unroll
         for (int tile = 0; tile < tiles; tile++)
             multiply_pieces(sums[tile], p, w, place, min(tile * 8 + lane / 4, m - 1), col, own, marked);
     }
-}
-
-/* 0xff in each of the bytes whose bit of four is set. */
-static __device__ __forceinline__ uint32_t bytes_of_bits(uint32_t four) {
-    return ((four & 15u) * 0x00204081u & 0x01010101u) * 0xffu;
 }
 
 /* ---- a strip ---- */
@@ -265,26 +269,39 @@ static __device__ __forceinline__ void store_output(const ql_w8a8_params *p, int
     if (row < p->n) store_value(p->out, p->out_type, token * p->n + row, value + bias);
 }
 
-/* The sum of a token and row over the team's warps, scaled. */
-static __device__ __forceinline__ float output_of(const ql_w8a8_decode_params *p, int code, bool groups, int tokens,
-                                                  int at, int token, float row_scale, bool has_outliers) {
-    const uint32_t *from = (const uint32_t *)(shared + p->sums_at) + at + token * QL_W8A8_SUMS_PITCH;
-    const int step = (int)p->product.m * QL_W8A8_SUMS_PITCH,
-              other = p->teams * p->warps * QL_W8A8_SUMS_BUFFERS(tokens) * step;
-    if (code == QL_W8A8_INT8) {
-        int64_t whole = 0;
-        float sum = 0.0f;
-#pragma unroll 8
-        for (int warp = 0; warp < p->warps; warp++) whole += (int32_t)from[warp * step];
-        if (has_outliers)
-#pragma unroll 4
-            for (int warp = 0; warp < p->warps; warp++) sum += __uint_as_float(from[other + warp * step]);
-        const float scale = row_scale * (1.0f / 127.0f);
-        return (float)whole * (1.0f / 127.0f) * scale * scales_of(p)[token] + sum * scale;
-    }
+/* The warp's sums of int8 become fp32 in the units of outliers, with these on top. */
+static __device__ __forceinline__ void add_outliers(ql_w8a8_sums *s, const ql_w8a8_decode_params *p, int tiles) {
+    const int token = (int)threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int tile = 0; tile < tiles; tile++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float scale = scales_of(p)[tile * 8 + token + i % 2] * (1.0f / 127.0f);
+            s->whole[tile][i] = __float_as_int(__fmaf_rn((float)s->whole[tile][i], scale, s->outliers[tile][i]));
+        }
+}
+
+static __device__ __forceinline__ float sum_of_warps(const uint32_t *from, int warps, int step) {
     float sum = 0.0f;
 #pragma unroll 8
-    for (int warp = 0; warp < p->warps; warp++) sum += __uint_as_float(from[warp * step]);
+    for (int warp = 0; warp < warps; warp++) sum += __uint_as_float(from[warp * step]);
+    return sum;
+}
+
+/* The sum of a token and row over the team's warps, scaled. */
+static __device__ __forceinline__ float output_of(const ql_w8a8_decode_params *p, int code, bool groups, int at,
+                                                  int token, float row_scale, bool has_outliers) {
+    const uint32_t *from = (const uint32_t *)(shared + p->sums_at) + at + token * QL_W8A8_SUMS_PITCH;
+    const int step = (int)p->product.m * QL_W8A8_SUMS_PITCH;
+    if (code == QL_W8A8_INT8) {
+        const float scale = row_scale * (1.0f / 127.0f);
+        if (has_outliers) return sum_of_warps(from, p->warps, step) * scale;
+        int64_t whole = 0;
+#pragma unroll 8
+        for (int warp = 0; warp < p->warps; warp++) whole += (int32_t)from[warp * step];
+        return (float)whole * (1.0f / 127.0f) * scale * scales_of(p)[token];
+    }
+    const float sum = sum_of_warps(from, p->warps, step);
     return groups ? sum : sum * scales_of(p)[token] * row_scale;
 }
 
@@ -340,11 +357,12 @@ static __device__ __forceinline__ void multiply_slot(ql_w8a8_sums *s, const ql_w
         const uint2 mask =
             has_outliers ? *(const uint2 *)(shared + p->mask_at + (col + half * 64) / 8) : make_uint2(0, 0);
         if (mask.x | mask.y) {
-            const uint32_t marked = (lane % 4 < 2 ? mask.x : mask.y) >> lane % 2 * 16 & 0xffffu;
+            const uint32_t marked = marked_of_lane(mask);
             const int place = shared[p->places_at + col / 64 + half];
-            multiply_outliers(s->outliers, p, w, place, first + own_col, marked, tiles);
+            multiply_outliers(s->outliers, p, w, place, first + own_col, mask, tiles);
+            /* Codes that the block made are 0 there. */
 #pragma unroll
-            for (int tile = 0; tile < tiles; tile++) {
+            for (int tile = 0; tokens != QL_W8A8_OWN_TOKENS && tile < tiles; tile++) {
                 x[tile].x &= ~bytes_of_bits(marked);
                 x[tile].y &= ~bytes_of_bits(marked >> 4);
                 x[tile].z &= ~bytes_of_bits(marked >> 8);
@@ -432,10 +450,6 @@ static __device__ __forceinline__ void product(const ql_w8a8_decode_params *p, i
             quantize_own_groups(&held, p, tokens);
         else
             has_outliers &= quantize_own_rows(&held, p, code);
-        if (has_outliers) {
-            place_outliers(p);
-            keep_own_outliers(&held, p);
-        }
     } else {
         ql_held held;
         hold_codes(&held, p, groups, tokens, first);
@@ -481,19 +495,17 @@ static __device__ __forceinline__ void product(const ql_w8a8_decode_params *p, i
         if (code == QL_W8A8_E4M3 && !groups) add_chains(s.sum, tiles);
 #pragma unroll
         for (int i = 0; i < tiles * 4; i++) s.whole[i / 4][i % 4] += s.whole[tiles + i / 4][i % 4];
+        if (code == QL_W8A8_INT8 && has_outliers) add_outliers(&s, p, tiles);
 #pragma unroll
-        for (int tile = 0; tile < tiles; tile++) {
+        for (int tile = 0; tile < tiles; tile++)
             store_sums(p, at + warp * size,
                        code == QL_W8A8_INT8 ? (const uint32_t *)s.whole[tile] : (const uint32_t *)s.sum[tile], tile,
                        lane);
-            if (code == QL_W8A8_INT8 && has_outliers)
-                store_sums(p, at + (buffers * all + warp) * size, (const uint32_t *)s.outliers[tile], tile, lane);
-        }
         meet_team(p, team);
         const float *outputs = outputs_of(p) + (round * p->teams + team) * STRIP + output % 16;
         const float row_scale = groups ? 1.0f : outputs[0], bias = product->bias ? outputs[p->outputs] : 0.0f;
         for (int token = output / 16; token < m; token += p->warps * 2) {
-            const float value = output_of(p, code, groups, tokens, at + output % 16, token, row_scale, has_outliers);
+            const float value = output_of(p, code, groups, at + output % 16, token, row_scale, has_outliers);
             if (own || p->cluster == 1) {
                 store_output(product, token, row, value, bias);
                 continue;

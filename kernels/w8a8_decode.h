@@ -56,7 +56,7 @@ typedef struct ql_w8a8_decode_params {
     int32_t marked_at;      /* how many chunks are marked */
     int32_t most_at;        /* magnitudes [QL_W8A8_OWN_HELD, warps of the block] */
     int32_t encoders_at;    /* 16 bytes [m] */
-    int32_t sums_at;        /* [buffers, warps of the block, m, QL_W8A8_SUMS_PITCH], for int8 once more for outliers */
+    int32_t sums_at;        /* [buffers, warps of the block, m, QL_W8A8_SUMS_PITCH] */
     int32_t exchange_at;    /* fp32 [rounds of this block, teams, cluster, m, 16] */
 } ql_w8a8_decode_params;
 

@@ -74,7 +74,13 @@ static __device__ __forceinline__ uint32_t *magnitudes_of(const ql_w8a8_decode_p
     return (uint32_t *)(shared + p->most_at);
 }
 
-/* Leaves the magnitudes of the warp's pieces, without outliers; whether the thread has any of these. */
+static __device__ __forceinline__ void clear_own_mask(const ql_w8a8_decode_params *p) {
+    uint32_t *mask = (uint32_t *)(shared + p->mask_at);
+    for (int i = (int)threadIdx.x; i < p->span / 32; i += (int)blockDim.x) mask[i] = 0;
+}
+
+/* Leaves the magnitudes of the warp's pieces, without outliers, and marks the columns of these; whether the thread has
+ * any. */
 static __device__ __forceinline__ bool leave_magnitudes(const ql_own_values *held, const ql_w8a8_decode_params *p,
                                                         int code) {
     const ql_w8a8_quantize_params *q = &p->quantize;
@@ -82,36 +88,21 @@ static __device__ __forceinline__ bool leave_magnitudes(const ql_own_values *hel
     bool found = false;
 #pragma unroll
     for (int i = 0; i < QL_W8A8_OWN_HELD; i++) {
-        if (held_place(p, i).token >= (int)q->m) break;
+        const ql_held_place at = held_place(p, i);
+        if (at.token >= (int)q->m) break;
         uint32_t most = widened(larger_of(pair_magnitude(held->bytes[i])), q->x_type);
         if (code == QL_W8A8_INT8 && most >= limit) {
             float run[QL_RUN];
             unpack_run(run, held->bytes[i], q->x_type);
             const uint32_t marked = outliers_of(run, limit);
             most = inlier_magnitude(0, run, marked);
+            if (marked) atomicOr((uint32_t *)(shared + p->mask_at) + at.piece / 4, marked << at.piece % 4 * 8);
             found |= marked != 0;
         }
         most = __reduce_max_sync(ALL_LANES, most);
         if (threadIdx.x % 32 == 0) magnitudes_of(p)[(i * (int)blockDim.x + (int)threadIdx.x) / 32] = most;
     }
     return found;
-}
-
-/* The mask of the columns of outliers. The whole block is here. */
-static __device__ __forceinline__ void mark_own_outliers(const ql_own_values *held, const ql_w8a8_decode_params *p) {
-    uint32_t *mask = (uint32_t *)(shared + p->mask_at);
-    for (int i = (int)threadIdx.x; i < p->span / 32; i += (int)blockDim.x) mask[i] = 0;
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < QL_W8A8_OWN_HELD; i++) {
-        const ql_held_place at = held_place(p, i);
-        if (at.token >= (int)p->quantize.m) break;
-        float run[QL_RUN];
-        unpack_run(run, held->bytes[i], p->quantize.x_type);
-        const uint32_t marked = outliers_of(run, outlier_limit(p->quantize.threshold));
-        if (marked) atomicOr(mask + at.piece / 4, marked << at.piece % 4 * 8);
-    }
-    __syncthreads();
 }
 
 static __device__ __forceinline__ ql_encoder *encoders_of(const ql_w8a8_decode_params *p) {
@@ -138,12 +129,27 @@ static __device__ __forceinline__ void make_encoders(const ql_w8a8_decode_params
         code == QL_W8A8_INT8 ? int8_encoder(most) : e4m3_encoder(scale, most, q->mode != QL_W8A8_TOKEN);
 }
 
+/* What outliers of a piece were, if the chunk is one of those kept. */
+static __device__ __forceinline__ void keep_own_outliers(const ql_w8a8_decode_params *p, ql_held_place at, uint4 bytes,
+                                                         uint32_t marked) {
+    const int place = shared[p->places_at + at.piece / 8];
+    if (place == NOT_KEPT) return;
+    uint32_t word[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
+#pragma unroll
+    for (int j = 0; j < 4; j++) word[j] &= (marked >> 2 * j & 1) * 0xffffu | (marked >> (2 * j + 1) & 1) * 0xffff0000u;
+    *(uint4 *)(kept_at(p, place, 0, at.token) + at.piece % 8 * 16) = make_uint4(word[0], word[1], word[2], word[3]);
+}
+
 /* Scales of whole rows, or of all of x; whether there are outliers. */
 static __device__ __forceinline__ bool quantize_own_rows(const ql_own_values *held, const ql_w8a8_decode_params *p,
                                                          int code) {
+    if (code == QL_W8A8_INT8 && p->product.outliers) {
+        clear_own_mask(p);
+        __syncthreads();
+    }
     const bool found = __syncthreads_or(leave_magnitudes(held, p, code));
-    if (code == QL_W8A8_INT8 && found) mark_own_outliers(held, p);
     if (threadIdx.x < 32) make_encoders(p, code);
+    if (code == QL_W8A8_INT8 && found && threadIdx.x + 32 >= blockDim.x) place_chunks(p);
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < QL_W8A8_OWN_HELD; i++) {
@@ -155,29 +161,13 @@ static __device__ __forceinline__ bool quantize_own_rows(const ql_own_values *he
             store_own_e4m3(p, at, own_e4m3(held->bytes[i], p->quantize.x_type, &e));
             continue;
         }
+        const uint32_t marked = found ? shared[p->mask_at + at.piece] : 0;
         float run[QL_RUN];
         unpack_run(run, held->bytes[i], p->quantize.x_type);
-        store_own_int8(p, at, int8_run(run, &e, found ? shared[p->mask_at + at.piece] : 0));
+        store_own_int8(p, at, int8_run(run, &e, marked));
+        if (found) keep_own_outliers(p, at, held->bytes[i], marked);
     }
     return found;
-}
-
-/* As keep_outliers, from what is held. */
-static __device__ __forceinline__ void keep_own_outliers(const ql_own_values *held, const ql_w8a8_decode_params *p) {
-#pragma unroll
-    for (int i = 0; i < QL_W8A8_OWN_HELD; i++) {
-        const ql_held_place at = held_place(p, i);
-        if (at.token >= (int)p->product.m) break;
-        if (at.piece >= p->span / QL_RUN) continue;
-        const int place = shared[p->places_at + at.piece / 8];
-        if (place == NOT_KEPT) continue;
-        const uint32_t marked = shared[p->mask_at + at.piece];
-        uint32_t word[4] = {held->bytes[i].x, held->bytes[i].y, held->bytes[i].z, held->bytes[i].w};
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-            word[j] &= (marked >> 2 * j & 1) * 0xffffu | (marked >> (2 * j + 1) & 1) * 0xffff0000u;
-        *(uint4 *)(kept_at(p, place, 0, at.token) + at.piece % 8 * 16) = make_uint4(word[0], word[1], word[2], word[3]);
-    }
 }
 
 #endif

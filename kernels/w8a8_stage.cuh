@@ -104,28 +104,30 @@ static __device__ __forceinline__ void copy_activations(const ql_held *held, con
 
 /* ---- what outliers were ---- */
 
-/* The place of each chunk of 64 columns that has marked ones among those kept in shared memory, NOT_KEPT of others; how
- * many chunks are marked. The whole block is here, and the mask complete. */
+/* The place of each chunk of 64 columns that has marked ones among those kept in shared memory, NOT_KEPT of others, and how
+ * many chunks are marked: by one warp, when the mask is complete. */
 enum { NOT_KEPT = 255 };
-static __device__ __forceinline__ int place_outliers(const ql_w8a8_decode_params *p) {
-    int *count = (int *)(shared + p->marked_at);
+static __device__ __forceinline__ void place_chunks(const ql_w8a8_decode_params *p) {
     const uint2 *mask = (const uint2 *)(shared + p->mask_at);
-    if (threadIdx.x < 32) {
-        int before = 0;
-        for (int base = 0; base < p->span / 64; base += 32) {
-            const int chunk = base + (int)threadIdx.x;
-            const bool marked = chunk < p->span / 64 && (mask[chunk].x | mask[chunk].y);
-            const uint32_t all = __ballot_sync(ALL_LANES, marked);
-            const int place = before + __popc(all & ((1u << threadIdx.x) - 1));
-            if (chunk < p->span / 64)
-                shared[p->places_at + chunk] = marked && place < p->kept ? (uint8_t)place : NOT_KEPT;
-            if (marked && place < p->kept) ((uint16_t *)(shared + p->chunks_at))[place] = (uint16_t)chunk;
-            before += __popc(all);
-        }
-        if (threadIdx.x == 0) *count = before;
+    const int lane = (int)threadIdx.x % 32;
+    int before = 0;
+    for (int base = 0; base < p->span / 64; base += 32) {
+        const int chunk = base + lane;
+        const bool marked = chunk < p->span / 64 && (mask[chunk].x | mask[chunk].y);
+        const uint32_t all = __ballot_sync(ALL_LANES, marked);
+        const int place = before + __popc(all & ((1u << lane) - 1));
+        if (chunk < p->span / 64) shared[p->places_at + chunk] = marked && place < p->kept ? (uint8_t)place : NOT_KEPT;
+        if (marked && place < p->kept) ((uint16_t *)(shared + p->chunks_at))[place] = (uint16_t)chunk;
+        before += __popc(all);
     }
+    if (lane == 0) *(int *)(shared + p->marked_at) = before;
+}
+
+/* How many chunks are marked. The whole block is here, and the mask complete. */
+static __device__ __forceinline__ int place_outliers(const ql_w8a8_decode_params *p) {
+    if (threadIdx.x < 32) place_chunks(p);
     __syncthreads();
-    return *count;
+    return *(const int *)(shared + p->marked_at);
 }
 
 /* Pieces of 16 bit that a value is the sum of. */

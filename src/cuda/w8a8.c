@@ -17,6 +17,7 @@ enum {
     LEAST_SLOTS = 2,
     EARLY_SLOTS = 4,
     KEPT_CHUNKS = 8,
+    FEW_WARPS = 8,        /* of a team: fewer than these */
     NARROW_VALUES = 8192, /* of x, at most, where a block has half of its threads */
     ALIGNMENT = 256       /* of parts of scratch */
 };
@@ -197,7 +198,6 @@ static int64_t cut(ql_w8a8_decode_params *p, const ql_cuda_w8a8 *product, const 
                    int warps, int cluster) {
     const int64_t m = product->params.m, tokens = own ? QL_W8A8_OWN_TOKENS : 16,
                   groups = ql_ceil_div(product->params.k, QL_W8A8_GROUP);
-    const int64_t planes = product->params.code == QL_W8A8_INT8 ? 2 : 1;
     const int64_t pieces = product->params.x_type == QL_VALUE_F32 ? 3 : 1;
     const int64_t room = gpu->multiprocessors / cluster;
     if (room < 1) return -1;
@@ -233,7 +233,7 @@ static int64_t cut(ql_w8a8_decode_params *p, const ql_cuda_w8a8 *product, const 
     p->marked_at = take(&at, has_mask(product) ? 4 : 0);
     p->most_at = take(&at, own ? QL_W8A8_OWN_HELD * all * 4 : 0);
     p->encoders_at = take(&at, own ? m * 16 : 0);
-    p->sums_at = take(&at, QL_W8A8_SUMS_BUFFERS(tokens) * all * m * QL_W8A8_SUMS_PITCH * 4 * planes);
+    p->sums_at = take(&at, QL_W8A8_SUMS_BUFFERS(tokens) * all * m * QL_W8A8_SUMS_PITCH * 4);
     p->exchange_at = take(&at, cluster > 1 ? ql_ceil_div(p->rounds, cluster) * p->teams * cluster * m * 64 : 0);
     p->outputs_at = take(&at, (int64_t)p->outputs * 8);
     p->ring_scales_at = take(&at, by_groups(product) ? all * QL_W8A8_MOST_SLOTS * QL_W8A8_STRIP * 4 : 0);
@@ -248,7 +248,8 @@ static int64_t cut(ql_w8a8_decode_params *p, const ql_cuda_w8a8 *product, const 
 }
 
 /* The way whose warps walk fewest slots, where the multiprocessors share strips; of equal ones the one with most teams, as
- * these meet least often. Warps of a team plus 32 times the cluster, or 0 where there is no way. */
+ * these meet least often. Where blocks quantize x themselves a meeting takes 0.07 of a slot for each warp, and a few warps
+ * are long at a strip if it is their only one. Warps of a team plus 32 times the cluster, or 0 where there is no way. */
 static int weigh_ways(const ql_cuda_device *device, const ql_cuda_w8a8 *product, bool own) {
     static const int widths[] = {16, 15, 14, 13, 12, 10, 8, 7, 6, 5, 4, 3, 2, 1};
     /* An exchange more, and of larger clusters fewer fit. */
@@ -264,7 +265,9 @@ static int weigh_ways(const ql_cuda_device *device, const ql_cuda_w8a8 *product,
             /* Each block has a part of K. */
             if (widths[i] > groups || groups * (cluster - 1) >= all) continue;
             if (cut(&p, product, &device->properties, own, widths[i], cluster) < 0) continue;
-            const int64_t steps = (int64_t)p.rounds * p.batches * weight[cluster] + (p.slots < 4 ? 4 : 0);
+            if (own && widths[i] < FEW_WARPS && all >= FEW_WARPS && p.rounds == 1) continue;
+            const int64_t meeting = own ? widths[i] * 11 : 0;
+            const int64_t steps = p.rounds * (p.batches * weight[cluster] * 20 + meeting) + (p.slots < 4 ? 80 : 0);
             const int64_t cost = steps * 64 + widths[i];
             if (cost >= least) continue;
             least = cost;

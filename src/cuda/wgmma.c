@@ -74,7 +74,7 @@ static double pace(const variant *v) {
 }
 
 /* What a product takes, in ns: a model of an H200 that tells ways to run it from each other, without the time that all of
- * them take, fitted to some 1700 products. The weight comes at 4200 bytes a ns; a tile ends in outputs. Ranges that share
+ * them take, fitted to some 1400 products. The weight comes at 4200 bytes a ns; a tile ends in outputs. Ranges that share
  * a tile leave each other sums, which is dear; dearer where they do not begin and end with tiles: then thread blocks are at
  * different places of K as well, and where the second-level cache does not hold what they share, they read it again. */
 static double cost(const variant *v, const ql_cuda_problem *p, int64_t blocks) {

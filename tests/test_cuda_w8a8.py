@@ -255,10 +255,10 @@ def test_codes_and_scales_are_those_of_the_cpu(kind, dtype):
         x = numbers(M, K).to(dtype)
         layer = picking(kind, K)
         expected, out = layer(x), layer.cuda()(x.cuda()).cpu()
-        # What outliers give is x itself, but for the order of fp32's roundings. Where there are any, blocks that
-        # quantize a few rows themselves scale each warp's sum before they add it to others': fp32 outputs show that.
+        # What outliers give is x itself, but for the order of fp32's roundings. Where there are any, the kernels for up
+        # to 16 rows scale each warp's sum before they add it to others': fp32 outputs show that everywhere.
         marked = (x.abs() >= 6).any(0) & (kind == "int8")
-        if not (marked.any() and M <= 8 and dtype == torch.float32):
+        if not (marked.any() and M <= 16 and dtype == torch.float32):
             assert torch.equal(out[:, ~marked], expected[:, ~marked]), M
         assert ((out - expected).abs() <= (2 * UNIT[dtype] + 2.0**-20) * expected.abs() + 1e-37).all(), M
 

@@ -39,15 +39,6 @@ static __device__ __forceinline__ float value_of(uint32_t q, const entry *e, con
     return number * e->scale;
 }
 
-static __device__ __forceinline__ uint32_t packed_16(float first, float second, int type) {
-    if (type == QL_VALUE_F16) {
-        const __half2 both = __floats2half2_rn(first, second);
-        return *(const uint32_t *)&both;
-    }
-    const __nv_bfloat162 both = __floats2bfloat162_rn(first, second);
-    return *(const uint32_t *)&both;
-}
-
 /* Columns [col, col + 2) of a row, which is inside, in fp32. */
 static __device__ __forceinline__ void store_floats(const ql_linear_params *p, int64_t row, int64_t col, float first,
                                                     float second) {
@@ -126,7 +117,7 @@ static __device__ __forceinline__ void decode_tile(uint32_t *rows, const ql_line
             const float first = value_of(pair & 0xffffu, &entries[h], table, code),
                         second = value_of(pair >> 16, &entries[h], table, code);
             if (!floats)
-                rows[(g + 8 * h) * PITCH(code) + c / 2] = packed_16(first, second, p->out_type);
+                rows[(g + 8 * h) * PITCH(code) + c / 2] = round16_pair(first, second, p->out_type);
             else if (row + g + 8 * h < p->n)
                 store_floats(p, row + g + 8 * h, col + c, first, second);
         }

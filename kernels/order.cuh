@@ -111,7 +111,7 @@ static __device__ __forceinline__ void move_columns(const ql_decode_params *p, u
     for (int column = max(p->k - first, 0) + (int)threadIdx.x; column < columns; column += (int)blockDim.x)
 #pragma unroll 1
         for (int row = 0; row < p->m; row++)
-            store_shared_2(base + (uint32_t)(p->x_at + row * p->x_pitch + (column * 2 ^ row % 8 * 16)), 0);
+            store_shared_2(base + (uint32_t)(p->x_at + row * p->x_pitch + (column * 2 ^ (int)QL_DECODE_TURN(row))), 0);
 }
 
 #endif

@@ -210,8 +210,7 @@ static __device__ __forceinline__ void ask_for_x(const ql_streamk_params *q, uin
         copy_box(stage + box * BOX_K * k.tokens * 2, q->x_map, block * k.stage_k + box * BOX_K, token, full);
 }
 
-static __device__ __forceinline__ void copy_stages(const ql_streamk_params *q, uint32_t base, walk w, bool codes,
-                                                   bool x, shape k) {
+static __device__ __forceinline__ void copy_stages(const ql_streamk_params *q, uint32_t base, walk w, bool x, shape k) {
     ring r = {0, 1};
     if (x) wait_for_previous_kernel();
     do {
@@ -220,8 +219,10 @@ static __device__ __forceinline__ void copy_stages(const ql_streamk_params *q, u
 #pragma unroll 1
         for (int block = w.first; block < w.end; block++) {
             barrier_wait(base + 8 * r.slot + EMPTY, r.parity);
-            if (codes) ask_for_codes(q, base, r.slot, row_tile, block, k);
-            if (x) ask_for_x(q, base, r.slot, token_tile, block, k);
+            if (x)
+                ask_for_x(q, base, r.slot, token_tile, block, k);
+            else
+                ask_for_codes(q, base, r.slot, row_tile, block, k);
             advance(&r, q->stages);
         }
     } while (next_tile(&w, q, k));

@@ -323,8 +323,8 @@ static __device__ __forceinline__ void feed(const ql_streamk_params *q, uint32_t
         feed_planes(q, base, w, warp, k);
         return;
     }
-    if (warp == 0 && is_elected()) copy_stages(q, base, w, true, false, k);
-    if (warp == 1 && is_elected()) copy_stages(q, base, w, false, true, k);
+    if (warp == 0 && is_elected()) copy_stages(q, base, w, false, k);
+    if (warp == 1 && is_elected()) copy_stages(q, base, w, true, k);
     if (warp == 2 && k.groups) copy_entries(q, base, w, k);
     if (warp == 3) {
         start_next_kernel();

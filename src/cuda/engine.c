@@ -273,22 +273,10 @@ int ql_cuda_copy(const ql_cuda_place *place, void *out, const void *from, ql_dty
     return ql_cuda_launch_alone(place, QL_KERNEL_ql_copy, &grid, &p, message);
 }
 
-/* Who makes a matrix of the weight; *grid becomes its grid where it is not a thread an element. */
-static ql_cuda_kernel dequantize_kernel(ql_cuda_grid *grid, const ql_weight *weight) {
-    if (weight->format != QL_FORMAT_PACKED || weight->packed.inverse || ql_cuda_base_wanted())
-        return QL_KERNEL_ql_dequantize;
-    const int code = weight->packed.spec.code, warps = QL_LINEAR_THREADS / 32;
-    const int64_t tiles = ql_ceil_div(weight->n, QL_STRIP) * ql_ceil_div(weight->k, QL_TILE_K(code));
-    const int64_t blocks = ql_ceil_div(tiles, warps);
-    if (blocks < grid->x) grid->x = blocks;
-    switch (code) {
-    case QL_CODE_INT2: return QL_KERNEL_ql_dequantize_int2;
-    case QL_CODE_INT3: return QL_KERNEL_ql_dequantize_int3;
-    case QL_CODE_INT4: return QL_KERNEL_ql_dequantize_int4;
-    case QL_CODE_INT8: return QL_KERNEL_ql_dequantize_int8;
-    default: return QL_KERNEL_ql_dequantize_table4;
-    }
-}
+/* By code: who makes a matrix of a packed weight whose columns are in order. */
+#define ENTRY(name, source, code) [code] = QL_KERNEL_##name,
+static const ql_cuda_kernel dequantizers[QL_CODE_COUNT] = {QL_DEQUANTIZE_VARIANTS(ENTRY)};
+#undef ENTRY
 
 int ql_cuda_dequantize(const ql_cuda_place *place, void *out, ql_dtype dtype, const ql_weight *weight,
                        char message[QL_CUDA_MESSAGE]) {
@@ -296,6 +284,13 @@ int ql_cuda_dequantize(const ql_cuda_place *place, void *out, ql_dtype dtype, co
     p.out = out;
     p.out_type = (int32_t)dtype;
     if (weight->n == 0) return 0;
-    ql_cuda_grid grid = elements_of(weight->n * weight->k);
-    return ql_cuda_launch_alone(place, dequantize_kernel(&grid, weight), &grid, &p, message);
+    ql_cuda_kernel kernel = QL_KERNEL_ql_dequantize;
+    int64_t threads = weight->n * weight->k;
+    if (weight->format == QL_FORMAT_PACKED && !weight->packed.inverse && !ql_cuda_base_wanted()) {
+        const int code = weight->packed.spec.code;
+        kernel = dequantizers[code];
+        threads = 32 * ql_ceil_div(weight->n, QL_STRIP) * ql_ceil_div(weight->k, QL_TILE_K(code)); /* a warp a tile */
+    }
+    const ql_cuda_grid grid = elements_of(threads);
+    return ql_cuda_launch_alone(place, kernel, &grid, &p, message);
 }

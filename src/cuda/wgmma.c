@@ -73,13 +73,17 @@ static double pace(const variant *v) {
     return paces[kind][tile];
 }
 
+static int64_t tiles_of(const variant *v, const ql_cuda_problem *p) {
+    return ql_ceil_div(p->n, v->rows * together(v)) * ql_ceil_div(p->m, v->tokens);
+}
+
 /* What a product takes, in ns: a model of an H200 that tells ways to run it from each other, without the time that all of
  * them take, fitted to some 1400 products. The weight comes at 4200 bytes a ns; a tile ends in outputs. Ranges that share
  * a tile leave each other sums, which is dear; dearer where they do not begin and end with tiles: then thread blocks are at
  * different places of K as well, and where the second-level cache does not hold what they share, they read it again. */
 static double cost(const variant *v, const ql_cuda_problem *p, int64_t blocks) {
-    const int64_t rows = (int64_t)v->rows * together(v), token_tiles = ql_ceil_div(p->m, v->tokens);
-    const int64_t tiles = ql_ceil_div(p->n, rows) * token_tiles, walkers = blocks / together(v);
+    const int rows = v->rows * together(v);
+    const int64_t tiles = tiles_of(v, p), walkers = blocks / together(v);
     const double bits = QL_CODE_BITS(p->code), size = v->rows * v->tokens / (128.0 * 128);
     const double share = (double)tiles / (double)walkers, k = (double)p->k;
     double loop = share * k / 128 * pace(v), exchange = 0;
@@ -88,7 +92,7 @@ static double cost(const variant *v, const ql_cuda_problem *p, int64_t blocks) {
         if (tiles > walkers || walkers % tiles != 0) {
             const double uncached = fmin(1, k * fmin((double)p->m, QL_STREAMK_TOKEN_GROUP) / 6e6);
             exchange += 710 + 1265 * size;
-            loop *= 1 + uncached * (5 / (double)rows + (token_tiles > 1 ? 1.2 * bits / v->tokens : 0));
+            loop *= 1 + uncached * (5.0 / rows + (p->m > v->tokens ? 1.2 * bits / v->tokens : 0));
         }
     }
     return fmax(loop, (double)p->n * k * bits / 8 / 4200) + ceil(share) * (1130 + 100 * size) + exchange;
@@ -117,8 +121,7 @@ static int add_way(way *ways, int count, const variant *v, const ql_cuda_problem
 
 /* Fewer thread blocks than there are multiprocessors, so that each has whole tiles, or each tile the same number of them. */
 static int64_t even_blocks(const variant *v, const ql_cuda_problem *problem, int64_t most) {
-    const int64_t tiles = ql_ceil_div(problem->n, v->rows * together(v)) * ql_ceil_div(problem->m, v->tokens);
-    const int64_t walkers = most / together(v);
+    const int64_t tiles = tiles_of(v, problem), walkers = most / together(v);
     const int64_t even = tiles < walkers ? tiles * (walkers / tiles) : ql_ceil_div(tiles, ql_ceil_div(tiles, walkers));
     return even * together(v);
 }

@@ -81,6 +81,11 @@ def _check_threshold(value: float) -> float:
     return value
 
 
+def _absent_last(buffers: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """torch.export loses count of a root module's buffers where absent ones stand before others."""
+    return dict(sorted(buffers.items(), key=lambda item: item[1] is None))
+
+
 class _Int8Training(torch.autograd.Function):
     """The product with a float weight, quantized for this call; the gradients see the codes, straight through."""
 
@@ -146,8 +151,7 @@ class Linear8bitLt(QuantizedLinear):
         self._parameters["weight"] = weight if SCB is None else Parameter(frozen(weight), requires_grad=False)
         marker = None if SCB is None else torch.zeros((), dtype=torch.uint8, device=weight.device)
         buffers = {"SCB": frozen(SCB), "weight_format": marker, "bias": frozen(bias)}
-        # Absent ones last: see Linear4bit.
-        self._hold(**{name: buffers[name] for name in sorted(buffers, key=lambda name: buffers[name] is None)})
+        self._hold(**_absent_last(buffers))
         self.init_8bit_state()
 
     @classmethod
@@ -308,9 +312,7 @@ class Linear4bit(QuantizedLinear):
         self._parameters["weight"] = Parameter(frozen(tensors["weight"]), requires_grad=False)
         buffers = {name: tensors.get(key) for key, name in _STATE_KEYS.items()}
         buffers |= {"packed_state": tensors[keys[0]], "bias": bias}
-        # Absent ones last: torch.export loses count of a root module's buffers where they stand before others.
-        last = sorted(buffers, key=lambda name: buffers[name] is None)
-        self._hold(**{name: frozen(buffers[name]) for name in last})
+        self._hold(**{name: frozen(buffer) for name, buffer in _absent_last(buffers).items()})
         self._non_persistent_buffers_set.update(buffers.keys() - {"bias"})
         numbers = _numbers(functional.state_bytes(tensors[keys[0]]))
         _check_nested(numbers, tensors)

@@ -135,36 +135,61 @@ static __device__ __forceinline__ uint32_t x_at_anew(const ql_decode_params *p, 
 
 #define ONES(type) ((type) == QL_VALUE_F16 ? 0x3c003c00u : 0x3f803f80u)
 
-/* Whether odd steps have sums of their own: wherever there are registers for it. Some want for them as the compiler asks for
- * much of x at once. */
+/* Whether odd steps have sums of their own: wherever there are registers for it, and a group has more than two steps. Some want
+ * for registers as the compiler asks for much of x at once. */
 #define TWO_CHAINS(code, type, tokens, groups)                                                                         \
     ((tokens) == 16 || (tokens) == 1 || (code) == QL_CODE_INT2 ? false                                                 \
+     : QL_DECODE_HALVES(code, groups)                          ? false                                                 \
      : (code) == QL_CODE_TABLE4 ? (tokens) == 8 ? (groups) == 8 || (type) != QL_VALUE_F16 : (type) == QL_VALUE_F16     \
      : (tokens) == 4            ? true                                                                                 \
      : (groups)                 ? (groups) < 8 && ((code) != QL_CODE_INT8 || (type) == QL_VALUE_F16)                   \
                                 : (code) != QL_CODE_INT4)
 
-/* The four steps of a block: sum += W x, of odd steps `odd`: chains of products half as long. 16 tokens have two chains as
- * it is. x: the lane's place in the batch's first line; of four rows none changes places with the second half of a line. */
-static __device__ __forceinline__ void multiply_block(float *sum, float *odd, const ql_batch_codes *codes, int code,
-                                                      int type, int tokens, int groups, int block, uint32_t x,
-                                                      uint32_t low) {
+/* Elsewhere than on sm_90, and for 2 bit, of which the compiler asks for much at once, it wants for registers: there entries
+ * of many groups are not asked for ahead, and what can be found again is not kept. */
+#if __CUDA_ARCH__ == 900
+#define ROOMY(code) ((code) != QL_CODE_INT2)
+#define HALVES_AHEAD(code, type, tokens)                                                                               \
+    ((code) == QL_CODE_INT2 ? (type) == QL_VALUE_BF16 : (tokens) != 16 || (code) == QL_CODE_TABLE4)
+#else
+#define ROOMY(code) false
+#define HALVES_AHEAD(code, type, tokens)                                                                               \
+    ((code) == QL_CODE_INT2 ? (type) == QL_VALUE_BF16 && (tokens) == 4                                                 \
+                            : (tokens) != 16 && ((code) == QL_CODE_INT4 || (code) == QL_CODE_TABLE4))
+#endif
+#define AHEAD(code, type, tokens, groups)                                                                              \
+    ((groups) < 2                     ? true                                                                           \
+     : QL_DECODE_HALVES(code, groups) ? HALVES_AHEAD(code, type, tokens)                                               \
+     : (groups) < 8                   ? (tokens) != 16 || ((type) == QL_VALUE_F16 && (code) != QL_CODE_INT2)           \
+     : (code) == QL_CODE_TABLE4       ? (tokens) <= 4 || ((tokens) == 8 && ROOMY(code))                                \
+                                      : (tokens) == 4 && (code) != QL_CODE_INT2)
+
+/* The most loads of entries that are ahead of their own turn: of groups of 32 fewer where codes take most registers. */
+#define MOST_AHEAD(code, type, tokens, groups)                                                                         \
+    (QL_DECODE_HALVES(code, groups) && ((code) == QL_CODE_INT4 || (code) == QL_CODE_INT8) &&                           \
+             ((tokens) != 4 || (type) != QL_VALUE_F16)                                                                 \
+         ? 2                                                                                                           \
+         : QL_MOST_HELD)
+
+/* Half of a block, steps `step` and step + 1: sum += W x, of odd steps `odd`: chains of products half as long. 16 tokens have
+ * two chains as it is. x: the lane's place in the batch's first line; of four rows none changes places with the second half of a
+ * line. */
+static __device__ __forceinline__ void multiply_half(float *sum, float *odd, const ql_batch_codes *codes, int code,
+                                                     int type, int tokens, int groups, int block, int step, uint32_t x,
+                                                     uint32_t low) {
     const bool odd_apart = TWO_CHAINS(code, type, tokens, groups) && QL_RAW_ODD(code, type) != 1.0f;
-#pragma unroll
-    for (int step = 0; step < 4; step += 2) {
-        uint32_t a[4], b[2][2];
-        const uint32_t place = tokens == 4 ? x + (uint32_t)(step * 32) : x ^ (uint32_t)(step * 32);
-        load_matrices(b[0], b[1], place + (uint32_t)(block * 128));
-        raw_fragment(a, codes, code, type, odd_apart, block, step, shared, low);
-        multiply_16816(sum, a, b[0], type);
-        if (tokens == 16) {
-            multiply_16816(sum + 4, a, b[1], type);
-            load_matrices(b[0], b[1], (x ^ (uint32_t)(step * 32 + 32)) + (uint32_t)(block * 128));
-        }
-        raw_fragment(a, codes, code, type, odd_apart, block, step + 1, shared, low);
-        multiply_16816(TWO_CHAINS(code, type, tokens, groups) ? odd : sum, a, b[tokens == 16 ? 0 : 1], type);
-        if (tokens == 16) multiply_16816(sum + 4, a, b[1], type);
+    uint32_t a[4], b[2][2];
+    const uint32_t place = tokens == 4 ? x + (uint32_t)(step * 32) : x ^ (uint32_t)(step * 32);
+    load_matrices(b[0], b[1], place + (uint32_t)(block * 128));
+    raw_fragment(a, codes, code, type, odd_apart, block, step, shared, low);
+    multiply_16816(sum, a, b[0], type);
+    if (tokens == 16) {
+        multiply_16816(sum + 4, a, b[1], type);
+        load_matrices(b[0], b[1], (x ^ (uint32_t)(step * 32 + 32)) + (uint32_t)(block * 128));
     }
+    raw_fragment(a, codes, code, type, odd_apart, block, step + 1, shared, low);
+    multiply_16816(TWO_CHAINS(code, type, tokens, groups) ? odd : sum, a, b[tokens == 16 ? 0 : 1], type);
+    if (tokens == 16) multiply_16816(sum + 4, a, b[1], type);
 }
 
 /* What sums of one group lack: the odd steps', what rows g + 8 have of rows g, and zeros. sums: where sums of x over the group
@@ -187,7 +212,7 @@ static __device__ __forceinline__ void complete_sums(float *sum, const float *od
 /* Sums of x over the parts of groups in a batch, [parts][tokens] in fp32 at `sums`, or one sum over a warp's batches. x is the
  * large operand of mma: its 16 rows are all tokens of a run of columns, then of the next. at: the batch's first column; sums:
  * lanes 0, 4, ... store. Of lines that are summed whole pieces may come in any order, so that of four tokens runs, too, want
- * different banks. */
+ * different banks; of lines of two groups they come as they are. */
 static __device__ __forceinline__ void sum_x(const ql_decode_params *p, int code, int type, int tokens, int groups,
                                              bool first, int lane, uint32_t at, int sums) {
     const int runs = 16 / tokens, run_k = QL_DECODE_BATCH_K(code) / runs, parts = groups ? groups : 1;
@@ -195,9 +220,9 @@ static __device__ __forceinline__ void sum_x(const ql_decode_params *p, int code
     const uint32_t ones[2] = {ONES(type), ONES(type)};
     const int row = lane % 16, here = lane / 4;
     at += (uint32_t)(min(row % tokens, p->m - 1) * p->x_pitch + row / tokens * run_k * 2);
-    at += (uint32_t)(lane / 16 * 16) ^ QL_DECODE_TURN(lane);
+    at += (uint32_t)(lane / 16 * 16) ^ QL_DECODE_TURN(steps < 4 ? row % tokens : lane);
 #pragma unroll 1
-    for (int i = 0; i < run_parts; i++, at += (uint32_t)(steps * 32)) {
+    for (int i = 0; i < run_parts; i++, at = steps < 4 ? (at ^ 64) + (i % 2 ? 0 : 128) : at + (uint32_t)(steps * 32)) {
         float sum[4] = {0}, odd[4] = {0};
 #pragma unroll
         for (int step = 0; step < steps; step++) {
@@ -245,7 +270,7 @@ static __device__ __forceinline__ void leave_sums(const ql_decode_params *p, flo
     }
     const int width = tokens == 16 ? 8 : 4;
     const int thread =
-        tokens == 16 || groups == 8 || type == QL_VALUE_BF16 || (!roomy && !groups) ? thread_anew() : (int)threadIdx.x;
+        tokens == 16 || groups >= 8 || type == QL_VALUE_BF16 || (!roomy && !groups) ? thread_anew() : (int)threadIdx.x;
     const int token = thread % 4 * 2;                                  /* with slots: of the first */
     const int place = turn * p->teams * p->team_warps + (thread >> 5); /* team * team_warps + member */
     uint8_t *to = shared + partials + (place * p->m + token) * 64 + thread % 32 / 4 * 4;
@@ -386,30 +411,26 @@ static __device__ __forceinline__ void finish_cluster(const ql_decode_params *p,
 }
 
 static __device__ __forceinline__ void decode(const ql_decode_params *p, int code, int type, int tokens, int groups) {
-    const int tiles = QL_DECODE_BATCH_TILES(code), batch_k = QL_DECODE_BATCH_K(code),
-              blocks = batch_k / QL_DECODE_BLOCK;
+    const int tiles = QL_DECODE_BATCH_TILES(code), batch_k = QL_DECODE_BATCH_K(code);
     const int slots = QL_DECODE_SLOTS(tokens, groups), width = tokens == 16 ? 8 : 4;
     const bool one = tokens == 1; /* of double quantization */
     const bool zeros = QL_DECODE_ZEROS(code, tokens, groups);
-    const int sides = one ? 2 : slots;                  /* groups whose sums are side by side */
-    const int part = groups ? blocks / groups : blocks; /* blocks of a batch in one group */
+    const bool halves = QL_DECODE_HALVES(code, groups);
+    const int part_k = groups ? batch_k / groups : batch_k;             /* columns of a batch in one group */
+    const int sides = one && halves ? 4 : one ? 2 : slots;              /* groups whose sums are side by side */
+    const int unit_k = halves && sides == 1 ? part_k : QL_DECODE_BLOCK; /* a unit: a block, or its half */
+    const int span = part_k * sides / unit_k;                           /* units that such groups have */
     const int pairs = groups >= 2 ? groups / 2 : groups;
     const bool both = sides == 1 && groups >= 2;
+    /* A batch's entries come by `loads` loads, each of `spread` pairs and asked for `kept` loads before its own turn. */
+    const int spread = sides == 4 ? 2 : 1, loads = pairs / spread;
+    const int most = MOST_AHEAD(code, type, tokens, groups), kept = loads > most ? most : loads;
     /* Whether columns may be in another order. */
     const bool ordered = QL_DECODE_ORDERED(code, tokens, groups);
-    /* Elsewhere than on sm_90, and for 2 bit, of which the compiler asks for much at once, it wants for registers: there entries
-     * of many groups are not asked for a batch ahead, and what can be found again is not kept. */
-#if __CUDA_ARCH__ == 900
-    const bool roomy = code != QL_CODE_INT2;
-#else
-    const bool roomy = false;
-#endif
-    const bool ahead = groups < 2 || (groups < 8 ? tokens != 16 || (type == QL_VALUE_F16 && code != QL_CODE_INT2)
-                                      : code == QL_CODE_TABLE4 ? tokens <= 4 || (tokens == 8 && roomy)
-                                                               : tokens == 4 && code != QL_CODE_INT2);
+    const bool roomy = ROOMY(code), ahead = AHEAD(code, type, tokens, groups);
     /* Few rows of x are there so soon that warps do better to start together, next to each other in memory; of many a warp
-     * waits for the columns that it wants. */
-    const bool shared_start = tokens <= 4;
+     * waits for the columns that it wants, but where groups are of 32, and that wants registers. */
+    const bool shared_start = tokens <= 4 || (halves && tokens == 16);
     const int lane = (int)(threadIdx.x & 31), warp = (int)(threadIdx.x >> 5), g = lane >> 2;
     const int team = warp * p->warp_team >> 16, member = warp - team * p->team_warps;
     const int rank = (int)blockIdx.x & (1 << p->cluster_shift) - 1, block = (int)blockIdx.x >> p->cluster_shift;
@@ -421,18 +442,21 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     const int to_high = 512 - 8 * lane; /* of 3 bit: from the lane's low bits to its high ones */
     const int tail = first + count == p->batches ? p->last_tiles : tiles;
     int have = strip >= p->strips || count <= 0 ? 0 : count == 1 ? tail : tiles;
-    /* The lane's entry of the batch's first pair. */
+    /* The lane's entry of the batch's first load. */
     int entry = 0;
-    if (groups >= 2) entry = (strip * p->pairs + first * pairs) * 32 + g * 4 + (sides == 2 ? lane & 2 : 0);
+    const int own_pair = sides == 4 ? lane >> 1 & 1 : 0;
+    const int own_group = sides == 4 ? (lane & 1) * 2 : sides == 2 ? lane & 2 : 0;
+    if (groups >= 2) entry = (strip * p->pairs + first * pairs + own_pair) * 32 + g * 4 + own_group;
     if (groups == 1) entry = group_entry(p, strip, first, g);
     ql_batch_codes codes;
     ql_raw_entries raw;
     ql_table_part table = {{0}, {0}, {0}};
     if (code == QL_CODE_TABLE4) table = load_table(&p->product);
 #pragma unroll
-    for (int i = 0; i < pairs; i++) {
+    for (int i = 0; i < kept; i++) {
         clear_pair(&raw, p, i);
-        if (have && (i == 0 || first * pairs + i < p->pairs)) load_pair(p, code, one, both, &raw, i, entry + i * 32);
+        if (have && (i + spread == 1 || first * pairs + i * spread + own_pair < p->pairs))
+            load_pair(p, code, one, both, &raw, i, entry + i * spread * 32);
     }
     if (code == QL_CODE_TABLE4 && (one || p->scale_size == 1) && have)
         load_nested(p, &raw, strip * 16 + g, groups == 1 ? first >> p->group_shift : first * groups);
@@ -474,7 +498,7 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     if (!groups && (int)threadIdx.x < p->rounds * p->teams && block + (int)threadIdx.x * p->blocks < p->strips)
         prefetch_line((const uint8_t *)p->scales +
                       (int64_t)(block + (int)threadIdx.x * p->blocks) * 16 * p->scale_size);
-    ql_decode_x x = place_x(p, code, tokens, slots, part, x_at, lane);
+    ql_decode_x x = place_x(p, code, tokens, slots, part_k / QL_DECODE_BLOCK, x_at, lane);
     if (!p->x_aligned) {
         const int columns = p->block_batches * batch_k;
         if (ordered && p->stage_columns)
@@ -492,7 +516,7 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     int sums = p->sums_at + (groups ? (team * p->block_batches + own) * groups : warp) * tokens * 4;
     sums += lane % 4 * 8;
     /* The first batch's while its codes are on their way, but where registers are few. */
-    const bool sums_ahead = code != QL_CODE_TABLE4 && tokens != 16;
+    const bool sums_ahead = code != QL_CODE_TABLE4 && tokens != 16 && !(halves && (QL_TILE_K(code) == 128 || !roomy));
     if (sums_ahead && strip < p->strips && count > 0) sum_x(p, code, type, tokens, groups, true, lane, x_at, sums);
     int partials = p->partials_at;
     if (p->cluster_shift) wait_cluster();
@@ -511,8 +535,8 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
             for (int to_go = count; to_go > 0; to_go--) {
                 if (code != QL_CODE_TABLE4 && round == 0 && !(sums_ahead && to_go == count))
                     sum_x(p, code, type, tokens, groups, to_go == count, thread_anew() % 32,
-                          code == QL_CODE_INT3 ? x_at + (uint32_t)((count - to_go) * batch_k * 2)
-                                               : x_at_anew(p, first - first_batch + count - to_go, batch_k),
+                          code == QL_CODE_INT3 && !halves ? x_at + (uint32_t)((count - to_go) * batch_k * 2)
+                                                          : x_at_anew(p, first - first_batch + count - to_go, batch_k),
                           sums);
                 const bool last = to_go == 1;
                 const int next_strip = last ? strip + p->hop : strip, next = last ? first : first + count - to_go + 1;
@@ -520,45 +544,61 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                 at += last ? p->hop_bytes - (count - 1) * QL_DECODE_BATCH_BYTES(code) : QL_DECODE_BATCH_BYTES(code);
                 const uint8_t *high = at;
                 if (code == QL_CODE_INT3) high = held(at + to_high);
-                if (groups >= 2 && ahead) entry += (last ? p->hop * p->pairs - (count - 1) * pairs : pairs) * 32;
+                const int entry_hop = (last ? p->hop * p->pairs - (count - 1) * pairs : pairs) * 32;
                 if (groups == 1) entry = group_entry(p, next_strip, next, g);
 #pragma unroll
-                for (int b = 0; b < blocks; b++) {
-                    const int set = groups ? b / (part * sides) : 0, slot = slots == 2 ? b / part % 2 : 0;
-                    if (groups && b % (part * sides) == 0)
+                for (int unit = 0; unit < batch_k / unit_k; unit++) {
+                    const int b = unit * unit_k / QL_DECODE_BLOCK, begin_k = unit * unit_k % QL_DECODE_BLOCK;
+                    const int end_k = begin_k + unit_k, set = groups ? unit / span : 0;
+                    const bool starts = groups && unit % span == 0, ends = groups && unit % span == span - 1;
+                    /* What is asked for from here on is the next batch's. */
+                    if (groups >= 2 && ahead && starts && (both ? set == 2 * (loads - kept) : set == loads - kept))
+                        entry += entry_hop;
+                    if (starts)
 #pragma unroll
                         for (int j = 0; j < 8; j++) sum[j] = odd[j % 4] = 0.0f;
                     if (one) {
                         if (b % 4 == 0) load_matrices(x_of_256[0], x_of_256[1], x.row + (uint32_t)(b * 128));
                         multiply_block_of_one(sum, &codes, type, b, x_of_256, is_step, shared, (uint32_t)lane * 4);
                     } else if (slots == 2 && !zeros) {
-                        if (!slot)
+                        if (unit * unit_k / part_k % 2 == 0)
                             multiply_both_blocks(sum, TWO_CHAINS(code, type, tokens, groups) ? odd : sum, &codes, type,
-                                                 b, part, x.row, is_side, shared, (uint32_t)lane * 4);
+                                                 b, part_k / QL_DECODE_BLOCK, x.row, is_side, shared,
+                                                 (uint32_t)lane * 4);
                     } else {
-                        multiply_block(sum, odd, &codes, code, type, tokens, groups, b, slot ? x.row + x.other : x.row,
-                                       (uint32_t)lane * 4);
+#pragma unroll
+                        for (int k = begin_k; k < end_k; k += 32) {
+                            const int slot = slots == 2 ? (b * QL_DECODE_BLOCK + k) / part_k % 2 : 0;
+                            multiply_half(sum, odd, &codes, code, type, tokens, groups, b, k / 16,
+                                          slot ? x.row + x.other : x.row, (uint32_t)lane * 4);
+                        }
                     }
 #pragma unroll
                     for (int j = 0; j < tiles; j++)
-                        if ((j + 1) * QL_TILE_K(code) > b * 64 && (j + 1) * QL_TILE_K(code) <= (b + 1) * 64 && j < have)
+                        if ((j + 1) * QL_TILE_K(code) > b * 64 + begin_k &&
+                            (j + 1) * QL_TILE_K(code) <= b * 64 + end_k && j < have)
                             load_tile(&codes, code, at, high, j);
-                    if (groups && b % (part * sides) == part * sides - 1) {
-                        const int pair = both ? set / 2 : set;
+                    if (ends) {
+                        const int load = both ? set / 2 : set, slot = load % kept;
+                        /* The load to ask for, and whether it is this batch's. */
+                        const bool here = load + kept < loads;
+                        const int other = (here ? load + kept : load + kept - loads) * spread;
                         if (!ahead && (!both || set % 2 == 0)) {
-                            clear_pair(&raw, p, pair);
-                            if (pair == 0 || (first + count - to_go) * pairs + pair < p->pairs)
-                                load_pair(p, code, one, both, &raw, pair, entry + pair * 32);
+                            clear_pair(&raw, p, slot);
+                            if (load == 0 || (first + count - to_go) * pairs + load < p->pairs)
+                                load_pair(p, code, one, both, &raw, slot, entry + load * 32);
                         }
-                        const ql_entry e = entry_of(p, code, type, one, both, &raw, set, shared, (uint32_t)lane * 4);
+                        const ql_entry e = entry_of(p, code, type, one, both, &raw, both ? slot * 2 + set % 2 : slot,
+                                                    shared, (uint32_t)lane * 4);
                         complete_sums(sum, odd, e.zero, code, type, tokens, groups, sums + set * slots * tokens * 4);
 #pragma unroll
                         for (int j = 0; j < width; j++) out[j] = fmaf(e.scale[j % 4 / 2], sum[j], out[j]);
                         if (ahead && (!both || set % 2)) {
-                            if (have && (pair == 0 || next * pairs + pair < p->pairs))
-                                load_pair(p, code, one, both, &raw, pair, entry + pair * 32);
-                            else if (pair)
-                                clear_scales(&raw, pair);
+                            const int batch = here ? first + count - to_go : next;
+                            if ((here || have) && (other + spread == 1 || batch * pairs + other + own_pair < p->pairs))
+                                load_pair(p, code, one, both, &raw, slot, entry + other * 32);
+                            else if (other + spread > 1)
+                                clear_scales(&raw, slot);
                         }
                     }
                 }

@@ -10,9 +10,12 @@ enum { QL_DECODE_BLOCK = 64, QL_DECODE_THREADS = 512 };
 #define QL_DECODE_BATCH_K(code) (QL_DECODE_BATCH_TILES(code) * QL_TILE_K(code))
 #define QL_DECODE_BATCH_BYTES(code) (QL_DECODE_BATCH_TILES(code) * QL_TILE_BYTES(code))
 
-/* How groups and batches meet, a constant of a kernel: the groups of a batch (1, 2, 4 or 8; with 1 a group may go on over
- * 2^group_shift batches), or one group for all of K. */
+/* How groups and batches meet, a constant of a kernel: the groups of a batch (1, 2, 4, 8 or 16; with 1 a group may go on
+ * over 2^group_shift batches), or one group for all of K. */
 enum { QL_DECODE_CHANNEL = 0 };
+
+/* Whether a block is two groups, of 32 columns each. */
+#define QL_DECODE_HALVES(code, groups) ((groups) * QL_DECODE_BLOCK > QL_DECODE_BATCH_K(code))
 
 /* Bytes of a table's pairs: entries 256 bytes apart (pairs.cuh). */
 enum { QL_DECODE_PAIRS_BYTES = 65536 };
@@ -24,10 +27,11 @@ enum { QL_DECODE_PAIRS_BYTES = 65536 };
  * zeros (few_tokens.cuh). */
 #define QL_DECODE_ZEROS(code, tokens, groups) (QL_DECODE_SLOTS(tokens, groups) == 2 && (code) != QL_CODE_TABLE4)
 
-/* Whether a kernel knows columns in another order: weights with a table have none, and more tokens, or 8 groups of 3 bit, want the
- * registers that it takes. */
+/* Whether a kernel knows columns in another order: weights with a table have none, and more tokens, or many groups of 2 or 3
+ * bit, want the registers that it takes. */
 #define QL_DECODE_ORDERED(code, tokens, groups)                                                                        \
-    ((code) != QL_CODE_TABLE4 && (tokens) == 4 && ((code) != QL_CODE_INT3 || (groups) != 8))
+    ((code) != QL_CODE_TABLE4 && (tokens) == 4 &&                                                                      \
+     ((code) == QL_CODE_INT3 ? (groups) < 8 : (code) != QL_CODE_INT2 || (groups) < 16))
 
 /* Rows of x begin with a line of shared memory, as copies to anywhere else take up to three times as long. What makes their
  * pieces of 16 bytes lie in different banks is that those of a line change places, by the row: the bits to change in a place. */

@@ -6,10 +6,13 @@
 
 #include "code_raw.cuh"
 
+/* The most pairs of groups of which a lane holds entries. */
+enum { QL_MOST_HELD = 4 };
+
 /* What a lane holds of a batch: entries of rows g and g + 8 of one group of each pair or, `both`, of both groups. nested:
  * absmax of the second level of rows g and g + 8. */
 typedef struct ql_raw_entries {
-    uint32_t scale[4][4], zero[4], nested[2];
+    uint32_t scale[QL_MOST_HELD][4], zero[QL_MOST_HELD], nested[2];
 } ql_raw_entries;
 
 typedef struct ql_entry {

@@ -6,7 +6,8 @@
  *
  * One token, with double quantization: the columns are eight steps of 16 columns of K: x of 128 columns is in two registers a
  * lane. A step multiplies with all of them but its own made 0, and so leaves its sums in its own column; of two groups of 64
- * each has half of the columns. What the columns have is added where a warp leaves a strip. */
+ * each has half of the columns, of four groups of 32 a quarter, which is one lane's of four. What the columns have is added
+ * where a warp leaves a strip. */
 #ifndef QL_KERNELS_FEW_TOKENS_CUH
 #define QL_KERNELS_FEW_TOKENS_CUH
 
@@ -22,7 +23,7 @@ static __device__ __forceinline__ void hide(uint32_t *is, int count) {
 
 /* Where a lane reads x of two blocks, `part` apart: a row of the matrices that ldmatrix loads. live: the row's place in the
  * first block's line, with its piece. Rows of the second block are read half a line ahead of those of the first, as they would
- * want the same banks. */
+ * want the same banks; where groups are halves of one block (part 0), that half a line is all that is between them. */
 static __device__ __forceinline__ uint32_t place_of_both(uint32_t live, int part, int lane) {
     return lane % 8 < 4 ? live : (live ^ 64) + (uint32_t)(part * 128);
 }
@@ -34,7 +35,7 @@ static __device__ __forceinline__ void multiply_both_blocks(float *sum, float *o
                                                             const uint32_t is_side[2], const uint8_t *pairs,
                                                             uint32_t low) {
 #pragma unroll
-    for (int step = 0; step < 4; step += 2) {
+    for (int step = 0; step < (part ? 4 : 2); step += 2) {
         uint32_t b[2][2];
         load_matrices(b[0], b[1], (x ^ (uint32_t)(step * 32)) + (uint32_t)(block * 128));
 #pragma unroll

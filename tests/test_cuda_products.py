@@ -78,16 +78,21 @@ def fourbit(quant_type, blocksize, nested):
 # name: (make(N, K), what K and N must be multiples of)
 FORMATS = {
     "gptq2-g64": (gptq(2, 64), 16, 16),
+    "gptq2-g32": (gptq(2, 32), 16, 16),
     "gptq3-g128": (gptq(3, 128), 32, 32),
+    "gptq3-g32": (gptq(3, 32), 32, 32),
+    "gptq4-g32": (gptq(4, 32), 8, 8),
     "gptq4-g128": (gptq(4, 128), 8, 8),
     "gptq4-g32-fp32": (gptq(4, 32, torch.float32), 8, 8),
     "gptq4-g48-bf16": (gptq(4, 48, torch.bfloat16), 8, 8),
     "gptq4-order": (gptq(4, 64, order=shuffled), 64, 8),
     "gptq8-one": (gptq(8, -1), 4, 4),
     "gptq8-g128": (gptq(8, 128), 4, 4),
+    "gptq8-g32": (gptq(8, 32), 4, 4),
     "awq-g64": (awq(64), 8, 8),
     "eetq": (eetq, 64, 2),
     "nf4": (fourbit("nf4", 64, True), 64, 1),
+    "nf4-b32": (fourbit("nf4", 32, True), 32, 1),
     "fp4-b32": (fourbit("fp4", 32, False), 32, 1),
 }
 

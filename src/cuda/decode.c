@@ -4,7 +4,7 @@
 
 #include <limits.h>
 
-enum { MOST_ROWS = 16, MOST_CLUSTER_SHIFT = 3, MOST_GROUPS = 8, UNWANTED = -1 };
+enum { MOST_ROWS = 16, MOST_CLUSTER_SHIFT = 3, MOST_GROUPS = 16, UNWANTED = -1 };
 
 /* Elements of x of which each block does better to put columns in order itself than to wait for a kernel that does it once. On an
  * H200, us in a chain, itself / after that kernel: 4096x6144 with 2 and 4 rows 6.1 / 6.9, 6.7 / 7.8; 8192x10240 with 1, 2 and 4
@@ -36,9 +36,10 @@ static int groups_of_batch(int code, int64_t k, int64_t group_size) {
     return batch % group_size == 0 && batch / group_size <= MOST_GROUPS ? (int)(batch / group_size) : -1;
 }
 
-/* Two groups side by side want four tokens at most, and two groups. One token of double quantization has kernels of its own. */
+/* Two groups side by side want four tokens at most, and two groups. One token of double quantization has kernels of its own
+ * where a batch has many groups. */
 static int tokens_of(int64_t m, int groups, bool nested) {
-    if (m == 1 && nested && groups == MOST_GROUPS) return 1;
+    if (m == 1 && nested && groups >= 8) return 1;
     return m > 8 ? 16 : m <= 4 && groups >= 2 ? 4 : 8;
 }
 

@@ -140,7 +140,8 @@ static __device__ __forceinline__ uint32_t x_at_anew(const ql_decode_params *p, 
 #define TWO_CHAINS(code, type, tokens, groups)                                                                         \
     ((tokens) == 16 || (tokens) == 1 || (code) == QL_CODE_INT2 ? false                                                 \
      : QL_DECODE_HALVES(code, groups)                          ? false                                                 \
-     : (code) == QL_CODE_TABLE4 ? (tokens) == 8 ? (groups) == 8 || (type) != QL_VALUE_F16 : (type) == QL_VALUE_F16     \
+     : (code) == QL_CODE_TABLE4 && (tokens) == 8               ? (groups) == 8 || (type) != QL_VALUE_F16               \
+     : (code) == QL_CODE_TABLE4 ? (type) == QL_VALUE_F16 && ((groups) != 8 || ROOMY(code))                             \
      : (tokens) == 4            ? true                                                                                 \
      : (groups)                 ? (groups) < 8 && ((code) != QL_CODE_INT8 || (type) == QL_VALUE_F16)                   \
                                 : (code) != QL_CODE_INT4)
@@ -446,6 +447,9 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     int entry = 0;
     const int own_pair = sides == 4 ? lane >> 1 & 1 : 0;
     const int own_group = sides == 4 ? (lane & 1) * 2 : sides == 2 ? lane & 2 : 0;
+    const int own_nested = sides == 4 ? lane & 3 : sides == 2 ? lane >> 1 & 1 : 0;
+    /* The groups of a batch that may be in two blocks of the second level. */
+    const int divided = QL_DECODE_DIVIDED(tokens, groups);
     if (groups >= 2) entry = (strip * p->pairs + first * pairs + own_pair) * 32 + g * 4 + own_group;
     if (groups == 1) entry = group_entry(p, strip, first, g);
     ql_batch_codes codes;
@@ -459,7 +463,8 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
             load_pair(p, code, one, both, &raw, i, entry + i * spread * 32);
     }
     if (code == QL_CODE_TABLE4 && (one || p->scale_size == 1) && have)
-        load_nested(p, &raw, strip * 16 + g, groups == 1 ? first >> p->group_shift : first * groups);
+        load_nested(p, &raw, strip * 16 + g, groups == 1 ? first >> p->group_shift : first * groups, divided,
+                    own_nested);
     /* What is asked for after the codes comes after them, 64 KB a multiprocessor later, so what the first of them meet goes
      * before. x may have to wait for the kernel before: some of the codes are on their way then, half where little else is
      * waited for; more would hold up x in a launch by itself. */
@@ -589,7 +594,7 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                                 load_pair(p, code, one, both, &raw, slot, entry + load * 32);
                         }
                         const ql_entry e = entry_of(p, code, type, one, both, &raw, both ? slot * 2 + set % 2 : slot,
-                                                    shared, (uint32_t)lane * 4);
+                                                    set * sides, divided, shared, (uint32_t)lane * 4);
                         complete_sums(sum, odd, e.zero, code, type, tokens, groups, sums + set * slots * tokens * 4);
 #pragma unroll
                         for (int j = 0; j < width; j++) out[j] = fmaf(e.scale[j % 4 / 2], sum[j], out[j]);
@@ -603,7 +608,8 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                     }
                 }
                 if (code == QL_CODE_TABLE4 && (one || p->scale_size == 1) && have)
-                    load_nested(p, &raw, next_strip * 16 + g, groups == 1 ? next >> p->group_shift : next * groups);
+                    load_nested(p, &raw, next_strip * 16 + g, groups == 1 ? next >> p->group_shift : next * groups,
+                                divided, own_nested);
                 if (!ahead) entry += (to_go == 1 ? p->hop * p->pairs - (count - 1) * pairs : pairs) * 32;
                 x.row += (uint32_t)(batch_k * 2);
                 sums += groups * tokens * 4;

@@ -33,6 +33,10 @@ enum { QL_DECODE_PAIRS_BYTES = 65536 };
     ((code) != QL_CODE_TABLE4 && (tokens) == 4 &&                                                                      \
      ((code) == QL_CODE_INT3 ? (groups) < 8 : (code) != QL_CODE_INT2 || (groups) < 16))
 
+/* The groups of a batch whose absmax may be in two blocks of the second level; 1 where all are in one, as there are registers
+ * for no more, or few groups. */
+#define QL_DECODE_DIVIDED(tokens, groups) ((tokens) == 16 || (groups) < 4 ? 1 : (groups))
+
 /* Rows of x begin with a line of shared memory, as copies to anywhere else take up to three times as long. What makes their
  * pieces of 16 bytes lie in different banks is that those of a line change places, by the row: the bits to change in a place. */
 #define QL_DECODE_TURN(row) ((uint32_t)((row) % 8 * 16))

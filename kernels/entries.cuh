@@ -10,9 +10,11 @@
 enum { QL_MOST_HELD = 4 };
 
 /* What a lane holds of a batch: entries of rows g and g + 8 of one group of each pair or, `both`, of both groups. nested:
- * absmax of the second level of rows g and g + 8. */
+ * absmax of the second level of rows g and g + 8, of the batch's first groups, `before` of them, and of the rest: blocks of the
+ * second level go on from row to row. */
 typedef struct ql_raw_entries {
-    uint32_t scale[QL_MOST_HELD][4], zero[QL_MOST_HELD], nested[2];
+    uint32_t scale[QL_MOST_HELD][4], zero[QL_MOST_HELD], nested[2][2];
+    int before[2];
 } ql_raw_entries;
 
 typedef struct ql_entry {
@@ -66,13 +68,20 @@ static __device__ __forceinline__ void load_pair(const ql_decode_params *p, int 
         raw->zero[pair] = both ? __ldg((const uint16_t *)(p->zeros + (at >> 1))) : __ldg(p->zeros + (at >> 1));
 }
 
-/* Absmax of the second level of a batch that begins with `group`, for rows `row` and row + 8: groups of a batch share it. */
-static __device__ __forceinline__ void load_nested(const ql_decode_params *p, ql_raw_entries *raw, int row, int group) {
+/* Absmax of the second level of a batch of `count` groups that begins with `group`, for rows `row` and row + 8. `before` is
+ * counted from the lane's own first group, `own`. */
+static __device__ __forceinline__ void load_nested(const ql_decode_params *p, ql_raw_entries *raw, int row, int group,
+                                                   int count, int own) {
     const int n = (int)p->product.n, groups = (int)p->product.groups;
 #pragma unroll
-    for (int h = 0; h < 2; h++)
-        raw->nested[h] = __float_as_uint(
-            __ldg(p->product.nested_absmax + ((min(row + 8 * h, n - 1) * groups + group) >> p->nested_shift)));
+    for (int h = 0; h < 2; h++) {
+        const int first = min(row + 8 * h, n - 1) * groups + group, block = first >> p->nested_shift;
+        raw->nested[h][0] = __float_as_uint(__ldg(p->product.nested_absmax + block));
+        if (count == 1) continue;
+        const int last = min(first + count, n * groups) - 1 >> p->nested_shift;
+        raw->nested[h][1] = __float_as_uint(__ldg(p->product.nested_absmax + last));
+        raw->before[h] = (block + 1 << p->nested_shift) - first - own;
+    }
 }
 
 static __device__ __forceinline__ float half_value(uint32_t bits) {
@@ -90,21 +99,24 @@ static __device__ __forceinline__ float nested_entry(const uint8_t *pairs, uint3
     return __uint_as_float(table_pair(pairs + 128, word, byte, low));
 }
 
-/* Entries of the `index`-th group of those that the lane has (of `both`, two a pair). pairs, low: as of raw_fragment. */
+/* Entries of the `index`-th group of those that the lane has (of `both`, two a pair). group: in the batch, from the lane's own
+ * first on; divided: the batch's groups that may be in two blocks of the second level. pairs, low: as of raw_fragment. */
 static __device__ __forceinline__ ql_entry entry_of(const ql_decode_params *p, int code, int type, bool nested,
-                                                    bool both, const ql_raw_entries *raw, int index,
-                                                    const uint8_t *pairs, uint32_t low) {
+                                                    bool both, const ql_raw_entries *raw, int index, int group,
+                                                    int divided, const uint8_t *pairs, uint32_t low) {
     const int pair = both ? index / 2 : index, which = both ? index % 2 : 0;
     const uint32_t *scale = raw->scale[pair];
     ql_entry e = {{0}, {0}};
     if (code == QL_CODE_TABLE4) {
 #pragma unroll
         for (int h = 0; h < 2; h++)
-            e.scale[h] = !nested && p->scale_size == 4
-                             ? __uint_as_float(scale[which * 2 + h])
-                             : __fadd_rn(__fmul_rn(nested_entry(pairs, scale[0], which * 2 + h, low),
-                                                   __uint_as_float(raw->nested[h])),
-                                         p->product.nested_offset);
+            e.scale[h] =
+                !nested && p->scale_size == 4
+                    ? __uint_as_float(scale[which * 2 + h])
+                    : __fadd_rn(__fmul_rn(nested_entry(pairs, scale[0], which * 2 + h, low),
+                                          __uint_as_float(divided == 1 || group < raw->before[h] ? raw->nested[h][0]
+                                                                                                 : raw->nested[h][1])),
+                                p->product.nested_offset);
         return e;
     }
     const bool half = p->product.scales_type == QL_VALUE_F16;

@@ -223,9 +223,10 @@ static int candidates(ql_cuda_choice *out, int room, const ql_cuda_device *devic
 /* Whether the kernels know scales like these. */
 static bool scales_fit(const ql_packed_params *p, int groups) {
     if (p->code != QL_CODE_TABLE4) return !groups || p->scales_type != QL_VALUE_F32;
-    /* The groups of a batch share absmax of the second level. */
-    return !p->nested_table || (log2_of(p->nested_blocksize) >= 0 && p->nested_blocksize >= groups &&
-                                p->groups % (groups ? groups : 1) == 0);
+    if (!p->nested_table) return true;
+    const bool divided = QL_DECODE_DIVIDED(tokens_of(p->m, groups, true), groups) > 1;
+    return log2_of(p->nested_blocksize) >= 0 && p->nested_blocksize >= groups &&
+           (divided || p->groups % (groups ? groups : 1) == 0);
 }
 
 static bool prepare(ql_cuda_prepared *prepared, const ql_cuda_device *device, const ql_packed_params *p,

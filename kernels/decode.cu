@@ -521,7 +521,8 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     int sums = p->sums_at + (groups ? (team * p->block_batches + own) * groups : warp) * tokens * 4;
     sums += lane % 4 * 8;
     /* The first batch's while its codes are on their way, but where registers are few. */
-    const bool sums_ahead = code != QL_CODE_TABLE4 && tokens != 16 && !(halves && (QL_TILE_K(code) == 128 || !roomy));
+    const bool sums_ahead = code != QL_CODE_TABLE4 && tokens != 16 &&
+                            !(halves && (QL_TILE_K(code) == 128 || (code == QL_CODE_INT8 && !roomy)));
     if (sums_ahead && strip < p->strips && count > 0) sum_x(p, code, type, tokens, groups, true, lane, x_at, sums);
     int partials = p->partials_at;
     if (p->cluster_shift) wait_cluster();

@@ -11,6 +11,8 @@
 #include "code_exact.cuh"
 #include "planes.cuh"
 
+enum { MOST_GROUPS = 4 }; /* of a stage */
+
 /* Of a lane's rows g and g + 8 in a group, as it lies in shared memory: scales, two in a word if they have 16 bits;
  * zeros, a byte of two nibbles or two bytes, or the bytes of nested absmax. */
 typedef struct raw_entry {
@@ -36,7 +38,7 @@ typedef struct reader {
 /* A lane's share of a stage, of both sub-tiles. */
 typedef struct stage_words {
     uint32_t words[2][16], high[2][2]; /* high: of 3 bit */
-    raw_entry entries[2][2];
+    raw_entry entries[2][MOST_GROUPS];
     planes products; /* of a table */
 } stage_words;
 
@@ -84,8 +86,9 @@ static __device__ __forceinline__ void flip_group(reader *r, shape k) {
 static __device__ __forceinline__ raw_entry read_entry(const reader *r, uint32_t at, int strip, int group, shape k) {
     const bool bytes = k.code == QL_CODE_TABLE4 || k.code == QL_CODE_INT8;
     raw_entry raw = {{0, 0}, 0};
-    const uint32_t scales = r->scales + at + ((strip * 64 + group * 4) << r->scale_shift);
-    const uint32_t seconds = r->seconds + at + (bytes ? strip * 32 + group * 2 : strip * 16 + group);
+    const int pair = group / 2 * QL_STREAMK_PAIR_BYTES(k.rows), second = group % 2;
+    const uint32_t scales = r->scales + at + (pair + ((strip * 64 + second * 4) << r->scale_shift));
+    const uint32_t seconds = r->seconds + at + (pair + (bytes ? strip * 32 + second * 2 : strip * 16 + second));
     if (k.code == QL_CODE_TABLE4 || (k.wide && r->scales_type == QL_VALUE_F32)) {
         const uint2 v = load_shared_8(scales);
         raw.scales[0] = v.x;
@@ -165,7 +168,7 @@ static __device__ __forceinline__ entry make_entry(const reader *r, const raw_en
 
 /* Absmax of a stage's groups. Nested ones are looked up in one branch: in one each they would be waited for in turn. */
 static __device__ __forceinline__ void make_absmax(entry *e, const reader *r, const raw_entry *raw, int groups) {
-    uint32_t by[4];
+    uint32_t by[2 * MOST_GROUPS];
 #pragma unroll
     for (int i = 0; i < 2 * groups; i++) e[i / 2].scale[i % 2] = raw[i / 2].scales[i % 2];
     if (!r->has_seconds) return;
@@ -179,10 +182,14 @@ static __device__ __forceinline__ void make_absmax(entry *e, const reader *r, co
     }
 }
 
-/* a[4 * steps]: exact codes become weights. */
-static __device__ __forceinline__ void scale_codes(uint32_t *a, const entry *e, int steps, shape k) {
+/* The group of a stage that a step is in. */
+static __device__ __forceinline__ int group_of_step(int step, shape k) { return step * 16 * k.groups / k.stage_k; }
+
+/* a[4 * steps]: exact codes of steps from step `from` on become weights. */
+static __device__ __forceinline__ void scale_codes(uint32_t *a, const entry *entries, int from, int steps, shape k) {
 #pragma unroll
     for (int i = 0; i < 4 * steps; i++) {
+        const entry *e = &entries[group_of_step(from + i / 4, k)];
         const uint32_t scale = e->scale[i & 1];
         if (!k.wide) {
             a[i] = k.type == QL_VALUE_F16 ? mul_half2(a[i], scale) : mul_bf162(a[i], scale);
@@ -205,8 +212,8 @@ static __device__ __forceinline__ void look_up(uint32_t a[4], uint32_t word, uin
     }
 }
 
-/* a[4 * steps]: `steps` steps from step `from` of the stage, which are in the group that e is of. */
-static __device__ __forceinline__ void decode(uint32_t *a, const stage_words *d, const entry *e, bool has_zeros,
+/* a[4 * steps]: `steps` steps from step `from` of the stage. entries: of the stage's groups. */
+static __device__ __forceinline__ void decode(uint32_t *a, const stage_words *d, const entry *entries, bool has_zeros,
                                               int sub_tile, int from, int steps, shape k) {
     const int tile_steps = QL_TILE_K(k.code) / 16;
     const uint32_t *words = d->words[sub_tile];
@@ -218,10 +225,10 @@ static __device__ __forceinline__ void decode(uint32_t *a, const stage_words *d,
         else if (k.code == QL_CODE_TABLE4)
             look_up(a + 4 * i, words[at], (threadIdx.x & 31) * 4, k);
         else
-            exact_step(a + 4 * i, words + at / tile_steps * 4, d->high[sub_tile], at % tile_steps, e->zero, has_zeros,
-                       k.code, k.type);
+            exact_step(a + 4 * i, words + at / tile_steps * 4, d->high[sub_tile], at % tile_steps,
+                       entries[group_of_step(at, k)].zero, has_zeros, k.code, k.type);
     }
-    if (k.code != QL_CODE_TABLE4 && k.groups) scale_codes(a, e, steps, k);
+    if (k.code != QL_CODE_TABLE4 && k.groups) scale_codes(a, entries, from, steps, k);
     settle_bits(a, 4 * steps);
 }
 

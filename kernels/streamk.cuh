@@ -13,8 +13,8 @@
 
 enum { WARP = 32, BOX_K = QL_STREAMK_BOX_K, WARPS = QL_STREAMK_WARPS, MOST_SUMS = 128 };
 
-/* Constants of a kernel. groups: those of a stage, in one pair; 0: one group is all of K. wide: scales are not of x's
- * type. */
+/* Constants of a kernel. groups: those of a stage, in pairs; 1: one, of some stages; 0: one is all of K. wide: scales are
+ * not of x's type. */
 typedef struct shape {
     int code, type, rows, tokens, stage_k, groups;
     bool wide;
@@ -101,7 +101,7 @@ static __device__ __forceinline__ int first_token(const ql_streamk_params *q, in
 
 /* The first group of a block. */
 static __device__ __forceinline__ int group_of(const ql_streamk_params *q, int block, int groups) {
-    return groups == 2 ? 2 * block : divide(block, q->group_blocks, q->group_blocks_inverse);
+    return groups > 1 ? groups * block : divide(block, q->group_blocks, q->group_blocks_inverse);
 }
 
 /* ---- shared memory: addresses; barriers are 8 bytes each ---- */
@@ -228,10 +228,10 @@ static __device__ __forceinline__ void copy_stages(const ql_streamk_params *q, u
     } while (next_tile(&w, q, k));
 }
 
-/* ---- the warp that copies entries: of each strip those of the stage's pair of groups, as they lie in memory ----
+/* ---- the warp that copies entries: of each strip those of the stage's pairs of groups, as they lie in memory ----
  *
- * First the scales, or absmax, or second-level absmax, at most 128 bytes a strip; 128 bytes a strip after their start
- * the zeros, or the bytes of nested absmax, 16 or 32. */
+ * Of a pair first the scales, or absmax, or second-level absmax, at most 128 bytes a strip; 128 bytes a strip after their
+ * start the zeros, or the bytes of nested absmax, 16 or 32. */
 
 /* Pieces of 16 bytes, 1 << shift of each strip and pair, shared out among the lanes: at most MOST_PIECES a lane. */
 enum { MOST_PIECES = 4 };
@@ -291,16 +291,20 @@ static __device__ __forceinline__ void copy_entries(const ql_streamk_params *q, 
             const uint32_t full = base + 8 * r.slot;
             const uint32_t to = stages_at(base, k) + r.slot * stage_bytes(k) +
                                 QL_STREAMK_ENTRIES_AT(k.code, k.rows, k.tokens, k.stage_k);
-            const int pair = min(group / 2, pairs - 1);
             barrier_wait(full + EMPTY, r.parity);
-            if (nested) copy_nested_absmax(to, q, row_tile * strips, strips, pair);
-            /* 128 bytes a strip at most, 64 with scales of x's type. */
-            copy_pieces(nested ? to + strips * 128 : to, &scales, pair,
-                        k.wide || k.code == QL_CODE_TABLE4 ? strips / 4 : strips / 8);
-            if (k.code != QL_CODE_TABLE4) copy_pieces(to + strips * 128, &zeros, pair, 1);
+#pragma unroll
+            for (int i = 0; i < QL_STREAMK_PAIRS(k.groups); i++) {
+                const int pair = min(group / 2 + i, pairs - 1);
+                const uint32_t at = to + i * QL_STREAMK_PAIR_BYTES(k.rows);
+                if (nested) copy_nested_absmax(at, q, row_tile * strips, strips, pair);
+                /* 128 bytes a strip at most, 64 with scales of x's type. */
+                copy_pieces(nested ? at + strips * 128 : at, &scales, pair,
+                            k.wide || k.code == QL_CODE_TABLE4 ? strips / 4 : strips / 8);
+                if (k.code != QL_CODE_TABLE4) copy_pieces(at + strips * 128, &zeros, pair, 1);
+            }
             barrier_arrive_copies(full);
-            if (k.groups == 2) {
-                group += 2;
+            if (k.groups > 1) {
+                group += k.groups;
             } else if (--left == 0) {
                 group++;
                 left = q->group_blocks;

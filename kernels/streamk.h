@@ -55,18 +55,24 @@ typedef struct ql_streamk_params {
 #define QL_STREAMK_HAS_PLANES(code, tokens) ((code) == QL_CODE_TABLE4 && (tokens) == 256)
 
 /* Bytes of a stage: x in boxes, the codes of the tile's strips, then what groups have (entries): of a strip and a pair
- * of groups up to 160, or planes. Where a stage is half of a tile of codes, it has the whole tile: the halves of a lane's
- * bytes do not lie together, and twice the codes of 2 or 3 bit are still little beside x. */
+ * of groups up to 160, those of all strips of the first pair before those of the second; or planes. Where a stage is half
+ * of a tile of codes, it has the whole tile: the halves of a lane's bytes do not lie together, and twice the codes of 2 or
+ * 3 bit are still little beside x. */
 #define QL_STREAMK_HAS_HALVES(code, stage_k) ((stage_k) < QL_TILE_K(code))
 #define QL_STREAMK_STRIP_BYTES(code, stage_k)                                                                          \
     ((QL_STREAMK_HAS_HALVES(code, stage_k) ? 1 : (stage_k) / QL_TILE_K(code)) * QL_TILE_BYTES(code))
 #define QL_STREAMK_CODES_AT(tokens, stage_k) ((tokens) * (stage_k) * 2)
 #define QL_STREAMK_ENTRIES_AT(code, rows, tokens, stage_k)                                                             \
     (QL_STREAMK_CODES_AT(tokens, stage_k) + (rows) / 16 * QL_STREAMK_STRIP_BYTES(code, stage_k))
-#define QL_STREAMK_ENTRIES_BYTES(code, rows, tokens)                                                                   \
-    (QL_STREAMK_HAS_PLANES(code, tokens) ? (rows) * 32 : ((rows) / 16 * 160 + 1023) / 1024 * 1024)
+#define QL_STREAMK_PAIRS(groups) (((groups) + 1) / 2)
+#define QL_STREAMK_PAIR_BYTES(rows) ((rows) / 16 * 160)
+#define QL_STREAMK_ENTRIES_BYTES(code, rows, tokens, groups)                                                           \
+    (QL_STREAMK_HAS_PLANES(code, tokens)                                                                               \
+         ? (rows) * 32                                                                                                 \
+         : (QL_STREAMK_PAIRS(groups) * QL_STREAMK_PAIR_BYTES(rows) + 1023) / 1024 * 1024)
 #define QL_STREAMK_STAGE_BYTES(code, rows, tokens, stage_k, groups)                                                    \
-    (QL_STREAMK_ENTRIES_AT(code, rows, tokens, stage_k) + ((groups) ? QL_STREAMK_ENTRIES_BYTES(code, rows, tokens) : 0))
+    (QL_STREAMK_ENTRIES_AT(code, rows, tokens, stage_k) +                                                              \
+     ((groups) ? QL_STREAMK_ENTRIES_BYTES(code, rows, tokens, groups) : 0))
 
 /* An element of codes_map, in bytes: a box has at most 256 of them along a row. */
 #define QL_STREAMK_CODES_UNIT(code, stage_k) (QL_STREAMK_STRIP_BYTES(code, stage_k) > 1024 ? 8 : 4)

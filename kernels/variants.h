@@ -43,9 +43,9 @@
     QL_MMA_TABLE(X, 128)
 
 /* X(name, source, code, type of x, wide, rows of W a block, tokens a block, columns a stage, groups a stage): products with
- * a packed weight on wgmma. wide: scales are not of x's type. groups: 2: a group is half of a stage; 1: it is some stages;
- * 0: it is all of K. Where rows and tokens are many a stage is no more columns than there is room for: of 2 and 3 bit, whose
- * tiles of codes are 128 columns, half a tile. */
+ * a packed weight on wgmma. wide: scales are not of x's type. groups: 4, 2: a group is a quarter or half of a stage; 1: it
+ * is some stages; 0: it is all of K. Where rows and tokens are many a stage is no more columns than there is room for: of 2
+ * and 3 bit, whose tiles of codes are 128 columns, half a tile. */
 #define QL_WGMMA_TYPES(X, code, name, tile, rows, tokens, stage_k, groups)                                             \
     X(ql_wgmma_##name##_f16_##tile, wgmma, code, QL_VALUE_F16, false, rows, tokens, stage_k, groups)                   \
     X(ql_wgmma_##name##_bf16_##tile, wgmma, code, QL_VALUE_BF16, false, rows, tokens, stage_k, groups)
@@ -56,10 +56,13 @@
 #define QL_WGMMA_INTEGERS(X, code, name)                                                                               \
     QL_WGMMA_SCALES(X, code, name, 32, 128, 32, 128, 1)                                                                \
     QL_WGMMA_SCALES(X, code, name, 32_halves, 128, 32, 128, 2)                                                         \
+    QL_WGMMA_SCALES(X, code, name, 32_quarters, 128, 32, 128, 4)                                                       \
     QL_WGMMA_SCALES(X, code, name, 64, 128, 64, 128, 1)                                                                \
     QL_WGMMA_SCALES(X, code, name, 64_halves, 128, 64, 128, 2)                                                         \
+    QL_WGMMA_SCALES(X, code, name, 64_quarters, 128, 64, 128, 4)                                                       \
     QL_WGMMA_SCALES(X, code, name, 128, 128, 128, 128, 1)                                                              \
     QL_WGMMA_SCALES(X, code, name, 128_halves, 128, 128, 128, 2)                                                       \
+    QL_WGMMA_SCALES(X, code, name, 128_quarters, 128, 128, 128, 4)                                                     \
     QL_WGMMA_TYPES(X, code, name, 32_rows, 128, 32, 128, 0)                                                            \
     QL_WGMMA_TYPES(X, code, name, 64_rows, 128, 64, 128, 0)                                                            \
     QL_WGMMA_TYPES(X, code, name, 128_rows, 128, 128, 128, 0)                                                          \
@@ -71,10 +74,13 @@
 #define QL_WGMMA_TABLE(X, code, name)                                                                                  \
     QL_WGMMA_TYPES(X, code, name, 32, 128, 32, 128, 1)                                                                 \
     QL_WGMMA_TYPES(X, code, name, 32_halves, 128, 32, 128, 2)                                                          \
+    QL_WGMMA_TYPES(X, code, name, 32_quarters, 128, 32, 128, 4)                                                        \
     QL_WGMMA_TYPES(X, code, name, 64, 128, 64, 128, 1)                                                                 \
     QL_WGMMA_TYPES(X, code, name, 64_halves, 128, 64, 128, 2)                                                          \
+    QL_WGMMA_TYPES(X, code, name, 64_quarters, 128, 64, 128, 4)                                                        \
     QL_WGMMA_TYPES(X, code, name, 128, 128, 128, 128, 1)                                                               \
     QL_WGMMA_TYPES(X, code, name, 128_halves, 128, 128, 128, 2)                                                        \
+    QL_WGMMA_TYPES(X, code, name, 128_quarters, 128, 128, 128, 4)                                                      \
     QL_WGMMA_TYPES(X, code, name, 256, 128, 256, 64, 1)
 #define QL_WGMMA_VARIANTS(X)                                                                                           \
     QL_WGMMA_INTEGERS(X, QL_CODE_INT2, int2)                                                                           \

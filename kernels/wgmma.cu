@@ -5,10 +5,10 @@
  * some columns of x, the codes of the tile's strips, and their scales and zeros as they lie in memory. A warp decodes
  * some steps of its 16 rows (twice 16 in tiles of 256 rows) while the product of the steps before them runs. Scales are
  * applied to weights, which are rounded once to 16 bit: so nothing but products touches the sums; to outputs, where a
- * group is all of K: codes stay exact; to the sums of 64 columns, with codes of a table: a table of its products would
- * be dear to read, or rounded twice. With 256 tokens there are no registers for such sums, and half the weights to decode:
- * there a table's products with absmax are made for each row and group (planes.cuh). Blocks that share a tile add their
- * sums as exchange.cuh says. */
+ * group is all of K: codes stay exact; to the sums of 64 columns, or of a group of 32, with codes of a table: a table of
+ * its products would be dear to read, or rounded twice. With 256 tokens there are no registers for such sums, and half the
+ * weights to decode: there a table's products with absmax are made for each row and group (planes.cuh). Blocks that share
+ * a tile add their sums as exchange.cuh says. */
 #include "exchange.cuh"
 #include "stage_weight.cuh"
 #include "variants.h"
@@ -117,8 +117,9 @@ static __device__ __forceinline__ void store_rows(const float *sums, int *turn, 
 }
 
 /* Steps of 16 columns that are decoded at once. A stage is two batches of them at least, which take turns: the products of
- * 256 tokens take twice as long, so half as many steps are enough. */
-#define STEPS(k) ((k).stage_k * (k).rows < 128 * 128 ? 2 : MOST_STEPS)
+ * 256 tokens take twice as long, so half as many steps are enough. A table's batch is in one group, whose sums it has. */
+#define HAS_SUMS_OF_GROUPS(k) ((k).code == QL_CODE_TABLE4 && !HAS_PLANES(k))
+#define STEPS(k) ((k).stage_k * (k).rows < 128 * 128 || (HAS_SUMS_OF_GROUPS(k) && (k).groups == 4) ? 2 : MOST_STEPS)
 
 /* The products of STEPS steps from step `from` with x, one group of them; sums are 0 before where `add` is 0. */
 static __device__ __forceinline__ void multiply_steps(float *sums, const uint32_t *a, uint64_t x, int from, int add,
@@ -184,7 +185,7 @@ static __device__ __forceinline__ void sum_blocks(float *sums, reader *reads, pl
     for (; blocks > 0; blocks--) {
         const uint64_t x = descriptor_of(c, k);
         const uint32_t empty = c->base + 8 * c->slot + EMPTY;
-        entry e[2][2];
+        entry e[2][MOST_GROUPS];
         bool ready = false;
 #pragma unroll
         for (int i = 0; i < sub_tiles; i++) {
@@ -198,7 +199,7 @@ static __device__ __forceinline__ void sum_blocks(float *sums, reader *reads, pl
         for (int batch = 0; batch < batches; batch++) {
             const int i = batch % sub_tiles, from = batch / sub_tiles * STEPS(k);
             uint32_t *to = a[batch & 1];
-            decode(to, &d, &e[i][k.groups == 2 ? from * 32 / k.stage_k : 0], reads->has_seconds, i, from, STEPS(k), k);
+            decode(to, &d, e[i], reads->has_seconds, i, from, STEPS(k), k);
             if (batch == batches - 1 && blocks > 1) {
                 if (!ready) await_stage(c);
                 read_stage(&d, reads, c->at, k);
@@ -223,16 +224,16 @@ static __device__ __forceinline__ void add_scaled(float *sums, float *part, cons
     for (int i = 0; i < count; i++) sums[i] += part[i] * __uint_as_float(e->scale[i / 2 % 2]);
 }
 
-/* The same with scales applied to the sums of each half of a stage, which are taken for themselves: up to 64 tokens
- * while the products of the other half run; with more there are registers for one half's alone. No product runs from
+/* The same with scales applied to the sums of each batch of a stage, which are taken for themselves: up to 64 tokens
+ * while the products of the next batch run; with more there are registers for one batch's alone. No product runs from
  * one turn of the loop to the next: the compiler would have all of them wait. */
-static __device__ __forceinline__ void sum_halves(float *sums, reader *reads, place *c, const ql_streamk_params *q,
-                                                  int blocks, shape k) {
-    const int count = k.tokens / 2, second = k.tokens <= 64;
+static __device__ __forceinline__ void sum_batches(float *sums, reader *reads, place *c, const ql_streamk_params *q,
+                                                   int blocks, shape k) {
+    const int count = k.tokens / 2, second = k.tokens <= 64, last = k.stage_k / 16 / STEPS(k) - 1;
     uint32_t a[2][4 * MOST_STEPS];
     float part[2][MOST_SUMS / 2];
     stage_words d;
-    entry e[2];
+    entry e[MOST_GROUPS];
     await_stage(c);
     read_stage(&d, reads, c->at, k);
     decode(a[0], &d, e, false, 0, 0, STEPS(k), k);
@@ -244,26 +245,32 @@ static __device__ __forceinline__ void sum_halves(float *sums, reader *reads, pl
         const uint32_t empty = c->base + 8 * c->slot + EMPTY;
         multiply_steps(part[0], a[0], x, 0, 0, k);
         make_absmax(e, reads, d.entries[0], k.groups);
-        if (k.groups == 1) e[1] = e[0];
-        decode(a[1], &d, e, false, 0, STEPS(k), STEPS(k), k);
-        if (!second) {
-            WARPGROUP_WAIT(0);
-            add_scaled(sums, part[0], &e[0], count);
-        }
-        multiply_steps(part[second], a[1], x, STEPS(k), 0, k);
-        step_on(c, reads, q, k);
-        if (blocks > 1) {
-            await_stage(c);
-            read_stage(&d, reads, c->at, k);
-        }
-        if (second) {
-            WARPGROUP_WAIT(1);
-            add_scaled(sums, part[0], &e[0], count);
+#pragma unroll
+        for (int batch = 1; batch <= last; batch++) {
+            const int from = batch * STEPS(k), before = batch - 1;
+            const entry *by = &e[group_of_step(before * STEPS(k), k)];
+            decode(a[batch & 1], &d, e, false, 0, from, STEPS(k), k);
+            if (!second) {
+                WARPGROUP_WAIT(0);
+                add_scaled(sums, part[0], by, count);
+            }
+            multiply_steps(part[batch & second], a[batch & 1], x, from, 0, k);
+            if (batch == last) {
+                step_on(c, reads, q, k);
+                if (blocks > 1) {
+                    await_stage(c);
+                    read_stage(&d, reads, c->at, k);
+                }
+            }
+            if (second) {
+                WARPGROUP_WAIT(1);
+                add_scaled(sums, part[before & 1], by, count);
+            }
         }
         if (blocks > 1) decode(a[0], &d, e, false, 0, 0, STEPS(k), k);
         WARPGROUP_WAIT(0);
         release_stage(empty, k);
-        add_scaled(sums, part[second], &e[1], count);
+        add_scaled(sums, part[last & second], &e[group_of_step(last * STEPS(k), k)], count);
     }
 }
 
@@ -300,8 +307,8 @@ static __device__ __forceinline__ void multiply_all(const ql_streamk_params *q, 
 #pragma unroll
         for (int i = 0; i < sub_tiles * k.tokens / 2; i++) sums[i] = 0.0f;
         find_group(&c, &reads, q, w.first, k);
-        if (k.code == QL_CODE_TABLE4 && !HAS_PLANES(k))
-            sum_halves(sums, &reads, &c, q, w.end - w.first, k);
+        if (HAS_SUMS_OF_GROUPS(k))
+            sum_batches(sums, &reads, &c, q, w.end - w.first, k);
         else
             sum_blocks(sums, &reads, &c, q, w.end - w.first, k);
         if (w.first > 0) {
@@ -373,7 +380,7 @@ static __device__ __forceinline__ void product(const ql_streamk_params *q, shape
         leave_pair(k);
     } else {
         WARPGROUP_TAKES_REGISTERS(224);
-        if (k.code == QL_CODE_TABLE4 && !HAS_PLANES(k)) {
+        if (HAS_SUMS_OF_GROUPS(k)) {
             fill_tables(&q->product, base + QL_STREAMK_TABLE_AT, k.type);
             named_barrier(TABLE_BARRIER, MULTIPLIERS);
         }

@@ -6,7 +6,7 @@ import itertools
 # (bits, group size, type of scales): types of x and scales that agree, and that do not.
 GPTQ = tuple(itertools.product((2, 3, 4, 8), (-1, 32, 64, 128), ("float16", "bfloat16")))
 # (block size, whether absmax is quantized too)
-FOURBIT = ((32, False), (64, False), (64, True), (128, False), (256, True), (512, False))
+FOURBIT = ((32, False), (32, True), (64, False), (64, True), (128, False), (256, True), (512, False))
 
 N, K = 272, 1152
 # Columns that a batch of a decode kernel divides: kernels for double quantization want them.

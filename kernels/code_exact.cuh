@@ -31,15 +31,24 @@ static __device__ __forceinline__ uint32_t zero_word(uint32_t zero, int code, in
     return zero;
 }
 
-/* Two 2-, 3- or 4-bit codes of a row less its zero. */
-static __device__ __forceinline__ uint32_t small_codes(uint32_t word, uint32_t high, int code, int s, int p, int h,
-                                                       uint32_t zero, int type) {
+/* Two 2- or 4-bit codes of a row less its zero. */
+static __device__ __forceinline__ uint32_t small_codes(uint32_t word, int code, int s, int p, int h, uint32_t zero,
+                                                       int type) {
     const int bits = QL_CODE_BITS(code);
     const int from = code_bit(code, s, h), room = type == QL_VALUE_F16 ? 10 : 7;
     /* Where the mantissa has no room for the code in its place, it comes down. */
     const int at = from + bits <= room ? from : from - (code == QL_CODE_INT4 ? 4 : 2);
     const uint32_t magic = twice(type == QL_VALUE_F16 ? 0x6400u : 0x4300u);
-    return take_away(codes_at(word, high, code, s, p, h, at, magic), at, minus_pair(zero, at, type), type);
+    return take_away(codes_at(word, 0, code, s, p, h, at, magic), at, minus_pair(zero, at, type), type);
+}
+
+/* Two 3-bit codes. */
+static __device__ __forceinline__ uint32_t three_bit_codes(uint32_t low, uint32_t high, int s, int p, int h,
+                                                           uint32_t zero, int type) {
+    const int at = 4 * (s % 2);
+    const uint32_t magic = twice(type == QL_VALUE_F16 ? 0x6400u : 0x4300u);
+    const uint32_t raw = masked_or(joined_codes(low, turned_high(high), s, h) >> 8 * p, twice(7u << at), magic);
+    return take_away(raw, at, minus_pair(zero, at, type), type);
 }
 
 /* Two 8-bit codes less their zero: bytes h and h + 2 of the word. */
@@ -63,9 +72,10 @@ static __device__ __forceinline__ void exact_step(uint32_t a[4], const uint32_t 
             uint32_t *to = &a[2 * p + h];
             if (code == QL_CODE_INT8) {
                 *to = byte_codes(words[2 * s + p], h, zero[h], type, has_zeros);
+            } else if (code == QL_CODE_INT3) {
+                *to = three_bit_codes(words[s / 2], high[s / 4], s, p, h, zero[h], type);
             } else {
-                uint32_t word = words[code == QL_CODE_INT4 ? s : s / 2];
-                *to = small_codes(word, high[s / 4], code, s, p, h, zero[h], type);
+                *to = small_codes(words[code == QL_CODE_INT4 ? s : s / 2], code, s, p, h, zero[h], type);
             }
         }
 }

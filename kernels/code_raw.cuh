@@ -36,19 +36,15 @@ static __device__ __forceinline__ uint32_t table_pair(const uint8_t *pairs, uint
     return *(const uint32_t *)(pairs + at);
 }
 
-/* 2 and 3 bit: a word with row g + 8 * half's codes of two steps, an even one and the next. Bit 16 e + 8 p + 4 (step % 2) is
- * the lowest of column 2t + 8p + e, but for 2 bit of row g + 8, where it is two bits on; of 3 bit every fourth bit is to be
- * ignored. */
+/* 2 and 3 bit: a word with row g + 8 * half's codes of two steps as joined_codes() has it, but that of 2 bit those of row
+ * g + 8 are two bits on. */
 static __device__ __forceinline__ uint32_t two_steps(const ql_batch_codes *codes, int code, int block, int step,
                                                      int half) {
     const int second = step / 2;
     const uint32_t low = word_of(codes->low[block / 2], block % 2 * 2 + second);
     if (code == QL_CODE_INT2) return low;
-    /* The high bits of four steps stand side by side; the middle two pairs of each byte change places, and those of the two
-     * steps are four bits apart. */
-    uint32_t high = block % 2 ? codes->high[block / 2].y : codes->high[block / 2].x;
-    high = masked_else(high, 0xc3c3c3c3u, masked_else(high >> 2, 0x0c0c0c0cu, high << 2));
-    return masked_else(low >> 2 * half, 0x33333333u, shifted(high, 2 * second + half - 2));
+    const uint32_t high = block % 2 ? codes->high[block / 2].y : codes->high[block / 2].x;
+    return joined_codes(low, turned_high(high), step, half);
 }
 
 /* The fragment of step `step` (of 4) of block `block` of a batch. low: of a table, 4 * lane. All but codes, pairs and low

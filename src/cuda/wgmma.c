@@ -62,7 +62,7 @@ static int stages_of(const variant *v, int room) {
 /* What a stage of 128 columns takes, in ns: tiles of 32, 64, 128 and 256 tokens, then those of 256 rows. Stages of four
  * groups were never timed: what they take more is a guess by their loops' instructions. */
 static double pace(const variant *v) {
-    static const double paces[][5] = {{345, 463, 768, 1547},       {435, 546, 839, 1547},
+    static const double paces[][5] = {{345, 463, 768, 1547},       {402, 508, 800, 1547},
                                       {360, 474, 757, 1547, 1590}, {341, 460, 775, 1563, 1563},
                                       {376, 509, 814, 1621, 1776}, {376, 521, 906, 1547}};
     const int kind = v->code == QL_CODE_INT2   ? 0

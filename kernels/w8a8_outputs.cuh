@@ -235,7 +235,7 @@ static __device__ __forceinline__ void finish_turned(uint32_t *sums, const reade
     const ql_w8a8_params *p = &d->q->product;
     const int wg = (int)threadIdx.x / 128, warp = (int)threadIdx.x / WARP % 4;
     const int first = token + wg * 64 + warp * 16;
-    if (first >= p->m) return;
+    if (__all_sync(ALL_LANES, first >= p->m)) return; /* by all lanes at once, as the compiler sees then */
     finish_columns(sums, p, row, k);
     if (p->out_type == QL_VALUE_F32)
         store_wide_turned(sums, p, row, first, k);

@@ -227,10 +227,12 @@ static __device__ __forceinline__ void multiply_all(const ql_w8a8_wgmma_params *
     d.rows = rows_descriptor(l->stages + (uint32_t)((k.turned ? QL_W8A8_ROWS : 0) + wg * 64) * K);
     d.width = rows_descriptor(l->stages + (k.turned ? 0 : QL_W8A8_ROWS * K));
     d.pair = l->more + ((int)threadIdx.x / WARP * 16 + lane_of() / 4) * 4;
-    /* Held in registers: the compiler would compute them anew for each stage, before its products can start. */
-    settle_bits(&d.rows, 1);
-    settle_bits(&d.width, 1);
-    if (k.turned) settle_bits(&d.pair, 1);
+    /* Shuffled, so that the compiler neither computes them anew for each stage, before its products can start, nor takes a
+     * warp's lanes to differ in descriptors: those are made by uniform instructions then, a few a stage. That ends where
+     * lanes may part in the loop over segments: nothing in it branches by lane to the loop's next turn. */
+    d.rows = __shfl_sync(ALL_LANES, d.rows, 0);
+    d.width = __shfl_sync(ALL_LANES, d.width, 0);
+    if (k.turned) d.pair = __shfl_sync(ALL_LANES, d.pair, lane_of());
     d.outliers = k.code == QL_W8A8_INT8 && q->product.outliers;
     d.turn = 0;
     d.ready = d.outliers ? l->ready : l->full;
@@ -256,14 +258,15 @@ static __device__ __forceinline__ void multiply_all(const ql_w8a8_wgmma_params *
             if (!meet(sums, &d, k)) return;
         } else if (s.first > 0) {
             leave_partials(sums, q, k);
-            continue;
         } else {
             add_partials(sums, &d, count_partials(q, &s, k), k);
         }
-        if (k.turned)
-            finish_turned(sums, &d, row, token, k);
-        else
-            finish_tile(sums, &d, &rows, row, token, k);
+        if (s.first == 0 || k.meets) {
+            if (k.turned)
+                finish_turned(sums, &d, row, token, k);
+            else
+                finish_tile(sums, &d, &rows, row, token, k);
+        }
     }
 }
 

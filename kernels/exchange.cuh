@@ -30,9 +30,17 @@ static __device__ __forceinline__ void leave_partials(const float *sums, const q
 
 /* By one warp, for all that multiply. */
 static __device__ __forceinline__ void raise_flags(const ql_streamk_params *q, shape k) {
+    wait_for_previous_kernel();
     named_barrier(FLAGS_BARRIER, MULTIPLIERS + WARP);
     if (threadIdx.x % WARP < WARPS)
         store_release(q->flags + place_of_partials(own_range(k), k) * WARPS + threadIdx.x % WARP, q->nonce);
+}
+
+/* By one that feeds as well: as late as that holds nothing up, once the ring is full of the tile after the one that was left.
+ * in: stages until then, below 0: none. */
+static __device__ __forceinline__ void count_down_flags(int *in, const ql_streamk_params *q, shape k) {
+    if (*in == 0) raise_flags(q, k);
+    (*in)--;
 }
 
 /* A lane waits for a range. */

@@ -96,8 +96,7 @@ static __device__ __forceinline__ void store_planes(uint32_t low_plane, int plan
     store_shared_16(low_plane + planes, make_uint4(high[0], high[1], high[2], high[3]));
 }
 
-/* The first warp copies codes and x as well. Another one raises flags, as late as that holds nothing up: once the ring is
- * full of the tile after the one that was left. */
+/* The first warp copies codes and x as well, another one raises flags. */
 static __device__ __forceinline__ void feed_planes(const ql_streamk_params *q, uint32_t base, walk w, int warp,
                                                    shape k) {
     const ql_packed_params *p = &q->product;
@@ -111,7 +110,7 @@ static __device__ __forceinline__ void feed_planes(const ql_streamk_params *q, u
 #pragma unroll
     for (int i = 0; i < 16; i++) table[i] = __ldg(p->table + i);
     if (warp == FLAGS_WARP) start_next_kernel();
-    if (warp <= FLAGS_WARP) wait_for_previous_kernel();
+    if (warp == 0) wait_for_previous_kernel();
     do {
         int row_tile, token_tile;
         place_tile(q, w.tile, &row_tile, &token_tile, k);
@@ -128,8 +127,7 @@ static __device__ __forceinline__ void feed_planes(const ql_streamk_params *q, u
 #pragma unroll 1
         for (int block = w.first; block < w.end; block++) {
             const uint32_t full = base + 8 * r.slot;
-            if (flags_in == 0) raise_flags(q, k);
-            flags_in--;
+            count_down_flags(&flags_in, q, k);
             barrier_wait(full + EMPTY, r.parity);
             if (warp == 0 && is_elected()) {
                 ask_for_codes(q, base, r.slot, row_tile, block, k);

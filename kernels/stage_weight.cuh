@@ -11,10 +11,8 @@
 #include "code_exact.cuh"
 #include "planes.cuh"
 
-enum { MOST_GROUPS = 4 }; /* of a stage */
-
 /* Of a lane's rows g and g + 8 in a group, as it lies in shared memory: scales, two in a word if they have 16 bits;
- * zeros, a byte of two nibbles or two bytes, or the bytes of nested absmax. */
+ * zeros, a byte of two nibbles or two bytes. */
 typedef struct raw_entry {
     uint32_t scales[2], second;
 } raw_entry;
@@ -28,9 +26,7 @@ typedef struct entry {
 /* What is the same in all stages. Addresses: this lane's in the first stage, entries in the group at hand. */
 typedef struct reader {
     uint32_t codes, high, scales, seconds; /* high: of 3 bit */
-    uint32_t nested_table;                 /* address */
-    float nested_offset;
-    int scales_type, scale_shift; /* scale_shift: 1 where a scale has 32 bits, else 0 */
+    int scales_type, scale_shift;          /* scale_shift: 1 where a scale has 32 bits, else 0 */
     bool has_seconds;
     entry rows[2]; /* of both sub-tiles, where a group is all of K */
 } reader;
@@ -57,16 +53,14 @@ static __device__ __forceinline__ reader make_reader(const ql_streamk_params *q,
     reader r;
     r.scales_type = table ? QL_VALUE_F32 : p->scales_type;
     r.scale_shift = table || (k.wide && r.scales_type == QL_VALUE_F32);
-    r.has_seconds = table ? p->nested_table != NULL : p->zeros != NULL;
+    r.has_seconds = !table && p->zeros != NULL;
     r.codes = stage + QL_STREAMK_CODES_AT(k.tokens, k.stage_k) + strip * QL_STREAMK_STRIP_BYTES(k.code, k.stage_k);
     r.high = r.codes + 512 + lane * 8;
     r.codes += lane * 16;
     r.scales = entries + ((strip * 64 + g * 8) << r.scale_shift);
     if (HAS_PLANES(k)) r.scales = entries + (strip * 16 + g) * PLANE;
     r.seconds = entries + k.rows / 16 * 128;
-    r.seconds += table || k.code == QL_CODE_INT8 ? strip * 32 + g * 4 : strip * 16 + g * 2;
-    r.nested_table = base + QL_STREAMK_TABLE_AT + QL_STREAMK_TABLE_BYTES;
-    r.nested_offset = p->nested_offset;
+    r.seconds += k.code == QL_CODE_INT8 ? strip * 32 + g * 4 : strip * 16 + g * 2;
     return r;
 }
 
@@ -80,13 +74,13 @@ static __device__ __forceinline__ void flip_half(reader *r) {
 static __device__ __forceinline__ void flip_group(reader *r, shape k) {
     if (HAS_PLANES(k)) return;
     r->scales ^= 4u << r->scale_shift;
-    r->seconds ^= k.code == QL_CODE_TABLE4 || k.code == QL_CODE_INT8 ? 2 : 1;
+    r->seconds ^= k.code == QL_CODE_INT8 ? 2 : 1;
 }
 
 static __device__ __forceinline__ raw_entry read_entry(const reader *r, uint32_t at, int strip, int group, shape k) {
-    const bool bytes = k.code == QL_CODE_TABLE4 || k.code == QL_CODE_INT8;
+    const bool bytes = k.code == QL_CODE_INT8;
     raw_entry raw = {{0, 0}, 0};
-    const int pair = group / 2 * QL_STREAMK_PAIR_BYTES(k.rows), second = group % 2;
+    const int pair = group / 2 * QL_STREAMK_PAIR_BYTES(k.code, k.rows), second = group % 2;
     const uint32_t scales = r->scales + at + (pair + ((strip * 64 + second * 4) << r->scale_shift));
     const uint32_t seconds = r->seconds + at + (pair + (bytes ? strip * 32 + second * 2 : strip * 16 + second));
     if (k.code == QL_CODE_TABLE4 || (k.wide && r->scales_type == QL_VALUE_F32)) {
@@ -166,20 +160,10 @@ static __device__ __forceinline__ entry make_entry(const reader *r, const raw_en
     return e;
 }
 
-/* Absmax of a stage's groups. Nested ones are looked up in one branch: in one each they would be waited for in turn. */
-static __device__ __forceinline__ void make_absmax(entry *e, const reader *r, const raw_entry *raw, int groups) {
-    uint32_t by[2 * MOST_GROUPS];
+/* Absmax of a stage's groups. */
+static __device__ __forceinline__ void absmax_entries(entry *e, const raw_entry *raw, int groups) {
 #pragma unroll
     for (int i = 0; i < 2 * groups; i++) e[i / 2].scale[i % 2] = raw[i / 2].scales[i % 2];
-    if (!r->has_seconds) return;
-#pragma unroll
-    for (int i = 0; i < 2 * groups; i++)
-        by[i] = load_shared_4(r->nested_table + (raw[i / 2].second >> 8 * (i % 2) & 255u) * 4);
-#pragma unroll
-    for (int i = 0; i < 2 * groups; i++) {
-        const float absmax = __fmul_rn(__uint_as_float(by[i]), __uint_as_float(raw[i / 2].scales[i % 2]));
-        e[i / 2].scale[i % 2] = __float_as_uint(__fadd_rn(absmax, r->nested_offset));
-    }
 }
 
 /* The group of a stage that a step is in. */
@@ -236,8 +220,6 @@ static __device__ __forceinline__ void decode(uint32_t *a, const stage_words *d,
 static __device__ __forceinline__ void fill_tables(const ql_packed_params *p, uint32_t table, int type) {
     const int thread = (int)threadIdx.x, first = thread / WARP * WARP, lane = thread % WARP;
     const uint32_t pair = round16_pair(__ldg(p->table + (thread & 15)), __ldg(p->table + (thread >> 4)), type);
-    if (p->nested_table)
-        store_shared_4(table + QL_STREAMK_TABLE_BYTES + thread * 4, __float_as_uint(__ldg(p->nested_table + thread)));
 #pragma unroll 4
     for (int i = 0; i < WARP; i++)
         store_shared_4(table + (first + i) * 256 + lane * 4, __shfl_sync(ALL_LANES, pair, i));

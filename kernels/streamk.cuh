@@ -11,7 +11,7 @@
 #include "streamk.h"
 #include "warpgroup.cuh"
 
-enum { WARP = 32, BOX_K = QL_STREAMK_BOX_K, WARPS = QL_STREAMK_WARPS, MOST_SUMS = 128 };
+enum { WARP = 32, BOX_K = QL_STREAMK_BOX_K, WARPS = QL_STREAMK_WARPS, MOST_SUMS = 128, MOST_GROUPS = 4 };
 
 /* Constants of a kernel. groups: those of a stage, in pairs; 1: one, of some stages; 0: one is all of K. wide: scales are
  * not of x's type. */
@@ -129,11 +129,16 @@ static __device__ __forceinline__ uint32_t stages_at(uint32_t base, shape k) {
     return base + QL_STREAMK_HEAD_BYTES(k.code, k.tokens);
 }
 
-/* Full: the codes' bytes, those of x, and 32 lanes' copies of entries or four warps' planes. */
-static __device__ __forceinline__ void init_barriers(uint32_t base, int stages, shape k) {
+static __device__ __forceinline__ bool is_nested(const ql_streamk_params *q, shape k) {
+    return k.code == QL_CODE_TABLE4 && q->product.nested_table;
+}
+
+/* Full: the codes' bytes, those of x, and 32 lanes' copies of entries, two warps' absmax or four warps' planes. */
+static __device__ __forceinline__ void init_barriers(const ql_streamk_params *q, uint32_t base, shape k) {
+    const int entries = HAS_PLANES(k) ? 4 : !k.groups ? 0 : is_nested(q, k) ? 2 : WARP;
 #pragma unroll 1
-    for (int i = 0; i < stages; i++) {
-        barrier_init(base + 8 * i, HAS_PLANES(k) ? 2 + 4 : k.groups ? 2 + WARP : 2);
+    for (int i = 0; i < q->stages; i++) {
+        barrier_init(base + 8 * i, 2 + entries);
         barrier_init(base + 8 * i + EMPTY, WARPS * (PAIRED(k) + 1));
     }
     barrier_init(base + SPARE, WARPS * (PAIRED(k) + 1));
@@ -230,8 +235,8 @@ static __device__ __forceinline__ void copy_stages(const ql_streamk_params *q, u
 
 /* ---- the warp that copies entries: of each strip those of the stage's pairs of groups, as they lie in memory ----
  *
- * Of a pair first the scales, or absmax, or second-level absmax, at most 128 bytes a strip; 128 bytes a strip after their
- * start the zeros, or the bytes of nested absmax, 16 or 32. */
+ * Of a pair first the scales, or absmax, at most 128 bytes a strip; 128 bytes a strip after their start the zeros, 16 or 32.
+ * Nested absmax is not copied, but made (absmax.cuh). */
 
 /* Pieces of 16 bytes, 1 << shift of each strip and pair, shared out among the lanes: at most MOST_PIECES a lane. */
 enum { MOST_PIECES = 4 };
@@ -261,23 +266,9 @@ static __device__ __forceinline__ void copy_pieces(uint32_t to, const pieces *p,
         if (p->from[i]) cp_async_16(to + ((int)threadIdx.x % WARP + i * WARP) * 16, p->from[i] + at, 16);
 }
 
-/* A lane has row lane / 4 + 8 (lane % 2) of each strip and group lane / 2 % 2 of the pair. */
-static __device__ __forceinline__ void copy_nested_absmax(uint32_t to, const ql_streamk_params *q, int first_strip,
-                                                          int strips, int pair) {
-    const ql_packed_params *p = &q->product;
-    const int groups = (int)p->groups, lane = (int)threadIdx.x % WARP;
-    const int group = min(2 * pair + lane / 2 % 2, groups - 1), row = first_strip * 16 + lane / 4 + lane % 2 * 8;
-    const int last = ((int)p->n - 1) * groups + group;
-#pragma unroll
-    for (int i = 0; i < strips; i++)
-        cp_async_4(to + i * 128 + lane * 4,
-                   p->nested_absmax + (min((row + i * 16) * groups + group, last) >> q->nested_shift), 4);
-}
-
 static __device__ __forceinline__ void copy_entries(const ql_streamk_params *q, uint32_t base, walk w, shape k) {
     const ql_packed_params *p = &q->product;
     const int strips = k.rows / 16, last_strip = ((int)p->n + 15) / 16 - 1, pairs = ((int)p->groups + 1) / 2;
-    const bool nested = k.code == QL_CODE_TABLE4 && p->nested_table;
     ring r = {0, 1};
     do {
         int row_tile, token_tile;
@@ -295,11 +286,9 @@ static __device__ __forceinline__ void copy_entries(const ql_streamk_params *q, 
 #pragma unroll
             for (int i = 0; i < QL_STREAMK_PAIRS(k.groups); i++) {
                 const int pair = min(group / 2 + i, pairs - 1);
-                const uint32_t at = to + i * QL_STREAMK_PAIR_BYTES(k.rows);
-                if (nested) copy_nested_absmax(at, q, row_tile * strips, strips, pair);
+                const uint32_t at = to + i * QL_STREAMK_PAIR_BYTES(k.code, k.rows);
                 /* 128 bytes a strip at most, 64 with scales of x's type. */
-                copy_pieces(nested ? at + strips * 128 : at, &scales, pair,
-                            k.wide || k.code == QL_CODE_TABLE4 ? strips / 4 : strips / 8);
+                copy_pieces(at, &scales, pair, k.wide || k.code == QL_CODE_TABLE4 ? strips / 4 : strips / 8);
                 if (k.code != QL_CODE_TABLE4) copy_pieces(at + strips * 128, &zeros, pair, 1);
             }
             barrier_arrive_copies(full);

@@ -23,10 +23,11 @@ enum {
     QL_STREAMK_BARRIER_BYTES = 1024,
     QL_STREAMK_OUTPUT_TOKENS = 32, /* of a buffer of outputs, 64 rows of W wide */
     QL_STREAMK_MOST_STAGES = 24,
-    QL_STREAMK_TABLE_BYTES = 65536,                              /* pairs of a table's values */
-    QL_STREAMK_NESTED_BYTES = 1024,                              /* the table of nested absmax */
-    QL_STREAMK_ABSMAX_SLOTS = 4,                                 /* of a ring of what absmax is made of */
-    QL_STREAMK_PLANES_BYTES = QL_STREAMK_ABSMAX_SLOTS * 128 * 16 /* that ring: 16 bytes a row and slot */
+    QL_STREAMK_TABLE_BYTES = 65536,                                 /* pairs of a table's values */
+    QL_STREAMK_NESTED_SLOTS = 8,                                    /* of a ring of bytes of nested absmax */
+    QL_STREAMK_NESTED_BYTES = 1024 + QL_STREAMK_NESTED_SLOTS * 256, /* the table of these, and that ring */
+    QL_STREAMK_ABSMAX_SLOTS = 4,                                    /* of a ring of what absmax is made of */
+    QL_STREAMK_PLANES_BYTES = QL_STREAMK_ABSMAX_SLOTS * 128 * 16    /* that ring: 16 bytes a row and slot */
 };
 
 typedef struct ql_streamk_params {
@@ -55,9 +56,9 @@ typedef struct ql_streamk_params {
 #define QL_STREAMK_HAS_PLANES(code, tokens) ((code) == QL_CODE_TABLE4 && (tokens) == 256)
 
 /* Bytes of a stage: x in boxes, the codes of the tile's strips, then what groups have (entries): of a strip and a pair
- * of groups up to 160, those of all strips of the first pair before those of the second; or planes. Where a stage is half
- * of a tile of codes, it has the whole tile: the halves of a lane's bytes do not lie together, and twice the codes of 2 or
- * 3 bit are still little beside x. */
+ * of groups up to 160, of a table 128, those of all strips of the first pair before those of the second; or planes. Where a
+ * stage is half of a tile of codes, it has the whole tile: the halves of a lane's bytes do not lie together, and twice the
+ * codes of 2 or 3 bit are still little beside x. */
 #define QL_STREAMK_HAS_HALVES(code, stage_k) ((stage_k) < QL_TILE_K(code))
 #define QL_STREAMK_STRIP_BYTES(code, stage_k)                                                                          \
     ((QL_STREAMK_HAS_HALVES(code, stage_k) ? 1 : (stage_k) / QL_TILE_K(code)) * QL_TILE_BYTES(code))
@@ -65,11 +66,11 @@ typedef struct ql_streamk_params {
 #define QL_STREAMK_ENTRIES_AT(code, rows, tokens, stage_k)                                                             \
     (QL_STREAMK_CODES_AT(tokens, stage_k) + (rows) / 16 * QL_STREAMK_STRIP_BYTES(code, stage_k))
 #define QL_STREAMK_PAIRS(groups) (((groups) + 1) / 2)
-#define QL_STREAMK_PAIR_BYTES(rows) ((rows) / 16 * 160)
+#define QL_STREAMK_PAIR_BYTES(code, rows) ((rows) / 16 * ((code) == QL_CODE_TABLE4 ? 128 : 160))
 #define QL_STREAMK_ENTRIES_BYTES(code, rows, tokens, groups)                                                           \
     (QL_STREAMK_HAS_PLANES(code, tokens)                                                                               \
          ? (rows) * 32                                                                                                 \
-         : (QL_STREAMK_PAIRS(groups) * QL_STREAMK_PAIR_BYTES(rows) + 1023) / 1024 * 1024)
+         : (QL_STREAMK_PAIRS(groups) * QL_STREAMK_PAIR_BYTES(code, rows) + 1023) / 1024 * 1024)
 #define QL_STREAMK_STAGE_BYTES(code, rows, tokens, stage_k, groups)                                                    \
     (QL_STREAMK_ENTRIES_AT(code, rows, tokens, stage_k) +                                                              \
      ((groups) ? QL_STREAMK_ENTRIES_BYTES(code, rows, tokens, groups) : 0))

@@ -9,11 +9,11 @@
  * its products would be dear to read, or rounded twice. With 256 tokens there are no registers for such sums, and half the
  * weights to decode: there a table's products with absmax are made for each row and group (planes.cuh). Blocks that share
  * a tile add their sums as exchange.cuh says. */
-#include "exchange.cuh"
+#include "absmax.cuh"
 #include "stage_weight.cuh"
 #include "variants.h"
 
-enum { START_BARRIER = 0, TABLE_BARRIER = 1, OUTPUT_BARRIER = 3 /* and the next */, MOST_STEPS = 4 };
+enum { START_BARRIER = 0, TABLE_BARRIER = 1, OUTPUT_BARRIER = 3 /* and the next */, MOST_STEPS = 4, MOST_PART = 64 };
 
 /* ---- outputs ----
  *
@@ -121,15 +121,16 @@ static __device__ __forceinline__ void store_rows(const float *sums, int *turn, 
 #define HAS_SUMS_OF_GROUPS(k) ((k).code == QL_CODE_TABLE4 && !HAS_PLANES(k))
 #define STEPS(k) ((k).stage_k * (k).rows < 128 * 128 || (HAS_SUMS_OF_GROUPS(k) && (k).groups == 4) ? 2 : MOST_STEPS)
 
-/* The products of STEPS steps from step `from` with x, one group of them; sums are 0 before where `add` is 0. */
-static __device__ __forceinline__ void multiply_steps(float *sums, const uint32_t *a, uint64_t x, int from, int add,
-                                                      shape k) {
+/* The products of STEPS steps from step `from` with `tokens` tokens of x, one group of them; sums are 0 before where `add`
+ * is 0. */
+static __device__ __forceinline__ void multiply_steps(float *sums, const uint32_t *a, uint64_t x, int from, int tokens,
+                                                      int add, shape k) {
     warpgroup_fence();
 #pragma unroll
     for (int i = 0; i < STEPS(k); i++) {
         const int at = from + i;
-        multiply_warpgroup(sums, a + 4 * i, x + (at / 4 * (BOX_K * k.tokens * 2) + at % 4 * 32) / 16, add || i,
-                           k.tokens, k.type);
+        multiply_warpgroup(sums, a + 4 * i, x + (at / 4 * (BOX_K * k.tokens * 2) + at % 4 * 32) / 16, add || i, tokens,
+                           k.type);
     }
     warpgroup_commit();
 }
@@ -204,7 +205,7 @@ static __device__ __forceinline__ void sum_blocks(float *sums, reader *reads, pl
                 if (!ready) await_stage(c);
                 read_stage(&d, reads, c->at, k);
             }
-            multiply_steps(sums + i * count, to, x, from, 1, k);
+            multiply_steps(sums + i * count, to, x, from, k.tokens, 1, k);
             WARPGROUP_WAIT(1);
             if (batch == 0) {
                 release_stage(before, k);
@@ -224,53 +225,51 @@ static __device__ __forceinline__ void add_scaled(float *sums, float *part, cons
     for (int i = 0; i < count; i++) sums[i] += part[i] * __uint_as_float(e->scale[i / 2 % 2]);
 }
 
-/* The same with scales applied to the sums of each batch of a stage, which are taken for themselves: up to 64 tokens
- * while the products of the next batch run; with more there are registers for one batch's alone. No product runs from
- * one turn of the loop to the next: the compiler would have all of them wait. */
+/* The same with scales applied to the sums of each batch of a stage, which are taken for themselves while the next products
+ * run: those of the batch that follows or, as 128 tokens leave no registers for two, of the other 64 of its tokens. No
+ * product runs from one turn of the loop to the next: the compiler would have all of them wait. */
 static __device__ __forceinline__ void sum_batches(float *sums, reader *reads, place *c, const ql_streamk_params *q,
                                                    int blocks, shape k) {
-    const int count = k.tokens / 2, second = k.tokens <= 64, last = k.stage_k / 16 / STEPS(k) - 1;
+    const int tokens = k.tokens < MOST_PART ? k.tokens : MOST_PART, halves = k.tokens / tokens, count = tokens / 2;
+    const int last = k.stage_k / 16 / STEPS(k) - 1, products = (last + 1) * halves;
     uint32_t a[2][4 * MOST_STEPS];
-    float part[2][MOST_SUMS / 2];
+    float part[2][MOST_PART / 2];
     stage_words d;
     entry e[MOST_GROUPS];
     await_stage(c);
     read_stage(&d, reads, c->at, k);
     decode(a[0], &d, e, false, 0, 0, STEPS(k), k);
 #pragma unroll
-    for (int i = 0; i < count; i++) part[0][i] = part[second][i] = 0.0f;
+    for (int i = 0; i < count; i++) part[0][i] = part[1][i] = 0.0f;
 #pragma unroll 1
     for (; blocks > 0; blocks--) {
         const uint64_t x = descriptor_of(c, k);
         const uint32_t empty = c->base + 8 * c->slot + EMPTY;
-        multiply_steps(part[0], a[0], x, 0, 0, k);
-        make_absmax(e, reads, d.entries[0], k.groups);
 #pragma unroll
-        for (int batch = 1; batch <= last; batch++) {
-            const int from = batch * STEPS(k), before = batch - 1;
-            const entry *by = &e[group_of_step(before * STEPS(k), k)];
-            decode(a[batch & 1], &d, e, false, 0, from, STEPS(k), k);
-            if (!second) {
-                WARPGROUP_WAIT(0);
-                add_scaled(sums, part[0], by, count);
-            }
-            multiply_steps(part[batch & second], a[batch & 1], x, from, 0, k);
-            if (batch == last) {
+        for (int i = 0; i < products; i++) {
+            const int batch = i / halves, half = i % halves, next = batch + 1, before = (i - 1) / halves;
+            multiply_steps(part[i & 1], a[batch & 1], x + half * (tokens * BOX_K * 2 / 16), batch * STEPS(k), tokens, 0,
+                           k);
+            if (i == 0) absmax_entries(e, d.entries[0], k.groups);
+            if (half == 1 && batch < last) decode(a[next & 1], &d, e, false, 0, next * STEPS(k), STEPS(k), k);
+            if (i == products - 1) {
                 step_on(c, reads, q, k);
                 if (blocks > 1) {
                     await_stage(c);
                     read_stage(&d, reads, c->at, k);
                 }
             }
-            if (second) {
+            if (i > 0) {
                 WARPGROUP_WAIT(1);
-                add_scaled(sums, part[before & 1], by, count);
+                add_scaled(sums + (i - 1) % halves * count, part[(i - 1) & 1], &e[group_of_step(before * STEPS(k), k)],
+                           count);
             }
+            if (halves == 1 && batch < last) decode(a[next & 1], &d, e, false, 0, next * STEPS(k), STEPS(k), k);
         }
         if (blocks > 1) decode(a[0], &d, e, false, 0, 0, STEPS(k), k);
         WARPGROUP_WAIT(0);
         release_stage(empty, k);
-        add_scaled(sums, part[last & second], &e[group_of_step(last * STEPS(k), k)], count);
+        add_scaled(sums + (halves - 1) * count, part[(products - 1) & 1], &e[group_of_step(last * STEPS(k), k)], count);
     }
 }
 
@@ -332,13 +331,14 @@ static __device__ __forceinline__ void feed(const ql_streamk_params *q, uint32_t
     }
     if (warp == 0 && is_elected()) copy_stages(q, base, w, false, k);
     if (warp == 1 && is_elected()) copy_stages(q, base, w, true, k);
+    if (k.groups && is_nested(q, k)) {
+        if (warp >= NESTED_WARP) make_entries(q, base, w, warp, k);
+        return;
+    }
     if (warp == 2 && k.groups) copy_entries(q, base, w, k);
     if (warp == 3) {
         start_next_kernel();
-        if (w.first > 0) {
-            wait_for_previous_kernel();
-            raise_flags(q, k);
-        }
+        if (w.first > 0) raise_flags(q, k);
     }
 }
 
@@ -352,7 +352,7 @@ static __device__ __forceinline__ void product(const ql_streamk_params *q, shape
     extern __shared__ __align__(1024) uint8_t shared[];
     const uint32_t base = shared_address(shared);
     const int warp = __shfl_sync(ALL_LANES, (int)threadIdx.x / WARP, 0);
-    if (warp == WARPS && is_elected()) init_barriers(base, q->stages, k);
+    if (warp == WARPS && is_elected()) init_barriers(q, base, k);
     if (warp == WARPS + 1) {
         prefetch_map(q->x_map);
         prefetch_map(q->codes_map);

@@ -215,14 +215,37 @@ static __device__ __forceinline__ void ask_for_x(const ql_streamk_params *q, uin
         copy_box(stage + box * BOX_K * k.tokens * 2, q->x_map, block * k.stage_k + box * BOX_K, token, full);
 }
 
+/* The first stages, ahead of those threads: codes by the one that made the barriers, x before any branch, as the instructions
+ * of what runs later are not there yet. With more tokens nothing is gained. */
+#define HAS_EARLY_STAGES(k) ((k).tokens == 32)
+
+static __device__ __forceinline__ int early_stages(const ql_streamk_params *q, walk w, shape k) {
+    return HAS_EARLY_STAGES(k) ? min(min(EARLY_BLOCKS, w.end - w.first), q->stages - 1) : 0;
+}
+
+static __device__ __forceinline__ void ask_early(const ql_streamk_params *q, uint32_t base, walk w, bool x, shape k) {
+    const int count = early_stages(q, w, k);
+    int row_tile, token_tile;
+    place_tile(q, w.tile, &row_tile, &token_tile, k);
+    if (x) wait_for_previous_kernel();
+#pragma unroll 1
+    for (int i = 0; i < count; i++) {
+        if (x)
+            ask_for_x(q, base, i, token_tile, w.first + i, k);
+        else
+            ask_for_codes(q, base, i, row_tile, w.first + i, k);
+    }
+}
+
 static __device__ __forceinline__ void copy_stages(const ql_streamk_params *q, uint32_t base, walk w, bool x, shape k) {
-    ring r = {0, 1};
+    int skipped = early_stages(q, w, k);
+    ring r = {skipped, 1};
     if (x) wait_for_previous_kernel();
     do {
         int row_tile, token_tile;
         place_tile(q, w.tile, &row_tile, &token_tile, k);
 #pragma unroll 1
-        for (int block = w.first; block < w.end; block++) {
+        for (int block = w.first + skipped; block < w.end; block++) {
             barrier_wait(base + 8 * r.slot + EMPTY, r.parity);
             if (x)
                 ask_for_x(q, base, r.slot, token_tile, block, k);
@@ -230,6 +253,7 @@ static __device__ __forceinline__ void copy_stages(const ql_streamk_params *q, u
                 ask_for_codes(q, base, r.slot, row_tile, block, k);
             advance(&r, q->stages);
         }
+        skipped = 0;
     } while (next_tile(&w, q, k));
 }
 

@@ -365,6 +365,9 @@ static __device__ __forceinline__ void product(const ql_streamk_params *q, shape
         if (warp == WARPS + 3) prefetch_first(q, first_tile(q, k), k);
         __syncwarp();
         wait_cluster();
+    } else if (HAS_EARLY_STAGES(k) && warp == WARPS) {
+        named_arrive(START_BARRIER, QL_STREAMK_THREADS);
+        if (is_elected()) ask_early(q, base, first_tile(q, k), false, k);
     } else if (warp == WARPS + 3) {
         named_arrive(START_BARRIER, QL_STREAMK_THREADS);
         prefetch_first(q, first_tile(q, k), k);
@@ -375,6 +378,10 @@ static __device__ __forceinline__ void product(const ql_streamk_params *q, shape
     /* Nothing stands before the registers' change in a branch: it would have to fit in fewer. */
     if (warp >= WARPS) {
         WARPGROUP_GIVES_REGISTERS(56);
+        if (HAS_EARLY_STAGES(k)) {
+            if (warp == WARPS + 1 && is_elected()) ask_early(q, base, first_tile(q, k), true, k);
+            __syncwarp();
+        }
         feed(q, base, first_tile(q, k), warp - WARPS, k);
         __syncwarp();
         leave_pair(k);

@@ -16,7 +16,9 @@ static __device__ __forceinline__ int code_bit(int code, int s, int h) {
 }
 
 /* The third bit of 3 bit, in its own word. */
-static __device__ __forceinline__ int high_bit(int s, int p, int h) { return 8 * p + 2 * (s % 4) + h; }
+static __device__ __forceinline__ int high_bit(int s, int p, int h) {
+    return 8 * p + 4 * (s % 2) + 2 * (s / 2 % 2) + h;
+}
 
 /* The codes of 2, 3 or 4 bits with their lowest bits at `at` of each half, in `rest`, which has zeros there. */
 static __device__ __forceinline__ uint32_t codes_at(uint32_t word, uint32_t high, int code, int s, int p, int h, int at,
@@ -26,16 +28,10 @@ static __device__ __forceinline__ uint32_t codes_at(uint32_t word, uint32_t high
     return masked_or(shifted(word, 8 * p + code_bit(code, s, h) - at), low_mask, rest);
 }
 
-/* 3 bit: the high bits of four steps stand side by side; the middle two pairs of each byte change places, and those of two
- * steps are four bits apart. */
-static __device__ __forceinline__ uint32_t turned_high(uint32_t high) {
-    return masked_else(high, 0xc3c3c3c3u, masked_else(high >> 2, 0x0c0c0c0cu, high << 2));
-}
-
 /* 3 bit: a word with row g + 8 * h's codes of two steps, an even one and the next. Bit 16 e + 8 p + 4 (s % 2) is the lowest of
  * column 2t + 8 p + e; every fourth bit is to be ignored. */
-static __device__ __forceinline__ uint32_t joined_codes(uint32_t low, uint32_t turned, int s, int h) {
-    return masked_else(low >> 2 * h, 0x33333333u, shifted(turned, s % 4 / 2 * 2 + h - 2));
+static __device__ __forceinline__ uint32_t joined_codes(uint32_t low, uint32_t high, int s, int h) {
+    return masked_else(low >> 2 * h, 0x33333333u, shifted(high, s / 2 % 2 * 2 + h - 2));
 }
 
 /* Bytes h and h + 2 of a word as the low mantissa bits of fp16 1024: 1024 + code. */

@@ -47,7 +47,7 @@ static __device__ __forceinline__ uint32_t three_bit_codes(uint32_t low, uint32_
                                                            uint32_t zero, int type) {
     const int at = 4 * (s % 2);
     const uint32_t magic = twice(type == QL_VALUE_F16 ? 0x6400u : 0x4300u);
-    const uint32_t raw = masked_or(joined_codes(low, turned_high(high), s, h) >> 8 * p, twice(7u << at), magic);
+    const uint32_t raw = masked_or(joined_codes(low, high, s, h) >> 8 * p, twice(7u << at), magic);
     return take_away(raw, at, minus_pair(zero, at, type), type);
 }
 

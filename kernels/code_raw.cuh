@@ -44,7 +44,7 @@ static __device__ __forceinline__ uint32_t two_steps(const ql_batch_codes *codes
     const uint32_t low = word_of(codes->low[block / 2], block % 2 * 2 + second);
     if (code == QL_CODE_INT2) return low;
     const uint32_t high = block % 2 ? codes->high[block / 2].y : codes->high[block / 2].x;
-    return joined_codes(low, turned_high(high), step, half);
+    return joined_codes(low, high, step, half);
 }
 
 /* The fragment of step `step` (of 4) of block `block` of a batch. low: of a table, 4 * lane. All but codes, pairs and low

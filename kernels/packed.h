@@ -9,7 +9,7 @@
  *
  *   code      columns a tile   word                 bit
  *   2 bit     128              s / 2                16 e + 8 p + 4 (s % 2) + 2 h
- *   3 bit     128              low: as 2 bit        high: word s / 4 of two, bit 16 e + 8 p + 2 (s % 4) + h
+ *   3 bit     128              low: as 2 bit        high: word s / 4 of two, bit 16 e + 8 p + 4 (s % 2) + 2 (s / 2 % 2) + h
  *   4 bit     64               s                    16 e + 8 p + 4 h
  *   table     64               s                    16 p + 8 h + 4 e      (a byte is a pair of neighbouring columns)
  *   8 bit     32               2 s + p              16 e + 8 h
@@ -54,7 +54,8 @@ enum { QL_STRIP = 16, QL_STEP = 16 };
            : (code) == QL_CODE_TABLE4 ? (col) / 8 % 2 * 16 + (row) / 8 % 2 * 8 + (col) % 2 * 4                         \
                                       : (col) % 2 * 16 + (row) / 8 % 2 * 8))
 #define QL_PACKED_HIGH_WORD(col) ((int)((col) % 128 / 64))
-#define QL_PACKED_HIGH_BIT(row, col) ((int)((col) % 2 * 16 + (col) / 8 % 2 * 8 + (col) / 16 % 4 * 2 + (row) / 8 % 2))
+#define QL_PACKED_HIGH_BIT(row, col)                                                                                   \
+    ((int)((col) % 2 * 16 + (col) / 8 % 2 * 8 + (col) / 16 % 2 * 4 + (col) / 32 % 2 * 2 + (row) / 8 % 2))
 
 /* Bits of a code; 3 bit keeps two of them in its first 512 bytes. */
 #define QL_CODE_BITS(code)                                                                                             \

@@ -50,7 +50,7 @@ def tiles(code, n, k, codes):
     at = (row // 16, col // columns)
     np.bitwise_or.at(words, (*at, 4 * lane + word), low << bit.astype(np.uint32))
     if code == 1:
-        high_bit = (16 * e + 8 * p + 2 * (s % 4) + h).astype(np.uint32)
+        high_bit = (16 * e + 8 * p + 4 * (s % 2) + 2 * (s // 2 % 2) + h).astype(np.uint32)
         np.bitwise_or.at(words, (*at, 128 + 2 * lane + s // 4), (codes >> 2) << high_bit)
     return words.reshape(-1).view(np.uint8)
 

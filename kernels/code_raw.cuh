@@ -3,7 +3,9 @@
  *
  * For fp16 a code is left where it lies: as a denormal it is code * 2^-24 times the power of two of its place, which is
  * one for all codes of a row (QL_RAW_UNIT). For bf16, whose denormals are below fp32's, it is 128 + code, or code - 128 of
- * a byte. Both are exact. A table's codes become its values, rounded to 16 bit when the table of pairs was made. */
+ * a byte. Both are exact. A byte in bf16 may be parted: the difference of two numbers of one instruction each, which two products
+ * take in place of the four that make the number itself. With the bits of 128 above it a byte is 128 + code below 128, and 2 code from
+ * there on: code - 128 more than 128 + code. A table's codes become its values, rounded to 16 bit when the table of pairs was made. */
 #ifndef QL_KERNELS_CODE_RAW_CUH
 #define QL_KERNELS_CODE_RAW_CUH
 
@@ -24,11 +26,13 @@ typedef struct ql_batch_codes {
 #else
 #define QL_RAW_JOINED(code, type) false
 #endif
-#define QL_RAW_ODD(code, type) ((type) == QL_VALUE_F16 && (code) == QL_CODE_INT3 ? 16.0f : 1.0f)
+#define QL_RAW_ODD(code, type, parted)                                                                                 \
+    ((parted) ? -1.0f : (type) == QL_VALUE_F16 && (code) == QL_CODE_INT3 ? 16.0f : 1.0f)
 #define QL_RAW_UNIT(code, type, half)                                                                                  \
     ((type) != QL_VALUE_F16 || !(half) ? 1.0f : (code) == QL_CODE_INT4 ? 16.0f : (code) == QL_CODE_INT2 ? 4.0f : 1.0f)
 #define QL_RAW_ONE(code, type) ((type) == QL_VALUE_F16 && (code) != QL_CODE_TABLE4 ? 0x1p-24f : 1.0f)
-#define QL_RAW_OFFSET(code, type) ((type) == QL_VALUE_F16 ? 0.0f : (code) == QL_CODE_INT8 ? -128.0f : 128.0f)
+#define QL_RAW_OFFSET(code, type, parted)                                                                              \
+    ((type) == QL_VALUE_F16 ? 0.0f : (code) == QL_CODE_INT8 && !(parted) ? -128.0f : 128.0f)
 
 /* Two bytes of the pair table: `low` is the byte offset of the lane's copy. */
 static __device__ __forceinline__ uint32_t table_pair(const uint8_t *pairs, uint32_t word, int byte, uint32_t low) {
@@ -50,8 +54,8 @@ static __device__ __forceinline__ uint32_t two_steps(const ql_batch_codes *codes
 /* The fragment of step `step` (of 4) of block `block` of a batch. low: of a table, 4 * lane. All but codes, pairs and low
  * are constants. */
 static __device__ __forceinline__ void raw_fragment(uint32_t a[4], const ql_batch_codes *codes, int code, int type,
-                                                    bool odd_apart, int block, int step, const uint8_t *pairs,
-                                                    uint32_t low) {
+                                                    bool odd_apart, bool parted, int block, int step,
+                                                    const uint8_t *pairs, uint32_t low) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const int h = i % 2, p = i / 2;
@@ -61,6 +65,8 @@ static __device__ __forceinline__ void raw_fragment(uint32_t a[4], const ql_batc
             uint32_t word = word_of(codes->low[2 * block + step / 2], step % 2 * 2 + p);
             if (type == QL_VALUE_F16) {
                 a[i] = h ? __byte_perm(word, 0, 0x4341) : word & 0x00ff00ffu;
+            } else if (parted) {
+                a[i] = __byte_perm(word, 0x43434343u, h ? 0x4341 : 0x4240);
             } else {
                 /* 128 + the low seven bits, less 128 or 256 as the byte's high bit is set or not. */
                 uint32_t bytes = shifted(word, 8 * h);
@@ -84,6 +90,12 @@ static __device__ __forceinline__ void raw_fragment(uint32_t a[4], const ql_batc
             a[i] = type == QL_VALUE_F16 ? word & mask : masked_or(word, mask, 0x43004300u);
         }
     }
+}
+
+/* What a parted fragment has too much. */
+static __device__ __forceinline__ void raw_excess(uint32_t excess[4], const uint32_t a[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) excess[i] = fma_relu_bf162(a[i], 0x3f003f00u, 0xc300c300u);
 }
 
 #endif

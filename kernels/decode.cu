@@ -1,11 +1,11 @@
 /* Products of 1 to 16 tokens with a packed weight: mma.m16n8k16 with 16 rows of the weight as the large operand and 8 or 16
  * tokens as the small one. The weight is read once, straight into the registers that multiply it; time is the reading.
  *
- * A thread block is some teams of warps (decode.h). A team takes every so many-th strip of 16 rows; its warps split K, and
- * leave their sums of each strip in shared memory. Warps run free of each other until there is no more room for sums; then
+ * A thread block is some teams of warps (decode.h). A team takes every so many-th band, one strip of 16 rows or two; its warps
+ * split K, and leave their sums of each band in shared memory. Warps run free of each other until there is no more room for sums; then
  * these are added, in order, so that the same call gives the same bits. x lies in shared memory, whole, or split over the
  * blocks of a cluster, which then add their sums once at the end. While a warp multiplies a batch the next one is on its
- * way: each tile is loaded again, from the next batch or strip, as soon as its registers are free.
+ * way: each tile is loaded again, from the next batch or band, as soon as its registers are free.
  *
  * Codes are multiplied as they are (code_raw.cuh); what they lack is made up in fp32 at the end of each group (entries.cuh).
  * The sums of x that this takes come from mma, too, in a team's first strip, batch by batch, and lie in shared memory from
@@ -16,6 +16,7 @@
  *
  * Grid: as many blocks as are resident, blockDim.x = 32 * teams * team_warps, at most QL_DECODE_THREADS. */
 #include "entries.cuh"
+#include "nested.cuh"
 #include "order.cuh"
 #include "pairs.cuh"
 #include "ptx.cuh"
@@ -35,6 +36,13 @@ static __device__ __forceinline__ void load_tile(ql_batch_codes *codes, int code
                                                  const uint8_t *high, int tile) {
     codes->low[tile] = load_stream_16(at + tile * QL_TILE_BYTES(code));
     if (code == QL_CODE_INT3) codes->high[tile] = load_stream_8(high + tile * QL_TILE_BYTES(code));
+}
+
+/* The tile of all strips of a band. beside: as `at`, of the second strip. */
+static __device__ __forceinline__ void load_band_tile(ql_batch_codes *codes, int code, int abreast, const uint8_t *at,
+                                                      const uint8_t *high, const uint8_t *beside, int tile) {
+    load_tile(codes, code, at, high, tile);
+    if (abreast == 2) load_tile(codes + 1, code, beside, beside, tile);
 }
 
 /* Brings `tiles` tiles of a batch into the second-level cache, a line a lane. */
@@ -131,12 +139,16 @@ static __device__ __forceinline__ uint32_t x_at_anew(const ql_decode_params *p, 
 
 #define ONES(type) ((type) == QL_VALUE_F16 ? 0x3c003c00u : 0x3f803f80u)
 
+/* Whether bytes in bf16 are parted (code_raw.cuh): where there are registers for the sums of both parts. */
+#define PARTED(code, type, tokens, groups)                                                                             \
+    ((code) == QL_CODE_INT8 && (type) == QL_VALUE_BF16 && (tokens) != 16 && (groups) < (ROOMY(code) ? 8 : 4))
+
 /* Whether odd steps have sums of their own: wherever there are registers for it, and a group has more than two steps. Some want
  * for registers as the compiler asks for much of x at once. */
 #define TWO_CHAINS(code, type, tokens, groups)                                                                         \
-    ((tokens) == 16 || (tokens) == 1 || (code) == QL_CODE_INT2 ? false                                                 \
-     : QL_DECODE_HALVES(code, groups)                          ? false                                                 \
-     : (code) == QL_CODE_TABLE4 && (tokens) == 8               ? (groups) == 8 || (type) != QL_VALUE_F16               \
+    ((tokens) == 16 || (tokens) == 1 || (code) == QL_CODE_INT2 || QL_DECODE_ABREAST(code, tokens) == 2 ? false         \
+     : PARTED(code, type, tokens, groups)                                                              ? true          \
+     : QL_DECODE_HALVES(code, tokens, groups)                                                          ? false         \
      : (code) == QL_CODE_TABLE4 ? (type) == QL_VALUE_F16 && ((groups) != 8 || ROOMY(code))                             \
      : (tokens) == 4            ? true                                                                                 \
      : (groups)                 ? (groups) < 8 && ((code) != QL_CODE_INT8 || (type) == QL_VALUE_F16)                   \
@@ -151,42 +163,56 @@ static __device__ __forceinline__ uint32_t x_at_anew(const ql_decode_params *p, 
 #else
 #define ROOMY(code) false
 #define HALVES_AHEAD(code, type, tokens)                                                                               \
-    ((code) == QL_CODE_INT2 ? (type) == QL_VALUE_BF16 && (tokens) == 4                                                 \
-                            : (tokens) != 16 && ((code) == QL_CODE_INT4 || (code) == QL_CODE_TABLE4))
+    ((code) == QL_CODE_INT2                                                                                            \
+         ? (type) == QL_VALUE_BF16 && (tokens) == 4                                                                    \
+         : (tokens) != 16 && ((code) == QL_CODE_INT4 || ((code) == QL_CODE_TABLE4 && (tokens) != 8)))
 #endif
 #define AHEAD(code, type, tokens, groups)                                                                              \
-    ((groups) < 2                     ? true                                                                           \
-     : QL_DECODE_HALVES(code, groups) ? HALVES_AHEAD(code, type, tokens)                                               \
-     : (groups) < 8                   ? (tokens) != 16 || ((type) == QL_VALUE_F16 && (code) != QL_CODE_INT2)           \
-     : (code) == QL_CODE_TABLE4       ? (tokens) <= 4 || ((tokens) == 8 && ROOMY(code))                                \
-                                      : (tokens) == 4 && (code) != QL_CODE_INT2)
+    ((groups) < 2                             ? true                                                                   \
+     : QL_DECODE_HALVES(code, tokens, groups) ? HALVES_AHEAD(code, type, tokens)                                       \
+     : (groups) < 8                           ? (tokens) != 16 || ((type) == QL_VALUE_F16 && (code) != QL_CODE_INT2)   \
+     : (code) == QL_CODE_TABLE4               ? (tokens) <= 4 || ((tokens) == 8 && ROOMY(code))                        \
+                                              : (tokens) == 4 && (code) != QL_CODE_INT2)
 
 /* The most loads of entries that are ahead of their own turn: of groups of 32 fewer where codes take most registers. */
 #define MOST_AHEAD(code, type, tokens, groups)                                                                         \
-    (QL_DECODE_HALVES(code, groups) && ((code) == QL_CODE_INT4 || (code) == QL_CODE_INT8) &&                           \
+    (QL_DECODE_HALVES(code, tokens, groups) && ((code) == QL_CODE_INT4 || (code) == QL_CODE_INT8) &&                   \
              ((tokens) != 4 || (type) != QL_VALUE_F16)                                                                 \
          ? 2                                                                                                           \
          : QL_MOST_HELD)
 
-/* Half of a block, steps `step` and step + 1: sum += W x, of odd steps `odd`: chains of products half as long. 16 tokens have
- * two chains as it is. x: the lane's place in the batch's first line; of four rows none changes places with the second half of a
- * line. */
+/* Half of a block, steps `step` and step + 1, of all strips of a band: sum += W x, of odd steps `odd`: chains of products half as
+ * long. 16 tokens, and two strips, have two chains as it is. x: the lane's place in the batch's first line; of four rows none changes
+ * places with the second half of a line. */
 static __device__ __forceinline__ void multiply_half(float *sum, float *odd, const ql_batch_codes *codes, int code,
                                                      int type, int tokens, int groups, int block, int step, uint32_t x,
                                                      uint32_t low) {
-    const bool odd_apart = TWO_CHAINS(code, type, tokens, groups) && QL_RAW_ODD(code, type) != 1.0f;
+    const bool two_chains = TWO_CHAINS(code, type, tokens, groups);
+    const bool parted = PARTED(code, type, tokens, groups);
+    const bool odd_apart = two_chains && !parted && QL_RAW_ODD(code, type, PARTED(code, type, tokens, groups)) != 1.0f;
     uint32_t a[4], b[2][2];
     const uint32_t place = tokens == 4 ? x + (uint32_t)(step * 32) : x ^ (uint32_t)(step * 32);
     load_matrices(b[0], b[1], place + (uint32_t)(block * 128));
-    raw_fragment(a, codes, code, type, odd_apart, block, step, shared, low);
-    multiply_16816(sum, a, b[0], type);
-    if (tokens == 16) {
-        multiply_16816(sum + 4, a, b[1], type);
-        load_matrices(b[0], b[1], (x ^ (uint32_t)(step * 32 + 32)) + (uint32_t)(block * 128));
+#pragma unroll
+    for (int strip = 0; strip < QL_DECODE_ABREAST(code, tokens); strip++) {
+        raw_fragment(a, codes + strip, code, type, odd_apart, parted, block, step, shared, low);
+        multiply_16816(sum + strip * 4, a, b[0], type);
+        if (parted) {
+            raw_excess(a, a);
+            multiply_16816(odd, a, b[0], type);
+        }
+        if (tokens == 16) {
+            multiply_16816(sum + 4, a, b[1], type);
+            load_matrices(b[0], b[1], (x ^ (uint32_t)(step * 32 + 32)) + (uint32_t)(block * 128));
+        }
+        raw_fragment(a, codes + strip, code, type, odd_apart, parted, block, step + 1, shared, low);
+        multiply_16816((two_chains && !parted ? odd : sum) + strip * 4, a, b[tokens == 16 ? 0 : 1], type);
+        if (parted) {
+            raw_excess(a, a);
+            multiply_16816(odd, a, b[1], type);
+        }
+        if (tokens == 16) multiply_16816(sum + 4, a, b[1], type);
     }
-    raw_fragment(a, codes, code, type, odd_apart, block, step + 1, shared, low);
-    multiply_16816(TWO_CHAINS(code, type, tokens, groups) ? odd : sum, a, b[tokens == 16 ? 0 : 1], type);
-    if (tokens == 16) multiply_16816(sum + 4, a, b[1], type);
 }
 
 /* What sums of one group lack: the odd steps', what rows g + 8 have of rows g, and zeros. sums: where sums of x over the group
@@ -195,7 +221,8 @@ static __device__ __forceinline__ void complete_sums(float *sum, const float *od
                                                      int type, int tokens, int groups, int sums) {
 #pragma unroll
     for (int j = 0; j < 4; j++)
-        if (TWO_CHAINS(code, type, tokens, groups)) sum[j] = fmaf(odd[j], 1.0f / QL_RAW_ODD(code, type), sum[j]);
+        if (TWO_CHAINS(code, type, tokens, groups))
+            sum[j] = fmaf(odd[j], 1.0f / QL_RAW_ODD(code, type, PARTED(code, type, tokens, groups)), sum[j]);
     if (code == QL_CODE_TABLE4) return;
 #pragma unroll
     for (int i = 0; i < (tokens == 16 ? 8 : 4); i += 4) {
@@ -212,7 +239,7 @@ static __device__ __forceinline__ void complete_sums(float *sum, const float *od
  * different banks; of lines of two groups they come as they are. */
 static __device__ __forceinline__ void sum_x(const ql_decode_params *p, int code, int type, int tokens, int groups,
                                              bool first, int lane, uint32_t at, int sums) {
-    const int runs = 16 / tokens, run_k = QL_DECODE_BATCH_K(code) / runs, parts = groups ? groups : 1;
+    const int runs = 16 / tokens, run_k = QL_DECODE_BATCH_K(code, tokens) / runs, parts = groups ? groups : 1;
     const int run_parts = parts > runs ? parts / runs : 1, steps = run_k / run_parts / 16;
     const uint32_t ones[2] = {ONES(type), ONES(type)};
     const int row = lane % 16, here = lane / 4;
@@ -246,7 +273,7 @@ static __device__ __forceinline__ void sum_x(const ql_decode_params *p, int code
 
 /* Zeros of rows g and g + 8 of a strip where all of K is one group. */
 static __device__ __forceinline__ void load_row_zeros(float zero[2], const ql_decode_params *p, int code, int type,
-                                                      int row) {
+                                                      bool parted, int row) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         const int place = min(row + 8 * h, (int)p->product.n - 1);
@@ -254,16 +281,21 @@ static __device__ __forceinline__ void load_row_zeros(float zero[2], const ql_de
         if (p->bare_zero < 0)
             byte = __ldg(p->zeros + (code == QL_CODE_INT8 ? place : place >> 1)) >>
                    (code == QL_CODE_INT8 ? 0 : place % 2 * 4);
-        zero[h] = zero_of_byte(code == QL_CODE_INT8 ? byte : byte & 15, code, type) * QL_RAW_UNIT(code, type, h);
+        zero[h] =
+            zero_of_byte(code == QL_CODE_INT8 ? byte : byte & 15, code, type, parted) * QL_RAW_UNIT(code, type, h);
     }
 }
 
-static __device__ __forceinline__ void decode(const ql_decode_params *p, int code, int type, int tokens, int groups) {
-    const int tiles = QL_DECODE_BATCH_TILES(code), batch_k = QL_DECODE_BATCH_K(code);
+static __device__ __forceinline__ void decode(const ql_decode_params *p, int code, int type, int tokens, int groups,
+                                              int absmax_kind /* QL_ABSMAX_* */) {
+    const int tiles = QL_DECODE_BATCH_TILES(code, tokens), batch_k = QL_DECODE_BATCH_K(code, tokens);
+    const int abreast = QL_DECODE_ABREAST(code, tokens);
     const int slots = QL_DECODE_SLOTS(tokens, groups), width = tokens == 16 ? 8 : 4;
     const bool one = tokens == 1; /* of double quantization */
     const bool zeros = QL_DECODE_ZEROS(code, tokens, groups);
-    const bool halves = QL_DECODE_HALVES(code, groups);
+    /* Whether lanes make absmax for each other (nested.cuh). */
+    const bool in_turns = absmax_kind == QL_ABSMAX_NESTED && abreast == 2;
+    const bool halves = QL_DECODE_HALVES(code, tokens, groups);
     const int part_k = groups ? batch_k / groups : batch_k;             /* columns of a batch in one group */
     const int sides = one && halves ? 4 : one ? 2 : slots;              /* groups whose sums are side by side */
     const int unit_k = halves && sides == 1 ? part_k : QL_DECODE_BLOCK; /* a unit: a block, or its half */
@@ -278,40 +310,55 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     const bool roomy = ROOMY(code), ahead = AHEAD(code, type, tokens, groups);
     /* Few rows of x are there so soon that warps do better to start together, next to each other in memory; of many a warp
      * waits for the columns that it wants, but where groups are of 32, and that wants registers. */
-    const bool shared_start = tokens <= 4 || (halves && tokens == 16);
+    const bool shared_start = tokens <= 4 || (code == QL_CODE_TABLE4 && tokens != 16) || (halves && tokens == 16);
     const int lane = (int)(threadIdx.x & 31), warp = (int)(threadIdx.x >> 5), g = lane >> 2;
+    /* Half of the warps fill the table, while the others ask for x, which may have to wait for the kernel before. */
+    const bool divides = code == QL_CODE_TABLE4 && (tokens == 1 || abreast == 2);
+    const int warps = (int)(blockDim.x >> 5), idle = divides ? warps / 2 : 0;
+    const int fillers = divides ? idle : warps, pieces = divides ? 4 : 2;
+    const bool fills = code == QL_CODE_TABLE4 && (!divides || warp < fillers);
     const int team = warp * p->warp_team >> 16, member = warp - team * p->team_warps;
     const int rank = (int)blockIdx.x & (1 << p->cluster_shift) - 1, block = (int)blockIdx.x >> p->cluster_shift;
     const int first_batch = rank * p->block_batches, own = member * p->share + min(member, p->rest);
     const int first = first_batch + own, count = min(p->share + (member < p->rest), p->batches - first);
-    int strip = block + team * p->blocks;
-    const uint8_t *at = p->codes + (uint64_t)(uint32_t)strip * p->strip_bytes +
-                        (uint32_t)(first * QL_DECODE_BATCH_BYTES(code) + lane * 16);
+    int band = block + team * p->blocks;
+    const uint8_t *at = p->codes + (uint64_t)(uint32_t)band * p->band_bytes +
+                        (uint32_t)(first * QL_DECODE_BATCH_BYTES(code, tokens) + lane * 16);
     const int to_high = 512 - 8 * lane; /* of 3 bit: from the lane's low bits to its high ones */
     const int tail = first + count == p->batches ? p->last_tiles : tiles;
-    int have = strip >= p->strips || count <= 0 ? 0 : count == 1 ? tail : tiles;
-    /* The lane's entry of the batch's first load. */
+    int have = band >= p->bands || count <= 0 ? 0 : count == 1 ? tail : tiles;
+    /* The lane's entry of the batch's first load, of the band's first strip. */
     int entry = 0;
     const int own_pair = sides == 4 ? lane >> 1 & 1 : 0;
     const int own_group = sides == 4 ? (lane & 1) * 2 : sides == 2 ? lane & 2 : 0;
     const int own_nested = sides == 4 ? lane & 3 : sides == 2 ? lane >> 1 & 1 : 0;
     /* The groups of a batch that may be in two blocks of the second level. */
     const int divided = QL_DECODE_DIVIDED(tokens, groups);
-    if (groups >= 2) entry = (strip * p->pairs + first * pairs + own_pair) * 32 + g * 4 + own_group;
-    if (groups == 1) entry = group_entry(p, strip, first, g);
-    ql_batch_codes codes;
-    ql_raw_entries raw;
+    if (groups >= 2) entry = (band * abreast * p->pairs + first * pairs + own_pair) * 32 + g * 4 + own_group;
+    if (groups == 1) entry = group_entry(p, band * abreast, first, g);
+    const uint8_t *at_beside = at; /* of the band's second strip */
+    if (abreast == 2 && band != p->lone) at_beside += p->band_bytes / 2;
+    ql_batch_codes codes[2];
+    ql_raw_entries raw[2];
+    ql_nested_entries nested_raw[2];
     ql_table_part table = {{0}, {0}, {0}};
-    if (code == QL_CODE_TABLE4) table = load_table(&p->product);
+    if (fills) table = load_table(&p->product, fillers * 32, pieces);
 #pragma unroll
     for (int i = 0; i < kept; i++) {
-        clear_pair(&raw, p, i);
-        if (have && (i + spread == 1 || first * pairs + i * spread + own_pair < p->pairs))
-            load_pair(p, code, one, both, &raw, i, entry + i * spread * 32);
+#pragma unroll
+        for (int s = 0; s < abreast; s++) {
+            clear_pair(&raw[s], p, i);
+            if (!in_turns && have && (i + spread == 1 || first * pairs + i * spread + own_pair < p->pairs))
+                load_pair(p, code, absmax_kind, both, &raw[s], i, entry + s * entry_beside(p, band) + i * spread * 32);
+        }
     }
-    if (code == QL_CODE_TABLE4 && (one || p->scale_size == 1) && have)
-        load_nested(p, &raw, strip * 16 + g, groups == 1 ? first >> p->group_shift : first * groups, divided,
-                    own_nested);
+    const int first_group = groups == 1 ? first >> p->group_shift : first * groups;
+    if (code == QL_CODE_TABLE4 && !in_turns && is_nested(p, absmax_kind) && have)
+        load_nested(p, &raw[0], band * 16 + g, first_group, divided, own_nested);
+    if (in_turns && have)
+#pragma unroll
+        for (int s = 0; s < abreast; s++)
+            load_nested_entries(&nested_raw[s], p, groups, strip_of(p, band, s), first_group, lane);
     /* What is asked for after the codes comes after them, 64 KB a multiprocessor later, so what the first of them meet goes
      * before. x may have to wait for the kernel before: some of the codes are on their way then, half where little else is
      * waited for; more would hold up x in a launch by itself. */
@@ -320,36 +367,36 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                                                                             : 0;
 #pragma unroll
     for (int i = 0; i < early; i++)
-        if (i < have) load_tile(&codes, code, at, at + to_high, i);
+        if (i < have) load_band_tile(codes, code, abreast, at, at + to_high, at_beside, i);
     start_next_kernel();
-    if (code == QL_CODE_TABLE4) store_table(shared, &p->product, &table, type);
+    if (fills) store_table(shared, &p->product, &table, type, fillers * 32, pieces);
     if (p->cluster_shift) arrive_cluster_started();
     const uint32_t x_at = shared_address(shared) + (uint32_t)(p->x_at + own * batch_k * 2);
     if (p->x_aligned) {
-        wait_for_previous_kernel();
-        if (shared_start)
-            copy_x(p, zeros, tokens, first_batch * batch_k, p->block_batches * batch_k,
-                   shared_address(shared) + (uint32_t)p->x_at, warp, (int)(blockDim.x >> 5), 0, 1, lane);
-        else
+        if (warp >= idle) wait_for_previous_kernel();
+        if (!shared_start)
             copy_x(p, zeros, tokens, first * batch_k, count * batch_k, x_at, 0, 1, team, p->teams, lane);
+        else if (warp >= idle)
+            copy_x(p, zeros, tokens, first_batch * batch_k, p->block_batches * batch_k,
+                   shared_address(shared) + (uint32_t)p->x_at, warp - idle, warps - idle, 0, 1, lane);
     } else if (ordered && p->stage_columns) {
         ask_for_columns(p, shared_address(shared));
     }
     cp_async_commit();
 #pragma unroll
     for (int i = early; i < tiles; i++)
-        if (i < have) load_tile(&codes, code, at, at + to_high, i);
+        if (i < have) load_band_tile(codes, code, abreast, at, at + to_high, at_beside, i);
     /* Meanwhile the cache may fetch the next batch. */
     if (code == QL_CODE_INT8 && p->ahead) {
         if (count > 1)
-            prefetch_tiles(at + QL_DECODE_BATCH_BYTES(code), count == 2 ? tail : tiles, lane);
-        else if (strip + p->hop < p->strips)
+            prefetch_tiles(at + QL_DECODE_BATCH_BYTES(code, tokens), count == 2 ? tail : tiles, lane);
+        else if (band + p->hop < p->bands)
             prefetch_tiles(at + p->hop_bytes, have, lane);
     }
-    /* The scales of strips, which the last sums would wait for. */
-    if (!groups && (int)threadIdx.x < p->rounds * p->teams && block + (int)threadIdx.x * p->blocks < p->strips)
+    /* The scales of bands, which the last sums would wait for. */
+    if (!groups && (int)threadIdx.x < p->rounds * p->teams && block + (int)threadIdx.x * p->blocks < p->bands)
         prefetch_line((const uint8_t *)p->scales +
-                      (int64_t)(block + (int)threadIdx.x * p->blocks) * 16 * p->scale_size);
+                      (int64_t)(block + (int)threadIdx.x * p->blocks) * (abreast * 16) * p->scale_size);
     ql_decode_x x = place_x(p, code, tokens, slots, part_k / QL_DECODE_BLOCK, x_at, lane);
     if (!p->x_aligned) {
         const int columns = p->block_batches * batch_k;
@@ -370,7 +417,7 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     /* The first batch's while its codes are on their way, but where registers are few. */
     const bool sums_ahead = code != QL_CODE_TABLE4 && tokens != 16 &&
                             !(halves && (QL_TILE_K(code) == 128 || (code == QL_CODE_INT8 && !roomy)));
-    if (sums_ahead && strip < p->strips && count > 0) sum_x(p, code, type, tokens, groups, true, lane, x_at, sums);
+    if (sums_ahead && band < p->bands && count > 0) sum_x(p, code, type, tokens, groups, true, lane, x_at, sums);
     int partials = p->partials_at;
     if (p->cluster_shift) wait_cluster();
     uint32_t x_of_256[2][2], is_step[8], is_side[2] = {g < 4, g >= 4};
@@ -381,9 +428,13 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     int begin = 0; /* the first round whose sums are held */
 #pragma unroll 1
     for (int round = 0; round < p->rounds; round++) {
-        if (strip < p->strips) {
-            float out[8] = {0}, sum[8] = {0}, odd[4] = {0}, row_zero[2] = {0};
-            if (!groups) load_row_zeros(row_zero, p, code, type, strip * 16 + g);
+        if (band < p->bands) {
+            float out[8] = {0}, sum[8] = {0}, odd[8] = {0}, row_zero[2][2] = {{0}};
+            if (!groups)
+#pragma unroll
+                for (int s = 0; s < abreast; s++)
+                    load_row_zeros(row_zero[s], p, code, type, PARTED(code, type, tokens, groups),
+                                   (band * abreast + s) * 16 + g);
 #pragma unroll 1
             for (int to_go = count; to_go > 0; to_go--) {
                 if (code != QL_CODE_TABLE4 && round == 0 && !(sums_ahead && to_go == count))
@@ -392,13 +443,25 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                                                           : x_at_anew(p, first - first_batch + count - to_go, batch_k),
                           sums);
                 const bool last = to_go == 1;
-                const int next_strip = last ? strip + p->hop : strip, next = last ? first : first + count - to_go + 1;
-                have = next_strip >= p->strips ? 0 : to_go == 2 || (last && count == 1) ? tail : tiles;
-                at += last ? p->hop_bytes - (count - 1) * QL_DECODE_BATCH_BYTES(code) : QL_DECODE_BATCH_BYTES(code);
+                const int next_band = last ? band + p->hop : band, next = last ? first : first + count - to_go + 1;
+                have = next_band >= p->bands ? 0 : to_go == 2 || (last && count == 1) ? tail : tiles;
+                at += last ? p->hop_bytes - (count - 1) * QL_DECODE_BATCH_BYTES(code, tokens)
+                           : QL_DECODE_BATCH_BYTES(code, tokens);
                 const uint8_t *high = at;
                 if (code == QL_CODE_INT3) high = held(at + to_high);
-                const int entry_hop = (last ? p->hop * p->pairs - (count - 1) * pairs : pairs) * 32;
-                if (groups == 1) entry = group_entry(p, next_strip, next, g);
+                at_beside = next_band == p->lone ? at : at + p->band_bytes / 2;
+                if (abreast == 2) at_beside = held(at_beside);
+                const int entry_hop = (last ? p->hop * abreast * p->pairs - (count - 1) * pairs : pairs) * 32;
+                if (groups == 1) entry = group_entry(p, next_band * abreast, next, g);
+                const int next_group = groups == 1 ? next >> p->group_shift : next * groups;
+                float absmax[2][2][2];
+                if (in_turns)
+#pragma unroll
+                    for (int s = 0; s < abreast; s++) {
+                        make_absmax(absmax[s], &nested_raw[s], p, groups, shared, (uint32_t)lane * 4);
+                        if (have)
+                            load_nested_entries(&nested_raw[s], p, groups, strip_of(p, next_band, s), next_group, lane);
+                    }
 #pragma unroll
                 for (int unit = 0; unit < batch_k / unit_k; unit++) {
                     const int b = unit * unit_k / QL_DECODE_BLOCK, begin_k = unit * unit_k % QL_DECODE_BLOCK;
@@ -409,20 +472,20 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                         entry += entry_hop;
                     if (starts)
 #pragma unroll
-                        for (int j = 0; j < 8; j++) sum[j] = odd[j % 4] = 0.0f;
+                        for (int j = 0; j < 8; j++) sum[j] = odd[j] = 0.0f;
                     if (one) {
                         if (b % 4 == 0) load_matrices(x_of_256[0], x_of_256[1], x.row + (uint32_t)(b * 128));
-                        multiply_block_of_one(sum, &codes, type, b, x_of_256, is_step, shared, (uint32_t)lane * 4);
+                        multiply_block_of_one(sum, codes, type, b, x_of_256, is_step, shared, (uint32_t)lane * 4);
                     } else if (slots == 2 && !zeros) {
                         if (unit * unit_k / part_k % 2 == 0)
-                            multiply_both_blocks(sum, TWO_CHAINS(code, type, tokens, groups) ? odd : sum, &codes, type,
+                            multiply_both_blocks(sum, TWO_CHAINS(code, type, tokens, groups) ? odd : sum, codes, type,
                                                  b, part_k / QL_DECODE_BLOCK, x.row, is_side, shared,
                                                  (uint32_t)lane * 4);
                     } else {
 #pragma unroll
                         for (int k = begin_k; k < end_k; k += 32) {
                             const int slot = slots == 2 ? (b * QL_DECODE_BLOCK + k) / part_k % 2 : 0;
-                            multiply_half(sum, odd, &codes, code, type, tokens, groups, b, k / 16,
+                            multiply_half(sum, odd, codes, code, type, tokens, groups, b, k / 16,
                                           slot ? x.row + x.other : x.row, (uint32_t)lane * 4);
                         }
                     }
@@ -430,44 +493,61 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                     for (int j = 0; j < tiles; j++)
                         if ((j + 1) * QL_TILE_K(code) > b * 64 + begin_k &&
                             (j + 1) * QL_TILE_K(code) <= b * 64 + end_k && j < have)
-                            load_tile(&codes, code, at, high, j);
+                            load_band_tile(codes, code, abreast, at, high, at_beside, j);
                     if (ends) {
                         const int load = both ? set / 2 : set, slot = load % kept;
                         /* The load to ask for, and whether it is this batch's. */
                         const bool here = load + kept < loads;
                         const int other = (here ? load + kept : load + kept - loads) * spread;
-                        if (!ahead && (!both || set % 2 == 0)) {
-                            clear_pair(&raw, p, slot);
-                            if (load == 0 || (first + count - to_go) * pairs + load < p->pairs)
-                                load_pair(p, code, one, both, &raw, slot, entry + load * 32);
-                        }
-                        const ql_entry e = entry_of(p, code, type, one, both, &raw, both ? slot * 2 + set % 2 : slot,
-                                                    set * sides, divided, shared, (uint32_t)lane * 4);
-                        complete_sums(sum, odd, e.zero, code, type, tokens, groups, sums + set * slots * tokens * 4);
 #pragma unroll
-                        for (int j = 0; j < width; j++) out[j] = fmaf(e.scale[j % 4 / 2], sum[j], out[j]);
-                        if (ahead && (!both || set % 2)) {
-                            const int batch = here ? first + count - to_go : next;
-                            if ((here || have) && (other + spread == 1 || batch * pairs + other + own_pair < p->pairs))
-                                load_pair(p, code, one, both, &raw, slot, entry + other * 32);
-                            else if (other + spread > 1)
-                                clear_scales(&raw, slot);
+                        for (int s = 0; s < abreast; s++) {
+                            if (!ahead && (!both || set % 2 == 0)) {
+                                clear_pair(&raw[s], p, slot);
+                                if (load == 0 || (first + count - to_go) * pairs + load < p->pairs)
+                                    load_pair(p, code, absmax_kind, both, &raw[s], slot,
+                                              entry + s * entry_beside(p, band) + load * 32);
+                            }
+                            ql_entry e;
+                            if (in_turns)
+                                e = (ql_entry){{absmax_of_set(absmax[s], set, 0, groups),
+                                                absmax_of_set(absmax[s], set, 1, groups)},
+                                               {0}};
+                            else
+                                e = entry_of(p, code, type, PARTED(code, type, tokens, groups), absmax_kind, both,
+                                             &raw[s], both ? slot * 2 + set % 2 : slot, set * sides, divided, shared,
+                                             (uint32_t)lane * 4);
+                            complete_sums(sum + s * 4, odd + s * 4, e.zero, code, type, tokens, groups,
+                                          sums + set * slots * tokens * 4);
+#pragma unroll
+                            for (int j = s * 4; j < s * 4 + width; j++)
+                                out[j] = fmaf(e.scale[j % 4 / 2], sum[j], out[j]);
+                            if (!in_turns && ahead && (!both || set % 2)) {
+                                const int batch = here ? first + count - to_go : next;
+                                if ((here || have) &&
+                                    (other + spread == 1 || batch * pairs + other + own_pair < p->pairs))
+                                    load_pair(p, code, absmax_kind, both, &raw[s], slot,
+                                              entry + s * entry_beside(p, here ? band : next_band) + other * 32);
+                                else if (other + spread > 1)
+                                    clear_scales(&raw[s], slot);
+                            }
                         }
                     }
                 }
-                if (code == QL_CODE_TABLE4 && (one || p->scale_size == 1) && have)
-                    load_nested(p, &raw, next_strip * 16 + g, groups == 1 ? next >> p->group_shift : next * groups,
-                                divided, own_nested);
-                if (!ahead) entry += (to_go == 1 ? p->hop * p->pairs - (count - 1) * pairs : pairs) * 32;
+                if (code == QL_CODE_TABLE4 && !in_turns && is_nested(p, absmax_kind) && have)
+                    load_nested(p, &raw[0], next_band * 16 + g, next_group, divided, own_nested);
+                if (!ahead) entry += (to_go == 1 ? p->hop * abreast * p->pairs - (count - 1) * pairs : pairs) * 32;
                 x.row += (uint32_t)(batch_k * 2);
                 sums += groups * tokens * 4;
             }
             x.row -= (uint32_t)(count * batch_k * 2);
             sums -= count * groups * tokens * 4;
-            if (!groups && count > 0) complete_sums(sum, odd, row_zero, code, type, tokens, groups, sums);
-            leave_sums(p, groups ? out : sum, type, tokens, groups, slots, roomy, partials, round - begin);
+            if (!groups && count > 0)
+#pragma unroll
+                for (int s = 0; s < abreast; s++)
+                    complete_sums(sum + s * 4, odd + s * 4, row_zero[s], code, type, tokens, groups, sums);
+            leave_sums(p, groups ? out : sum, code, type, tokens, groups, slots, roomy, partials, round - begin);
         }
-        strip += p->hop;
+        band += p->hop;
         if (round + 1 < p->rounds && round + 1 < begin + p->flush_rounds) continue;
         wait_for_previous_kernel();
         finish_rounds(p, code, type, tokens, groups, block, rank, begin, round + 1 - begin, partials);
@@ -477,12 +557,18 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
         else
             partials = 2 * p->partials_at + p->partials_bytes - partials;
     }
-    if (p->cluster_shift) finish_cluster(p, type, block, rank);
+    if (p->cluster_shift) finish_cluster(p, type, abreast, block, rank);
 }
 
+/* Two loops where the registers are, as absmax in fp32 wants others; one that takes both elsewhere. */
 #define KERNEL(name, source, code, type, tokens, groups)                                                               \
     extern "C" __global__ void __launch_bounds__(QL_DECODE_THREADS, 1)                                                 \
         name(const __grid_constant__ ql_decode_params params) {                                                        \
-        decode(&params, code, type, tokens, groups);                                                                   \
+        if ((tokens) != 1 && QL_DECODE_ABREAST(code, tokens) == 1)                                                     \
+            decode(&params, code, type, tokens, groups, QL_ABSMAX_EITHER);                                             \
+        else if ((tokens) == 1 || params.scale_size == 1)                                                              \
+            decode(&params, code, type, tokens, groups, QL_ABSMAX_NESTED);                                             \
+        else                                                                                                           \
+            decode(&params, code, type, tokens, groups, QL_ABSMAX_PLAIN);                                              \
     }
 QL_DECODE_VARIANTS(KERNEL)

@@ -21,9 +21,26 @@ typedef struct ql_entry {
     float scale[2], zero[2]; /* rows g and g + 8 */
 } ql_entry;
 
+/* What a table's absmax are: fp32, quantized, or either, which is then found at each use. Known when this is compiled, as branches
+ * in the loop end what the compiler can overlap; 16 tokens have no registers for that. */
+enum { QL_ABSMAX_PLAIN, QL_ABSMAX_NESTED, QL_ABSMAX_EITHER };
+
+static __device__ __forceinline__ bool is_nested(const ql_decode_params *p, int absmax) {
+    return absmax == QL_ABSMAX_EITHER ? p->scale_size == 1 : absmax == QL_ABSMAX_NESTED;
+}
+
+static __device__ __forceinline__ bool is_plain(const ql_decode_params *p, int absmax) {
+    return absmax == QL_ABSMAX_EITHER ? p->scale_size == 4 : absmax == QL_ABSMAX_PLAIN;
+}
+
 /* The place of the lane's entry where a group has whole batches: of rows g and g + 8, in the group of a batch. */
 static __device__ __forceinline__ int group_entry(const ql_decode_params *p, int strip, int batch, int g) {
     return (strip * p->pairs + (batch >> p->group_shift >> 1)) * 32 + g * 4 + (batch >> p->group_shift & 1) * 2;
+}
+
+/* From an entry of a band's first strip to that of its second. */
+static __device__ __forceinline__ int entry_beside(const ql_decode_params *p, int band) {
+    return band == p->lone ? 0 : p->pairs * 32;
 }
 
 /* What a pair of no groups has: x is 0 there, so what counts is that no entry is infinite. */
@@ -37,14 +54,13 @@ static __device__ __forceinline__ void clear_pair(ql_raw_entries *raw, const ql_
     clear_scales(raw, pair);
 }
 
-/* The pair whose entries for this lane start at place `at`. Scales have two bytes; a table's four, or one where nested. nested:
- * that they are is known when this is compiled, as branches in the loop end what the compiler can overlap. */
-static __device__ __forceinline__ void load_pair(const ql_decode_params *p, int code, bool nested, bool both,
+/* The pair whose entries for this lane start at place `at`. Scales have two bytes; a table's four, or one where nested. */
+static __device__ __forceinline__ void load_pair(const ql_decode_params *p, int code, int absmax, bool both,
                                                  ql_raw_entries *raw, int pair, int at) {
     const uint8_t *scales = (const uint8_t *)p->scales;
     uint32_t *scale = raw->scale[pair];
     if (code == QL_CODE_TABLE4) {
-        if (nested || p->scale_size == 1) {
+        if (is_nested(p, absmax)) {
             scale[0] = both ? __ldg((const uint32_t *)(scales + at)) : __ldg((const uint16_t *)(scales + at));
         } else if (both) {
             uint4 v = __ldg((const uint4 *)(scales + (int64_t)at * 4));
@@ -89,9 +105,9 @@ static __device__ __forceinline__ float half_value(uint32_t bits) {
 }
 
 /* A zero, given as a byte, in the unit of row g. */
-static __device__ __forceinline__ float zero_of_byte(uint32_t byte, int code, int type) {
+static __device__ __forceinline__ float zero_of_byte(uint32_t byte, int code, int type, bool parted) {
     return type == QL_VALUE_F16 ? half_value(byte)
-                                : __uint_as_float(byte | 0x4b000000u) - (0x1p23f - QL_RAW_OFFSET(code, type));
+                                : __uint_as_float(byte | 0x4b000000u) - (0x1p23f - QL_RAW_OFFSET(code, type, parted));
 }
 
 /* The entry of the nested table for a byte of `word`. */
@@ -101,9 +117,9 @@ static __device__ __forceinline__ float nested_entry(const uint8_t *pairs, uint3
 
 /* Entries of the `index`-th group of those that the lane has (of `both`, two a pair). group: in the batch, from the lane's own
  * first on; divided: the batch's groups that may be in two blocks of the second level. pairs, low: as of raw_fragment. */
-static __device__ __forceinline__ ql_entry entry_of(const ql_decode_params *p, int code, int type, bool nested,
-                                                    bool both, const ql_raw_entries *raw, int index, int group,
-                                                    int divided, const uint8_t *pairs, uint32_t low) {
+static __device__ __forceinline__ ql_entry entry_of(const ql_decode_params *p, int code, int type, bool parted,
+                                                    int absmax, bool both, const ql_raw_entries *raw, int index,
+                                                    int group, int divided, const uint8_t *pairs, uint32_t low) {
     const int pair = both ? index / 2 : index, which = both ? index % 2 : 0;
     const uint32_t *scale = raw->scale[pair];
     ql_entry e = {{0}, {0}};
@@ -111,7 +127,7 @@ static __device__ __forceinline__ ql_entry entry_of(const ql_decode_params *p, i
 #pragma unroll
         for (int h = 0; h < 2; h++)
             e.scale[h] =
-                !nested && p->scale_size == 4
+                is_plain(p, absmax)
                     ? __uint_as_float(scale[which * 2 + h])
                     : __fadd_rn(__fmul_rn(nested_entry(pairs, scale[0], which * 2 + h, low),
                                           __uint_as_float(divided == 1 || group < raw->before[h] ? raw->nested[h][0]
@@ -124,8 +140,8 @@ static __device__ __forceinline__ ql_entry entry_of(const ql_decode_params *p, i
     e.scale[1] = half ? half_value(scale[which] >> 16) : __uint_as_float(scale[which] & 0xffff0000u);
     uint32_t zero = raw->zero[pair];
     if (code == QL_CODE_INT8) {
-        e.zero[0] = zero_of_byte(zero >> (16 * which) & 255, code, type);
-        e.zero[1] = zero_of_byte(zero >> (16 * which + 8) & 255, code, type);
+        e.zero[0] = zero_of_byte(zero >> (16 * which) & 255, code, type, parted);
+        e.zero[1] = zero_of_byte(zero >> (16 * which + 8) & 255, code, type, parted);
     } else if (type == QL_VALUE_F16) {
         /* As denormals they have the units of the codes. */
         zero >>= 8 * which;

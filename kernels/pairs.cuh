@@ -7,9 +7,9 @@
 #include "decode.h"
 #include "ptx.cuh"
 
-enum { QL_PAIRS_PIECES = 2 };
+enum { QL_PAIRS_PIECES = 4 };
 
-/* What a thread makes of them: two pieces of 32 bytes of each. */
+/* What a thread makes of them: up to four pieces of 32 bytes of each. */
 typedef struct ql_table_part {
     float low[QL_PAIRS_PIECES], high[QL_PAIRS_PIECES], nested[QL_PAIRS_PIECES];
 } ql_table_part;
@@ -21,29 +21,34 @@ static __device__ __forceinline__ void load_piece(float *low, float *high, float
     if (w->nested_table) *nested = __ldg(w->nested_table + piece / 4 % 256);
 }
 
-static __device__ __forceinline__ ql_table_part load_table(const ql_packed_params *w) {
+/* Of `threads` threads, the first of a block: `pieces` of each, and what is left then by a loop. */
+static __device__ __forceinline__ ql_table_part load_table(const ql_packed_params *w, int threads, int pieces) {
     ql_table_part part = {{0}, {0}, {0}};
 #pragma unroll
-    for (int i = 0; i < QL_PAIRS_PIECES; i++)
-        load_piece(&part.low[i], &part.high[i], &part.nested[i], w, (int)threadIdx.x + i * (int)blockDim.x);
+    for (int i = 0; i < pieces; i++)
+        load_piece(&part.low[i], &part.high[i], &part.nested[i], w, (int)threadIdx.x + i * threads);
     return part;
 }
 
+/* A piece is two of 16 bytes, half a line apart; which of the two comes first changes from entry to entry, as lanes of neighbouring
+ * entries would want the same banks. */
 static __device__ __forceinline__ void store_piece(uint8_t *pairs, int piece, float low, float high, float nested,
                                                    bool has_nested, int type) {
     const uint32_t pair = round16_pair(low, high, type), absmax = __float_as_uint(nested);
-    uint4 *to = (uint4 *)(pairs + piece / 4 * 256 + piece % 4 * 32);
+    const int entry = piece / 4;
+    uint4 *to = (uint4 *)(pairs + entry * 256 + piece % 4 * 16 + entry % 2 * 64);
+    uint4 *other = (uint4 *)(pairs + entry * 256 + piece % 4 * 16 + (1 - entry % 2) * 64);
     if (piece >= 1024) return;
-    to[0] = to[1] = make_uint4(pair, pair, pair, pair);
-    if (has_nested) to[8] = to[9] = make_uint4(absmax, absmax, absmax, absmax);
+    *to = *other = make_uint4(pair, pair, pair, pair);
+    if (has_nested) to[8] = other[8] = make_uint4(absmax, absmax, absmax, absmax);
 }
 
 static __device__ __forceinline__ void store_table(uint8_t *pairs, const ql_packed_params *w, const ql_table_part *part,
-                                                   int type) {
+                                                   int type, int threads, int pieces) {
     const bool has_nested = w->nested_table != NULL;
-    int piece = (int)threadIdx.x, threads = (int)blockDim.x;
+    int piece = (int)threadIdx.x;
 #pragma unroll
-    for (int i = 0; i < QL_PAIRS_PIECES; i++, piece += threads)
+    for (int i = 0; i < pieces; i++, piece += threads)
         store_piece(pairs, piece, part->low[i], part->high[i], part->nested[i], has_nested, type);
 #pragma unroll 1
     for (; piece < 1024; piece += threads) {

@@ -274,6 +274,13 @@ static __device__ __forceinline__ uint32_t fma_bf162(uint32_t a, uint32_t b, uin
     return result;
 }
 
+/* max(a b + c, 0) */
+static __device__ __forceinline__ uint32_t fma_relu_bf162(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t result;
+    asm("fma.rn.relu.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+    return result;
+}
+
 /* sm_80 has the fused form alone. */
 static __device__ __forceinline__ uint32_t mul_bf162(uint32_t a, uint32_t b) { return fma_bf162(a, b, 0x80008000u); }
 static __device__ __forceinline__ uint32_t add_bf162(uint32_t a, uint32_t b) { return fma_bf162(a, 0x3f803f80u, b); }

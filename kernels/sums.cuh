@@ -9,29 +9,44 @@
 
 extern __shared__ __align__(1024) uint8_t shared[];
 
-/* A warp's sums of a strip into shared memory; turn: of the rounds that are held. */
-static __device__ __forceinline__ void leave_sums(const ql_decode_params *p, float *sum, int type, int tokens,
+/* What to change in the place of a row of a line, a token's rows of a band. Of two strips eight rows change places by the token's
+ * pair, as the four lanes that have the same rows would want the same banks. */
+static __device__ __forceinline__ int line_turn(int abreast, int token) {
+    return abreast == 2 ? token / 2 % 4 * 32 : 0;
+}
+
+/* A warp's sums of a band into shared memory; turn: of the rounds that are held. */
+static __device__ __forceinline__ void leave_sums(const ql_decode_params *p, float *sum, int code, int type, int tokens,
                                                   int groups, int slots, bool roomy, int partials, int turn) {
+    const int abreast = QL_DECODE_ABREAST(code, tokens), line = abreast * 64;
     if (tokens == 1) {
-        leave_sums_of_one(sum, shared + partials + (turn * p->teams * p->team_warps + (int)threadIdx.x / 32) * 64);
+        leave_sums_of_one(sum, shared + partials + (turn * p->teams * p->team_warps + (int)threadIdx.x / 32) * line);
         return;
     }
     const int width = tokens == 16 ? 8 : 4;
-    const int thread =
-        tokens == 16 || groups >= 8 || type == QL_VALUE_BF16 || (!roomy && !groups) ? thread_anew() : (int)threadIdx.x;
+    const bool anew = abreast == 2 ? groups < 8 || !roomy
+                                   : tokens == 16 || groups >= 8 || type == QL_VALUE_BF16 || (!roomy && !groups);
+    const int thread = anew ? thread_anew() : (int)threadIdx.x;
     const int token = thread % 4 * 2;                                  /* with slots: of the first */
     const int place = turn * p->teams * p->team_warps + (thread >> 5); /* team * team_warps + member */
-    uint8_t *to = shared + partials + (place * p->m + token) * 64 + thread % 32 / 4 * 4;
+    const int row = thread % 32 / 4 * 4 + line_turn(abreast, token);
+    uint8_t *to = shared + partials + (place * p->m + token) * line;
 #pragma unroll
-    for (int j = 0; j < width; j++) {
-        if (slots == 2) sum[j] += __shfl_xor_sync(ALL_LANES, sum[j], 2);
-        if (j / 4 * 8 + j % 2 + token < p->m) *(float *)(to + j / 4 * 512 + j % 2 * 64 + j % 4 / 2 * 32) = sum[j];
-    }
+    for (int strip = 0; strip < abreast; strip++)
+#pragma unroll
+        for (int j = 0; j < width; j++) {
+            float mine = sum[strip * 4 + j];
+            if (slots == 2) mine += __shfl_xor_sync(ALL_LANES, mine, 2);
+            if (j / 4 * 8 + j % 2 + token < p->m)
+                *(float *)(to + (j / 4 * 8 + j % 2) * line + (row ^ (strip * 64 + j % 4 / 2 * 32))) = mine;
+        }
 }
 
-/* Where block `rank`'s sums of the strip of a round lie with the block that owns the strip. */
-static __device__ __forceinline__ int exchange_at(const ql_decode_params *p, int team, int round, int rank) {
-    return p->exchange_at + (((round >> p->cluster_shift) * p->teams + team << p->cluster_shift) + rank) * p->m * 64;
+/* Where block `rank`'s sums of the band of a round lie with the block that owns it. */
+static __device__ __forceinline__ int exchange_at(const ql_decode_params *p, int abreast, int team, int round,
+                                                  int rank) {
+    return p->exchange_at +
+           (((round >> p->cluster_shift) * p->teams + team << p->cluster_shift) + rank) * p->m * (abreast * 64);
 }
 
 /* `rows` values of an array, `stride` apart, of which `inside` are there. */
@@ -89,11 +104,12 @@ static __device__ __forceinline__ void add_parts(float *sum, const uint8_t *from
 /* Adds the warps' sums of `rounds` rounds from `round` on, which lie at `partials` once all warps are here. They become
  * outputs, or go to the block that owns the strip. A thread takes `rows` neighbouring rows of a token: four where there are
  * many, as where their sums are, and where they go, is found once for all of them. */
-static __device__ __forceinline__ void finish_rows(const ql_decode_params *p, int code, int type, int groups, int rows,
-                                                   int block, int rank, int round, int rounds, int partials) {
+static __device__ __forceinline__ void finish_rows(const ql_decode_params *p, int code, int type, int abreast,
+                                                   int groups, int rows, int block, int rank, int round, int rounds,
+                                                   int partials) {
     const ql_packed_params *w = &p->product;
-    const int line_items = 16 / rows, most = groups && rows == 4 ? 4 : 8;
-    const int items = rounds * p->teams * p->m * line_items, parts = p->team_warps, pitch = p->m * 64;
+    const int line_rows = abreast * 16, line_items = line_rows / rows, most = groups && rows == 4 ? 4 : 8;
+    const int items = rounds * p->teams * p->m * line_items, parts = p->team_warps, pitch = p->m * line_rows * 4;
     const float one = 1.0f / QL_RAW_ONE(code, type), one_8 = one / QL_RAW_UNIT(code, type, 1);
     bool first = true;
     uint32_t item = (uint32_t)thread_anew();
@@ -102,7 +118,7 @@ static __device__ __forceinline__ void finish_rows(const ql_decode_params *p, in
     do {
         const int row = (int)(item % (uint32_t)line_items) * rows, line = (int)(item / (uint32_t)line_items);
         const int place = line * p->token_part >> 16, token = line - place * p->m;
-        const int strip = block + (place + round * p->teams) * p->blocks, out = strip * 16 + row;
+        const int band = block + (place + round * p->teams) * p->blocks, out = band * line_rows + row;
         const int inside = (int)item < items ? (int)w->n - out : 0;
         /* What is far is asked for before the others are waited for. */
         float scale[4] = {1, 1, 1, 1}, bias[4] = {0};
@@ -112,19 +128,20 @@ static __device__ __forceinline__ void finish_rows(const ql_decode_params *p, in
         if (first) __syncthreads();
         first = false;
         if (inside <= 0) continue;
-        const uint8_t *from = shared + partials + place * parts * pitch + token * 64 + row * 4;
+        const uint8_t *from =
+            shared + partials + place * parts * pitch + token * (line_rows * 4) + (row * 4 ^ line_turn(abreast, token));
         float sum[4] = {0};
 #pragma unroll 1
         for (int left = parts; left > 0; left -= most, from += most * pitch)
             add_parts(sum, from, pitch, rows, left, most);
 #pragma unroll
-        for (int i = 0; i < rows; i++) sum[i] = fmaf(sum[i], scale[i] * (row < 8 ? one : one_8), bias[i]);
+        for (int i = 0; i < rows; i++) sum[i] = fmaf(sum[i], scale[i] * (row % 16 < 8 ? one : one_8), bias[i]);
         if (!p->cluster_shift) {
             store_rows(w->out, type, token * w->n + out, sum, rows, inside);
             continue;
         }
         const int turn = round + place / p->teams, owner = turn & (1 << p->cluster_shift) - 1;
-        const int to = exchange_at(p, place % p->teams, turn, rank) + (token * 16 + row) * 4;
+        const int to = exchange_at(p, abreast, place % p->teams, turn, rank) + (token * line_rows + row) * 4;
 #pragma unroll
         for (int i = 0; i < rows; i++) store_remote(shared_address(shared) + (uint32_t)(to + i * 4), owner, sum[i]);
     } while ((item += blockDim.x) < (uint32_t)(items + 31 & ~31));
@@ -133,27 +150,31 @@ static __device__ __forceinline__ void finish_rows(const ql_decode_params *p, in
 static __device__ __forceinline__ void finish_rounds(const ql_decode_params *p, int code, int type, int tokens,
                                                      int groups, int block, int rank, int round, int rounds,
                                                      int partials) {
-    if (tokens != 4 && rounds * p->teams * p->m * 16 > 2 * (int)blockDim.x)
-        finish_rows(p, code, type, groups, 4, block, rank, round, rounds, partials);
+    const int abreast = QL_DECODE_ABREAST(code, tokens);
+    if (tokens != 4 && rounds * p->teams * p->m * (abreast * 16) > 2 * (int)blockDim.x)
+        finish_rows(p, code, type, abreast, groups, 4, block, rank, round, rounds, partials);
     else
-        finish_rows(p, code, type, groups, 1, block, rank, round, rounds, partials);
+        finish_rows(p, code, type, abreast, groups, 1, block, rank, round, rounds, partials);
 }
 
-/* Adds the sums of a cluster's blocks, in order, for the strips that this block owns. */
-static __device__ __forceinline__ void finish_cluster(const ql_decode_params *p, int type, int block, int rank) {
+/* Adds the sums of a cluster's blocks, in order, for the bands that this block owns. */
+static __device__ __forceinline__ void finish_cluster(const ql_decode_params *p, int type, int abreast, int block,
+                                                      int rank) {
     const ql_packed_params *w = &p->product;
+    const int line_rows = abreast * 16;
     const int cluster = 1 << p->cluster_shift, turns = p->rounds - rank + cluster - 1 >> p->cluster_shift;
     meet_cluster();
 #pragma unroll 1
-    for (int item = (int)threadIdx.x; item < turns * p->teams * p->m * 16; item += (int)blockDim.x) {
-        const int row = item & 15, line = item >> 4, place = line * p->token_part >> 16, token = line - place * p->m;
+    for (int item = (int)threadIdx.x; item < turns * p->teams * p->m * line_rows; item += (int)blockDim.x) {
+        const int row = item % line_rows, line = item / line_rows, place = line * p->token_part >> 16,
+                  token = line - place * p->m;
         const int team = place % p->teams, round = (place / p->teams << p->cluster_shift) + rank;
-        const int out = (block + (team + round * p->teams) * p->blocks) * 16 + row;
+        const int out = (block + (team + round * p->teams) * p->blocks) * line_rows + row;
         if (out >= (int)w->n) continue;
-        const uint8_t *from = shared + exchange_at(p, team, round, 0) + (token * 16 + row) * 4;
+        const uint8_t *from = shared + exchange_at(p, abreast, team, round, 0) + (token * line_rows + row) * 4;
         float sum = 0.0f;
 #pragma unroll 1
-        for (int i = 0; i < cluster; i++) sum += *(const float *)(from + i * p->m * 64);
+        for (int i = 0; i < cluster; i++) sum += *(const float *)(from + i * p->m * (line_rows * 4));
         store_value(w->out, type, token * w->n + out, sum + BIAS_AT(w, out));
     }
 }

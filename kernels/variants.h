@@ -128,7 +128,8 @@
     QL_DECODE_GROUPS(X, QL_CODE_TABLE4, table4, 2)                                                                     \
     QL_DECODE_GROUPS(X, QL_CODE_TABLE4, table4, 4)                                                                     \
     QL_DECODE_GROUPS(X, QL_CODE_TABLE4, table4, 8)                                                                     \
-    QL_DECODE_GROUPS(X, QL_CODE_TABLE4, table4, 16)                                                                    \
+    QL_DECODE_TYPES(X, QL_CODE_TABLE4, table4, 4, 16)                                                                  \
+    QL_DECODE_TYPES(X, QL_CODE_TABLE4, table4, 16, 16)                                                                 \
     QL_DECODE_TYPES(X, QL_CODE_TABLE4, table4, 1, 8)                                                                   \
     QL_DECODE_TYPES(X, QL_CODE_TABLE4, table4, 1, 16)
 

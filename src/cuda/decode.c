@@ -28,27 +28,28 @@ static int log2_of(int64_t value) {
     return shift;
 }
 
-/* How groups lie in batches: the groups of a batch, 0 for one group, or -1 for what no kernel knows. */
-static int groups_of_batch(int code, int64_t k, int64_t group_size) {
-    const int64_t batch = QL_DECODE_BATCH_K(code);
+/* How groups lie in batches of a kernel of `tokens`: the groups of a batch, 0 for one group, or -1 for what none knows. */
+static int groups_of_batch(int code, int tokens, int64_t k, int64_t group_size) {
+    const int64_t batch = QL_DECODE_BATCH_K(code, tokens);
     if (group_size >= k) return 0;
     if (group_size >= batch) return group_size % batch == 0 && log2_of(group_size / batch) >= 0 ? 1 : -1;
     return batch % group_size == 0 && batch / group_size <= MOST_GROUPS ? (int)(batch / group_size) : -1;
 }
 
-/* Two groups side by side want four tokens at most, and two groups. One token of double quantization has kernels of its own
- * where a batch has many groups. */
-static int tokens_of(int64_t m, int groups, bool nested) {
+/* The tokens of the kernel. Two groups side by side want four tokens at most, and two groups. One token of double quantization has
+ * kernels of its own where a batch has many groups. */
+static int tokens_of(int code, int64_t m, int64_t k, int64_t group_size, bool nested) {
+    const int groups = groups_of_batch(code, 4, k, group_size);
     if (m == 1 && nested && groups >= 8) return 1;
     return m > 8 ? 16 : m <= 4 && groups >= 2 ? 4 : 8;
 }
 
 /* The kernel, or UNWANTED. Whether absmax is quantized is no part of a problem, nor of a choice. */
 static int kernel_of(const ql_cuda_problem *problem, bool nested) {
-    const int groups = groups_of_batch(problem->code, problem->k, problem->group_size);
+    const int tokens = tokens_of(problem->code, problem->m, problem->k, problem->group_size, nested);
+    const int groups = groups_of_batch(problem->code, tokens, problem->k, problem->group_size);
     if (groups < 0 || problem->m < 1 || problem->m > MOST_ROWS) return UNWANTED;
-    const int tile = TOKEN_TILE(tokens_of(problem->m, groups, nested));
-    return kernels[problem->code][problem->x_type == QL_VALUE_BF16][tile][groups] - 1;
+    return kernels[problem->code][problem->x_type == QL_VALUE_BF16][TOKEN_TILE(tokens)][groups] - 1;
 }
 
 /* Whether pieces of 16 bytes of x can be copied. */
@@ -80,11 +81,13 @@ static int lay_stage(ql_decode_params *p, const ql_cuda_properties *gpu, int at)
  * takes, more than it has where it cannot be. */
 static int cut(ql_decode_params *p, const ql_packed_params *product, const ql_cuda_properties *gpu, int warps,
                int cluster_shift) {
-    const int code = product->code, batch_k = QL_DECODE_BATCH_K(code), batch_tiles = QL_DECODE_BATCH_TILES(code);
+    const int code = product->code, cluster = 1 << cluster_shift;
     const bool table = code == QL_CODE_TABLE4, nested = product->nested_table != NULL;
     const int64_t k = product->k, m = product->m, tiles = ql_ceil_div(k, QL_TILE_K(code));
-    const int groups = groups_of_batch(code, k, product->groups == 1 ? k : product->group_size);
-    const int tokens = tokens_of(m, groups, nested), cluster = 1 << cluster_shift;
+    const int64_t group_size = product->groups == 1 ? k : product->group_size;
+    const int tokens = tokens_of(code, m, k, group_size, nested);
+    const int groups = groups_of_batch(code, tokens, k, group_size), abreast = QL_DECODE_ABREAST(code, tokens);
+    const int batch_k = QL_DECODE_BATCH_K(code, tokens), batch_tiles = QL_DECODE_BATCH_TILES(code, tokens);
     const bool zeros = QL_DECODE_ZEROS(code, tokens, groups);
     *p = (ql_decode_params){.codes = product->codes,
                             .scales = product->scales,
@@ -96,8 +99,9 @@ static int cut(ql_decode_params *p, const ql_packed_params *product, const ql_cu
                             .k = (int32_t)k,
                             .x_stride = (int32_t)product->x_stride,
                             .product = *product};
-    p->strips = (int32_t)ql_ceil_div(product->n, QL_STRIP);
-    p->strip_bytes = (uint32_t)(tiles * QL_TILE_BYTES(code));
+    p->bands = (int32_t)ql_ceil_div(product->n, QL_STRIP * abreast);
+    p->lone = abreast == 2 && ql_ceil_div(product->n, QL_STRIP) % 2 ? p->bands - 1 : -1;
+    p->band_bytes = (uint32_t)(tiles * QL_TILE_BYTES(code) * abreast);
     p->batches = (int32_t)ql_ceil_div(k, batch_k);
     p->block_batches = (int32_t)ql_ceil_div(p->batches, cluster);
     p->share = p->block_batches / warps;
@@ -117,14 +121,14 @@ static int cut(ql_decode_params *p, const ql_packed_params *product, const ql_cu
     p->warp_team = (65536 + warps - 1) / warps;
     /* Clusters lie in one part of the GPU each: a part's last few multiprocessors take none of the larger ones. */
     const int64_t usable = cluster > 2 ? gpu->multiprocessors * 10 / 11 : gpu->multiprocessors;
-    const int64_t room = usable / cluster > 0 ? usable / cluster : 1, wanted = ql_ceil_div(p->strips, p->teams);
+    const int64_t room = usable / cluster > 0 ? usable / cluster : 1, wanted = ql_ceil_div(p->bands, p->teams);
     p->blocks = (int32_t)(room < wanted ? room : wanted);
     /* Where a few less do it in no more rounds: the small kernels between layers then have a place while this one runs. */
     const int64_t even = ql_ceil_div(wanted, ql_ceil_div(wanted, p->blocks));
     if (even >= p->blocks - p->blocks / 32) p->blocks = (int32_t)even;
     p->hop = p->blocks * p->teams;
-    p->hop_bytes = (int64_t)p->strip_bytes * p->hop;
-    p->rounds = (int32_t)ql_ceil_div(p->strips, p->hop);
+    p->hop_bytes = (int64_t)p->band_bytes * p->hop;
+    p->rounds = (int32_t)ql_ceil_div(p->bands, p->hop);
     p->token_part = (int32_t)((65536 + m - 1) / m);
     /* Where a warp walks few batches the second is better asked for when it is wanted. */
     p->ahead = p->rounds * ql_ceil_div(p->block_batches, warps) > 3;
@@ -135,10 +139,11 @@ static int cut(ql_decode_params *p, const ql_packed_params *product, const ql_cu
     p->x_pitch = p->block_batches * batch_k * 2;
     p->x_at = take(&at, zeros ? (m + 1) * p->x_pitch + 64 : m * p->x_pitch);
     p->sums_at = take(&at, table ? 0 : (int64_t)p->teams * (groups ? groups * p->block_batches : warps) * tokens * 4);
-    p->exchange_at = take(&at, cluster > 1 ? ql_ceil_div(p->rounds, cluster) * p->teams * cluster * m * 64 : 0);
+    p->exchange_at =
+        take(&at, cluster > 1 ? ql_ceil_div(p->rounds, cluster) * p->teams * cluster * m * 64 * abreast : 0);
     /* As many rounds as there is room for; if not all, half of that in each of two buffers: one is filled while the other is
      * added up. */
-    const int64_t round_bytes = (int64_t)p->teams * warps * m * 64;
+    const int64_t round_bytes = (int64_t)p->teams * warps * m * 64 * abreast;
     const int64_t fit = at < gpu->shared_bytes ? (gpu->shared_bytes - at) / round_bytes : 0;
     const bool two = fit >= 2 && fit < p->rounds;
     const int64_t rounds = fit >= p->rounds ? p->rounds : two ? fit / 2 : 1;
@@ -156,10 +161,10 @@ static bool sizes_fit(const ql_packed_params *p) {
 }
 
 /* A way to cut a product, and what it costs, in eighths of a batch: the batches that one warp walks, where the multiprocessors
- * share strips, an eighth more in a cluster larger than x needs; half of each batch of a strip again for its sums of x in the
- * first strip, a quarter of a batch to leave a strip's sums, and three eighths each time that all warps meet because there is no
- * room for more of them. Of equal ones the smaller cluster, then the one whose warps are idle least, then the one with most of
- * them. */
+ * share bands, an eighth more in a cluster larger than x needs; half of each batch of a band again for its sums of x in the
+ * first one, a quarter of a batch to leave a band's sums, and three eighths each time that all warps meet because there is no
+ * room for more of them. Bands of two strips have no sums of x, as they are a table's, and twice as many of their own, of which more
+ * tokens leave more. Of equal ones the smaller cluster, then the one whose warps are idle least, then the one with most of them. */
 typedef struct way {
     int64_t cost;
     int cluster_shift, idle, warps;
@@ -176,8 +181,10 @@ enum { WIDTHS = 7, CLUSTERS = 2 };
 /* Inserts into ways, which are sorted, those of a cluster size that fit; how many there are then. */
 static int add_ways(way ways[WIDTHS * CLUSTERS], int count, const ql_cuda_device *device,
                     const ql_packed_params *product, int cluster_shift) {
+    const int64_t group_size = product->groups == 1 ? product->k : product->group_size;
+    const int tokens = tokens_of(product->code, product->m, product->k, group_size, false);
     const int all = QL_DECODE_THREADS / 32, weight = count ? 9 : 8, cluster = 1 << cluster_shift;
-    const int64_t whole = ql_ceil_div(product->k, QL_DECODE_BATCH_K(product->code)),
+    const int64_t whole = ql_ceil_div(product->k, QL_DECODE_BATCH_K(product->code, tokens)),
                   batches = ql_ceil_div(whole, cluster);
     /* Each block has a part of K. */
     if (batches * (cluster - 1) >= whole) return count;
@@ -189,7 +196,9 @@ static int add_ways(way ways[WIDTHS * CLUSTERS], int count, const ql_cuda_device
             cut(&p, product, &device->properties, warps, cluster_shift) > device->properties.shared_bytes)
             continue;
         const int64_t turns = ql_ceil_div(batches, warps), meetings = ql_ceil_div(p.rounds, p.flush_rounds) - 1;
-        const way new = {p.rounds * turns * weight + 4 * turns + 2 * p.rounds + 3 * meetings, cluster_shift,
+        const bool twice = QL_DECODE_ABREAST(product->code, tokens) == 2;
+        const int64_t of_x = twice ? 0 : 4, leave = twice ? 2 + 3 * product->m / 8 : 2, meet = twice ? 6 : 3;
+        const way new = {p.rounds * turns * weight + of_x * turns + leave * p.rounds + meet * meetings, cluster_shift,
                          (int)(turns * warps - batches), warps};
         int place = count++;
         for (; place > 0 && is_better(&new, &ways[place - 1]); place--) ways[place] = ways[place - 1];
@@ -221,12 +230,16 @@ static int candidates(ql_cuda_choice *out, int room, const ql_cuda_device *devic
 }
 
 /* Whether the kernels know scales like these. */
-static bool scales_fit(const ql_packed_params *p, int groups) {
+static bool scales_fit(const ql_packed_params *p, int64_t group_size) {
+    const int tokens = tokens_of(p->code, p->m, p->k, group_size, p->nested_table != NULL);
+    const int groups = groups_of_batch(p->code, tokens, p->k, group_size);
     if (p->code != QL_CODE_TABLE4) return !groups || p->scales_type != QL_VALUE_F32;
     if (!p->nested_table) return true;
-    const bool divided = QL_DECODE_DIVIDED(tokens_of(p->m, groups, true), groups) > 1;
-    return log2_of(p->nested_blocksize) >= 0 && p->nested_blocksize >= groups &&
-           (divided || p->groups % (groups ? groups : 1) == 0);
+    if (log2_of(p->nested_blocksize) < 0) return false;
+    /* Lanes find the block of each group (nested.cuh), or of a batch's first and last one. */
+    if (QL_DECODE_ABREAST(p->code, tokens) == 2) return true;
+    return p->nested_blocksize >= groups &&
+           (QL_DECODE_DIVIDED(tokens, groups) > 1 || p->groups % (groups ? groups : 1) == 0);
 }
 
 static bool prepare(ql_cuda_prepared *prepared, const ql_cuda_device *device, const ql_packed_params *p,
@@ -242,7 +255,7 @@ static bool prepare(ql_cuda_prepared *prepared, const ql_cuda_device *device, co
                                      .code = p->code,
                                      .x_type = p->x_type};
     if (kernel_of(&problem, false) != (int)choice.kernel) return false;
-    if (!scales_fit(p, groups_of_batch(p->code, p->k, problem.group_size))) return false;
+    if (!scales_fit(p, problem.group_size)) return false;
     ql_decode_params *params = &prepared->decode;
     const int bytes = cut(params, p, &device->properties, warps, cluster_shift);
     if (bytes > device->properties.shared_bytes) return false;

@@ -179,6 +179,12 @@
     QL_W8A8_WGMMA_MOST(X, QL_W8A8_E4M3, e4m3)                                                                          \
     QL_W8A8_WGMMA_MOST(X, QL_W8A8_INT8, int8)
 
+/* X(name, source, pieces): sums over GPUs, pieces that a thread has at a time: short ones want few registers, beside the
+ * kernels before and after, long ones much on the way. */
+#define QL_ALL_REDUCE_VARIANTS(X)                                                                                      \
+    X(ql_all_reduce_1, all_reduce, 1)                                                                                  \
+    X(ql_all_reduce_4, all_reduce, 4)
+
 /* X(name, source): the kernels that have one form. */
 #define QL_SINGLE_KERNELS(X)                                                                                           \
     X(ql_dequantize, linear)                                                                                           \
@@ -235,6 +241,7 @@
     QL_W8A8_MMA_VARIANTS(X)                                                                                            \
     QL_W8A8_ROWS_VARIANTS(X)                                                                                           \
     QL_W8A8_WGMMA_VARIANTS(X)                                                                                          \
+    QL_ALL_REDUCE_VARIANTS(X)                                                                                          \
     QL_SINGLE_KERNELS(X)                                                                                               \
     QL_QUANTIZE_KERNELS(X)
 

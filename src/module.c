@@ -114,8 +114,9 @@ static int ql_check_interpreter(void) {
 
 static int ql_module_exec(PyObject *module) {
     static int (*const add_type[])(PyObject *) = {
-        ql_dlpack_array_add_type, ql_layer_add_type,   ql_eetq_add_type, ql_gptq_add_type,   ql_awq_add_type,
-        ql_int8_add_type,         ql_fourbit_add_type, ql_fp8_add_type,  ql_packed_add_type, ql_shortcut_add_type,
+        ql_dlpack_array_add_type, ql_layer_add_type,    ql_eetq_add_type,       ql_gptq_add_type,
+        ql_awq_add_type,          ql_int8_add_type,     ql_fourbit_add_type,    ql_fp8_add_type,
+        ql_packed_add_type,       ql_shortcut_add_type, ql_all_reduce_add_type,
     };
     static PyMethodDef *const functions[] = {
         ql_eetq_methods, ql_gptq_methods,    ql_stream_methods, ql_awq_methods,

@@ -54,7 +54,8 @@ static int kernel_count;
 static char hidden[40];
 static int version = 13000, device_count = 1, major = 9, minor = 0, static_shared, init_takes, version_takes;
 static pid_t owner;
-static int64_t allocated, retained;
+static int64_t allocated, retained, opened; /* memory and events; contexts; others' memory */
+static void *captured;
 static bool records = true;
 
 static _Thread_local int stack[MOST_DEPTH]; /* contexts: device + 1 */
@@ -87,6 +88,8 @@ EXPORT int fake_current(void) { return depth ? stack[depth - 1] - 1 : -1; }
 EXPORT void fake_push(int device) { stack[depth++] = device + 1; }
 EXPORT int64_t fake_allocated(void) { return allocated; }
 EXPORT int64_t fake_retained(void) { return retained; }
+EXPORT int64_t fake_opened(void) { return opened; }
+EXPORT void fake_capture(void *stream) { captured = stream; }
 
 /* ---- the calls ---- */
 
@@ -290,6 +293,69 @@ static int fake_stream_synchronize(void *stream) {
     return answer(&call, "cuStreamSynchronize", depth ? SUCCESS : INVALID_CONTEXT);
 }
 
+typedef struct {
+    char bytes[64];
+} ipc_handle;
+
+/* An inbox that is opened is the one of this process. */
+static int fake_ipc_get_mem_handle(ipc_handle *out, uint64_t data) {
+    ANSWER("cuIpcGetMemHandle", depth ? SUCCESS : INVALID_CONTEXT);
+    memset(out, 0, sizeof *out);
+    memcpy(out, &data, sizeof data);
+    return SUCCESS;
+}
+
+static int fake_ipc_open_mem_handle(uint64_t *out, ipc_handle handle, unsigned flags) {
+    ANSWER("cuIpcOpenMemHandle", !depth ? INVALID_CONTEXT : flags != 1 ? INVALID_VALUE : SUCCESS);
+    memcpy(out, &handle, sizeof *out);
+    opened++;
+    return SUCCESS;
+}
+
+static int fake_ipc_close_mem_handle(uint64_t data) {
+    ANSWER("cuIpcCloseMemHandle", depth && data ? SUCCESS : INVALID_CONTEXT);
+    opened--;
+    return SUCCESS;
+}
+
+static int fake_memset_d8_async(uint64_t data, unsigned char value, size_t bytes, void *stream) {
+    fake_call call = {.stream = stream};
+    int result = answer(&call, "cuMemsetD8Async", depth ? SUCCESS : INVALID_CONTEXT);
+    if (result == SUCCESS) memset((void *)(uintptr_t)data, value, bytes);
+    return result;
+}
+
+static int fake_stream_is_capturing(void *stream, int *status) {
+    fake_call call = {.stream = stream};
+    int result = answer(&call, "cuStreamIsCapturing", SUCCESS);
+    *status = stream && stream == captured;
+    return result;
+}
+
+static int fake_stream_wait_event(void *stream, void *event, unsigned flags) {
+    fake_call call = {.stream = stream};
+    return answer(&call, "cuStreamWaitEvent", event && !flags ? SUCCESS : INVALID_VALUE);
+}
+
+static int fake_event_create(void **event, unsigned flags) {
+    ANSWER("cuEventCreate", !depth ? INVALID_CONTEXT : flags != 2 ? INVALID_VALUE : SUCCESS);
+    *event = malloc(1);
+    allocated++;
+    return SUCCESS;
+}
+
+static int fake_event_record(void *event, void *stream) {
+    fake_call call = {.stream = stream};
+    return answer(&call, "cuEventRecord", event ? SUCCESS : INVALID_VALUE);
+}
+
+static int fake_event_destroy(void *event) {
+    ANSWER("cuEventDestroy", event ? SUCCESS : INVALID_VALUE);
+    free(event);
+    allocated--;
+    return SUCCESS;
+}
+
 static int fake_mem_alloc(uint64_t *out, size_t bytes) {
     ANSWER("cuMemAlloc", !depth ? INVALID_CONTEXT : bytes ? SUCCESS : INVALID_VALUE);
     *out = (uint64_t)(uintptr_t)malloc(bytes);
@@ -344,6 +410,15 @@ static int fake_tensor_map_encode_tiled(void *map, int type, uint32_t rank, void
     X("cuTensorMapEncodeTiled", 12000, fake_tensor_map_encode_tiled)                                                   \
     X("cuMemcpyDtoHAsync", 3020, fake_memcpy_dtoh_async)                                                               \
     X("cuStreamSynchronize", 2000, fake_stream_synchronize)                                                            \
+    X("cuMemsetD8Async", 3020, fake_memset_d8_async)                                                                   \
+    X("cuStreamIsCapturing", 10000, fake_stream_is_capturing)                                                          \
+    X("cuStreamWaitEvent", 3020, fake_stream_wait_event)                                                               \
+    X("cuEventCreate", 2000, fake_event_create)                                                                        \
+    X("cuEventRecord", 2000, fake_event_record)                                                                        \
+    X("cuEventDestroy", 4000, fake_event_destroy)                                                                      \
+    X("cuIpcGetMemHandle", 4010, fake_ipc_get_mem_handle)                                                              \
+    X("cuIpcOpenMemHandle", 11000, fake_ipc_open_mem_handle)                                                           \
+    X("cuIpcCloseMemHandle", 4010, fake_ipc_close_mem_handle)                                                          \
     X("cuMemAlloc", 3020, fake_mem_alloc)                                                                              \
     X("cuMemFree", 3020, fake_mem_free)
 
@@ -354,7 +429,7 @@ EXPORT int cuGetProcAddress_v2(const char *name, void **out, int minimum, uint64
     if (strcmp(name, hidden) == 0) return NOT_FOUND;
 #define FIND(symbol, since, function)                                                                                  \
     if (strcmp(name, symbol) == 0 && minimum == since) {                                                               \
-        int (*found)() = function;                                                                                     \
+        void (*found)(void) = (void (*)(void))function;                                                                \
         memcpy(out, &found, sizeof found);                                                                             \
         return SUCCESS;                                                                                                \
     }

@@ -10,6 +10,7 @@ import checkpoint_formats as formats
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from checkpoint_files import write_directory
 from layer_cases import see_fp8, see_int8, see_plain
 from parallel_cases import SPLITS
@@ -17,7 +18,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 import qlinear
-from qlinear import sharding
+from qlinear import all_reduce, sharding
 
 WORLD = 4
 # K and N of the layer in the file.
@@ -402,7 +403,8 @@ def run_on_gpus(rank, is_two):
             continue
         whole = Two(split.layer(512, 1024, 128, seed=1)[0], split.layer(256, 512, 128)[0]).to(device)
         model = Two(split.layer(512, 1024, 128, seed=1)[0], split.layer(256, 512, 128)[0])
-        qlinear.parallelize(model, mesh, {name: PLAN[name] for name in ("block.up", "block.down")})
+        report = qlinear.parallelize(model, mesh, {name: PLAN[name] for name in ("block.up", "block.down")})
+        assert "\n  sums: from memory to memory up to " in str(report)
         assert model.block.up.device == device
         # Groups that act-order leaves unequal are for the base kernels.
         assert (model.block.down._buffers["packed"] is not None) == (split.name != "gptq-4-act-order")
@@ -426,3 +428,107 @@ def captured(model, x):
     graph.replay()
     torch.cuda.synchronize()
     return out
+
+
+def sum_on_gpus(rank):
+    """Sums of two processes that have a GPU each, or one together; each knows what the other has."""
+    device = torch.device("cuda", rank if torch.cuda.device_count() > 1 else 0)
+    torch.cuda.set_device(device)
+    group = dist.group.WORLD
+    said = all_reduce.connect(group, device)
+    assert said.startswith("from memory to memory up to 4194304 bytes, by "), said
+    assert all_reduce.connect(group, device) == said
+    for check in (check_sums, check_sums_in_a_row, check_sums_on_streams, check_sums_of_graphs, check_compiled_sums):
+        check(rank, device, group)
+    all_reduce.disconnect(group)
+    check_sums(rank, device, group)
+
+
+def parts_of(count, dtype, device, seed=0):
+    """Both processes' parts, with values that are none among them."""
+    generator = torch.Generator().manual_seed(count + seed)
+    parts = [torch.randn(count, generator=generator).to(dtype) for _ in range(2)]
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    for part, place, value in zip(parts, (0, 3), (float("nan"), float("-inf")), strict=True):
+        if count > 9:
+            part[place] = value
+            # The bits that stand for nothing in an inbox, in a word of their own and in half of one.
+            part.view(bits)[[4, 5, 7]] = -1
+    return [part.to(device) for part in parts]
+
+
+def same(one, other):
+    """But for which NaN it is."""
+    return torch.equal(one.nan_to_num(123), other.nan_to_num(123)) and torch.equal(one.isnan(), other.isnan())
+
+
+def check_sums(rank, device, group):
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for count in (0, 1, 2, 7, 8, 9, 1000, 4096, 8193, 131073, 1 << 20, (1 << 21) + 1):
+            parts = parts_of(count + 1, dtype, device)
+            total = (parts[0].float() + parts[1].float()).to(dtype)
+            for begin in (0, 1):
+                x = parts[rank].clone()
+                all_reduce.all_reduce_(x[begin:count], group)
+                assert same(x[begin:count], total[begin:count]), (dtype, count, begin)
+                assert same(x[count:], parts[rank][count:]), (dtype, count, begin)
+    parts = [torch.arange(24.0, device=device).view(4, 6) + 100 * i for i in range(2)]
+    x = parts[rank].clone()
+    all_reduce.all_reduce_(x.t(), group)
+    assert torch.equal(x, parts[0] + parts[1])
+
+
+def check_sums_in_a_row(rank, device, group):
+    """No other wait between them, sizes that change, and now one process late, now the other."""
+    sizes = torch.randint(1, 200_000, (300,), generator=torch.Generator().manual_seed(0)).tolist()
+    summed = [torch.full((size,), float(i % 50 + 100 * rank), device=device).half() for i, size in enumerate(sizes)]
+    for i, x in enumerate(summed):
+        if i % 29 == 11 * rank:
+            torch.cuda._sleep(300_000)
+        all_reduce.all_reduce_(x, group)
+    for i, x in enumerate(summed):
+        assert (x == 2 * (i % 50) + 100).all(), i
+
+
+def check_sums_on_streams(rank, device, group):
+    streams = [torch.cuda.Stream(device) for _ in range(2)]
+    summed = [torch.full((5000 + 7000 * (i % 3),), float(i + rank), device=device) for i in range(40)]
+    torch.cuda.synchronize()
+    for i, x in enumerate(summed):
+        with torch.cuda.stream(streams[i % 5 % 2]):
+            if i % 7 == 3 * rank:
+                torch.cuda._sleep(300_000)
+            all_reduce.all_reduce_(x, group)
+    torch.cuda.synchronize()
+    for i, x in enumerate(summed):
+        assert (x == 2 * i + 1).all(), i
+
+
+def check_sums_of_graphs(rank, device, group):
+    """An odd number of them, so that the places that a replay takes are others than those of the one before."""
+    summed = [torch.ones(count, device=device) for count in (9000, 100, 300_000)]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for x in summed:
+            all_reduce.all_reduce_(x, group)
+    for replays in range(1, 8):
+        graph.replay()
+        alone = torch.full((5000,), float(rank), device=device)
+        all_reduce.all_reduce_(alone, group)
+        assert (alone == 1).all()
+        for x in summed:
+            assert (x == 2**replays).all()
+
+
+def check_compiled_sums(rank, device, group):
+    def doubled(x):
+        total = 2 * x
+        all_reduce.all_reduce_(total, group)
+        return total + 1
+
+    x = torch.arange(300.0, device=device) + rank
+    with torch.no_grad():
+        out = torch.compile(doubled, fullgraph=True, backend="aot_eager")(x)
+    assert torch.equal(out, 4 * torch.arange(300.0, device=device) + 3)
+    torch.library.opcheck(torch.ops.qlinear.all_reduce_.default, (torch.ones(3, device=device), group.group_name))

@@ -40,6 +40,12 @@ def test_on_gpus():
     spawn(parallel_ranks.run_on_gpus, is_two, world=2, backend="nccl" if is_two else "gloo")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that torch can use")
+def test_sums_on_gpus():
+    spawn(parallel_ranks.sum_on_gpus, world=2, backend="nccl" if torch.cuda.device_count() > 1 else "gloo")
+
+
 # Where the parts begin
 
 

@@ -252,6 +252,23 @@ class Shortcut:
     ) -> None: ...
     def __call__(self, module: Any, *args: Any, **kwargs: Any) -> Any: ...
 
+class AllReduce:
+    """A GPU's end of sums over 2 to 8 GPUs of one host, a process each (qlinear.all_reduce): made in all processes, then
+    connected with everybody's handles, then checked, each step when all have done the one before."""
+
+    def __init__(self, device: int, rank: int, parts: int) -> None: ...
+    @property
+    def handle(self) -> bytes:
+        """What opens this end's memory in another process."""
+    @property
+    def most_bytes(self) -> int:
+        """The most bytes that a tensor may have."""
+    def connect(self, handles: list[bytes], /) -> None: ...
+    def check(self) -> None: ...
+    def __call__(self, x: Tensor) -> None:
+        """x, contiguous and in fp32, fp16 or bf16, becomes the sum of all GPUs' x, each of which makes the same sums in the
+        same order: in fp32, in the order of ranks, rounded once. Does not wait."""
+
 # What is here
 
 def cpu_info() -> dict[str, Any]:

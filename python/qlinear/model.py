@@ -22,12 +22,14 @@ _PROGRESS_AFTER_SECONDS = 2.0
 
 @dataclass
 class Report:
-    """What replace_linear or dequantize did. Bytes are those of the layers replaced, bias included."""
+    """What replace_linear, dequantize or parallelize did. Bytes are those of the layers replaced, bias included. sums:
+    where a model was split over GPUs, how the parts of a row-parallel layer are summed."""
 
     replaced: list[str] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     bytes_before: int = 0
     bytes_after: int = 0
+    sums: str = ""
 
     def __str__(self) -> str:
         mb = 1e-6
@@ -35,6 +37,7 @@ class Report:
             f"{len(self.replaced)} layers replaced, {self.bytes_before * mb:.1f} -> {self.bytes_after * mb:.1f} MB; "
             f"{len(self.skipped)} skipped"
         ]
+        lines += [f"  sums: {self.sums}"] if self.sums else []
         return "\n".join(lines + [f"  {name}: {reason}" for name, reason in self.skipped])
 
 

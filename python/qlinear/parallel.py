@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from . import sharding
+from . import all_reduce, sharding
 from .layers._module import QuantizedLinear
 from .model import Bar, Report, owners, swap, weights_of_attention
 from .sharding import Step
@@ -255,7 +255,7 @@ def _gathered(part: Tensor, bounds: list[int], group: dist.ProcessGroup) -> Tens
 
 def _summed(part: Tensor, group: dist.ProcessGroup) -> Tensor:
     total = part.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=group)
+    all_reduce.all_reduce_(total, group)
     return total
 
 
@@ -340,7 +340,7 @@ class _AfterRows(_Hook):
         if output.requires_grad:
             return _Sum.apply(output, self.group)
         # A product is nobody else's yet.
-        dist.all_reduce(output, group=self.group)
+        all_reduce.all_reduce_(output, self.group)
         return output
 
 
@@ -403,10 +403,13 @@ def parallelize(
     format; a storage that is converted when it is loaded, as AWQ's GEMV, is read whole).
 
     The weight of a part is the whole's, bit for bit. Sums of row-parallel layers are in the output's dtype, and the
-    first process adds the bias. Where x is quantized by its tokens' absmax (LLM.int8(), FP8), a row-parallel part takes
-    that of its own inputs: codes differ from one process', with errors no larger. Embeddings and what the plan does not
-    name stay whole. ValueError says which layer cannot be split exactly, why, and at what size it could, before
-    anything is changed. progress: as for replace_linear.
+    first process adds the bias. On GPUs of one host that can write into each other's memory, short sums are made by
+    kernels of our own, long ones by the group's backend (`sums` of the report says up to where, or why not): those of a
+    group run in the order in which they are launched, a graph's when it runs, and nothing may let two of them run at
+    once. Where x is quantized by its tokens' absmax (LLM.int8(), FP8), a row-parallel part takes that of its own
+    inputs: codes differ from one process', with errors no larger. Embeddings and what the plan does not name stay
+    whole. ValueError says which layer cannot be split exactly, why, and at what size it could, before anything is
+    changed. progress: as for replace_linear.
     """
     group, rank, parts, device = _place(device_mesh)
     _check_loaded(model)
@@ -416,6 +419,8 @@ def parallelize(
     for together in _classes(model, tasks):
         _set_bounds(together, parts)
     together = None
+    if tasks and parts > 1 and device.type == "cuda":
+        report.sums = all_reduce.connect(group, device)
     names, _ = owners(model)
     bar = Bar(len(tasks), "qlinear: parallelize", progress)
     try:

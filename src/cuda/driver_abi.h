@@ -12,6 +12,11 @@ typedef struct ql_cu_library_handle *ql_cu_library;
 typedef struct ql_cu_kernel_handle *ql_cu_kernel;
 typedef struct ql_cu_context_handle *ql_cu_context;
 
+/* CUipcMemHandle, which is given by value. */
+typedef struct ql_cu_ipc_handle {
+    unsigned char bytes[64];
+} ql_cu_ipc_handle;
+
 /* CUlaunchAttribute: what of the value is used here, in the place and the size of the driver's union. */
 typedef struct ql_cu_launch_attribute {
     int id;
@@ -58,6 +63,9 @@ enum { QL_CU_SHARED_SIZE_BYTES = 1, QL_CU_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8 };
 
 /* Of cuLaunchKernelEx. */
 enum { QL_CU_LAUNCH_CLUSTER_DIMENSION = 4, QL_CU_LAUNCH_PROGRAMMATIC_STREAM_SERIALIZATION = 6 };
+
+/* Of cuIpcOpenMemHandle and cuEventCreate. */
+enum { QL_CU_IPC_LAZY_ENABLE_PEER_ACCESS = 1, QL_CU_EVENT_DISABLE_TIMING = 2 };
 
 /* Of cuTensorMapEncodeTiled. */
 enum {
@@ -107,6 +115,17 @@ typedef ql_cu_result (*ql_cu_get_proc_address)(const char *symbol, void **functi
        const uint32_t *box, const uint32_t *steps, int interleave, int swizzle, int promotion, int fill))              \
     X(memcpy_dtoh_async, "cuMemcpyDtoHAsync", 3020, (void *host, uint64_t device_data, size_t bytes, void *stream))    \
     X(stream_synchronize, "cuStreamSynchronize", 2000, (void *stream))                                                 \
+    X(memset_d8_async, "cuMemsetD8Async", 3020,                                                                        \
+      (uint64_t device_data, unsigned char value, size_t bytes, void *stream))                                         \
+    X(stream_is_capturing, "cuStreamIsCapturing", 10000, (void *stream, int *status))                                  \
+    X(stream_wait_event, "cuStreamWaitEvent", 3020, (void *stream, void *event, unsigned flags))                       \
+    X(event_create, "cuEventCreate", 2000, (void **event, unsigned flags))                                             \
+    X(event_record, "cuEventRecord", 2000, (void *event, void *stream))                                                \
+    X(event_destroy, "cuEventDestroy", 4000, (void *event))                                                            \
+    X(ipc_get_mem_handle, "cuIpcGetMemHandle", 4010, (ql_cu_ipc_handle * handle, uint64_t device_data))                \
+    X(ipc_open_mem_handle, "cuIpcOpenMemHandle", 11000,                                                                \
+      (uint64_t *device_data, ql_cu_ipc_handle handle, unsigned flags))                                                \
+    X(ipc_close_mem_handle, "cuIpcCloseMemHandle", 4010, (uint64_t device_data))                                       \
     X(mem_alloc, "cuMemAlloc", 3020, (uint64_t *device_data, size_t bytes))                                            \
     X(mem_free, "cuMemFree", 3020, (uint64_t device_data))
 

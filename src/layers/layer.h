@@ -122,6 +122,7 @@ int ql_int8_add_type(PyObject *module);
 int ql_fourbit_add_type(PyObject *module);
 int ql_fp8_add_type(PyObject *module);
 int ql_packed_add_type(PyObject *module);
+int ql_all_reduce_add_type(PyObject *module);
 
 extern PyMethodDef ql_eetq_methods[];
 extern PyMethodDef ql_gptq_methods[];

@@ -161,8 +161,6 @@ class CudaGlue(TorchGlue):
 
 
 class Llama:
-    """reduce: of the parts of a row-parallel layer's output, in place, where this is one process' part of a model."""
-
     def __init__(
         self,
         config: Config,
@@ -172,11 +170,10 @@ class Llama:
         head: Layer,
         norms: Tensor,
         glue: TorchGlue,
-        reduce: Callable[[Tensor], object] = lambda x: None,
     ) -> None:
         """embedding [vocab, hidden], norms [2 * layers + 1, hidden]."""
         self.config, self.embedding, self.head, self.norms = config, embedding, head, norms
-        self.glue, self.reduce = glue, reduce
+        self.glue = glue
         shapes = layer_shapes(config).items()
         self.blocks = [{name: make(f"{i}.{name}", *shape) for name, shape in shapes} for i in range(config.layers)]
 
@@ -198,10 +195,8 @@ class Llama:
                 else self._attend_all(qkv, cache, i, batch, count)
             )
             delta = block["o"](attended)
-            self.reduce(delta)
             both = block["gate_up"](glue.add_norm(x, delta, self.norms[2 * i + 1], config.eps))
             delta = block["down"](glue.gate(both))
-            self.reduce(delta)
         last = slice(count - 1, None, count)
         x, delta = (x, delta) if count == 1 else (x[last].contiguous(), delta[last].contiguous())
         return glue.add_norm(x, delta, self.norms[-1], config.eps)

@@ -1,7 +1,7 @@
 """A decode step of Llama-3-70B's stack of blocks in 4 bit on one GPU and on several, the all-reduces included.
 
-Each process has the part of every layer that qlinear.parallelize would give it: heads and the columns between gate and
-down shared out evenly, two sums a block. A step is a CUDA graph. Random weights, made on the device."""
+Each process has the part of every layer that qlinear.parallelize gives it: heads and the columns between gate and down
+shared out evenly, two sums a block. A step is a CUDA graph. Random weights, made on the device."""
 
 from __future__ import annotations
 
@@ -10,24 +10,27 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 import qlinear
-from benchmarks import exchange, report
-from benchmarks.llama import LLAMA_3_70B, Cache, Config, CudaGlue, Llama, TorchGlue
+from benchmarks import report
+from benchmarks.llama import LLAMA_3_70B, Cache, Config, CudaGlue, Layer, Llama, MakeLayer, TorchGlue
+from qlinear import all_reduce
 
 FORMATS = ("gptq-4", "awq", "nf4-double")
 # What several GPUs are asked to be, times as fast as one.
 BAR = 1.6
 CONTEXT, STEPS = 128, 8
 
-Reduce = Callable[[torch.Tensor], object]
+# How a row-parallel layer's parts are summed: as parallelize has it, or by the group's backend.
+WAYS = ("parallelize", "backend")
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Options:
     save: bool = False
 
 
-def _make(name: str, k: int, n: int, device: str) -> Callable[[torch.Tensor], torch.Tensor]:
+def _make(name: str, k: int, n: int, device: str) -> Layer:
     if device == "cuda":
         from benchmarks import cuda_layers
 
@@ -53,29 +56,33 @@ def _make(name: str, k: int, n: int, device: str) -> Callable[[torch.Tensor], to
     return quantize[name](weight, None) if name in quantize else qlinear.Linear4bit(weight, None, "nf4")
 
 
-def _all_reduce(x: torch.Tensor) -> object:
-    return dist.all_reduce(x)
+class _Parts:
+    """Makes layers whole and keeps this process' parts of them. sums: how those of row-parallel layers are summed."""
+
+    def __init__(self, name: str, device: str, mesh: DeviceMesh) -> None:
+        self.name, self.device, self.mesh, self.sums = name, device, mesh, ""
+
+    def __call__(self, layer: str, k: int, n: int) -> Layer:
+        is_row, parts = layer.endswith((".o", ".down")), self.mesh.size()
+        sizes = (k * parts, n) if is_row else (k, n * parts)
+        model = nn.ModuleDict({"layer": _make(self.name, *sizes, self.device)})
+        plan = {"layer": "rowwise" if is_row else "colwise"}
+        self.sums = qlinear.parallelize(model, self.mesh, plan, progress=False).sums
+        return model["layer"]
 
 
 class _Step:
     """One token through all blocks."""
 
-    def __init__(self, name: str, config: Config, options: Options, reduce: Reduce | None, glue: TorchGlue) -> None:
+    def __init__(self, config: Config, options: Options, make: MakeLayer) -> None:
         device = options.device
         dtype = torch.float16 if device == "cuda" else torch.float32
-        # The same weights each time, so that what comes out by one way of summing can be held against the other's.
-        torch.manual_seed(1 + dist.get_rank())
+        # The same weights each time and in each process, so that what comes out one way can be held against another's.
+        torch.manual_seed(1)
         norms = torch.ones(2 * config.layers + 1, config.hidden, dtype=dtype, device=device)
         nothing = torch.empty(0, device=device)
-        self.llama = Llama(
-            config,
-            lambda _, k, n: _make(name, k, n, device),
-            embedding=nothing,
-            head=lambda x: x,
-            norms=norms,
-            glue=glue,
-            reduce=reduce or (lambda x: None),
-        )
+        glue = CudaGlue() if device == "cuda" else TorchGlue()
+        self.llama = Llama(config, make, embedding=nothing, head=lambda x: x, norms=norms, glue=glue)
         self.cache = Cache(config, 1, 256, device, dtype)
         self.cache.place.fill_(CONTEXT)
         torch.manual_seed(0)
@@ -131,54 +138,35 @@ def _tell(said: object) -> list:
     return heard
 
 
-def _ways(options: Options, rank: int) -> dict[str, tuple[Reduce | None, TorchGlue] | str]:
-    """How parts are summed, by name; or why not so. Every process comes to the same."""
-    if options.device != "cuda":
-        return {"gloo": (_all_reduce, TorchGlue())}
-    found: dict[str, tuple[Reduce | None, TorchGlue] | str] = {"nccl": (_all_reduce, CudaGlue())}
-    if options.parts != 2:
-        return found | {"exchange": "is for two GPUs"}
-    try:
-        addresses = exchange.connected(1, options.config.hidden, rank, _tell)
-        return found | {"exchange": (None, exchange.ExchangeGlue(1, *addresses))}
-    except exchange.ExchangeError as error:
-        return found | {"exchange": str(error)}
-
-
-def _rows(rank: int, options: Options) -> list[dict]:
-    rows = []
-    ways = _ways(options, rank)
-    plain = ways["nccl" if options.device == "cuda" else "gloo"][1]
-    for name in options.formats:
-        alone, whole_bytes = [], 0
-        if rank == 0:
-            step = _Step(name, options.config, options, None, plain)
-            step.start()
-            alone, whole_bytes = step.times(options.rounds), step.bytes
-            del step
-            _free()
+def _rows_of(name: str, options: Options, mesh: DeviceMesh) -> list[dict]:
+    """A format's, in process 0."""
+    rows, alone, whole_bytes, first = [], [], 0, None
+    if mesh.get_rank() == 0:
+        step = _Step(options.config, options, lambda _, k, n: _make(name, k, n, options.device))
+        step.start()
+        alone, whole_bytes = step.times(options.rounds), step.bytes
+        del step
+        _free()
+    for way in WAYS if options.device == "cuda" else WAYS[:1]:
+        make = _Parts(name, options.device, mesh)
+        step = _Step(options.config.part(options.parts), options, make)
+        if way == "backend":
+            all_reduce.disconnect(mesh.get_group())
         dist.barrier()
-        first: torch.Tensor | None = None
-        for how, way in ways.items():
-            row = {"format": name, "reduce": how, "parts": options.parts}
-            if isinstance(way, str):
-                rows.append(row | {"missing": way})
-                continue
-            step = _Step(name, options.config.part(options.parts), options, *way)
-            dist.barrier()
-            step.start()
-            dist.barrier()
-            times = step.times(options.rounds)
-            if rank == 0:
-                ms, one_ms = statistics.median(times), statistics.median(alone)
-                sizes = {"bytes": whole_bytes, "part_bytes": step.bytes}
-                ratio = {"x_one": one_ms / ms, "asked": BAR, "met": one_ms / ms >= BAR}
-                same = {} if first is None else {"same_bits": torch.equal(step.out, first)}
-                rows.append(row | sizes | {"one_ms": one_ms, "ms": ms} | ratio | same)
-            first = step.out.clone() if first is None else first
-            del step
-            _free()
-            dist.barrier()
+        step.start()
+        dist.barrier()
+        times = step.times(options.rounds)
+        if mesh.get_rank() == 0:
+            ms, one_ms = statistics.median(times), statistics.median(alone)
+            sums = make.sums if way == "parallelize" and make.sums else f"by {dist.get_backend()}"
+            row = {"format": name, "reduce": way, "sums": sums, "parts": options.parts}
+            sizes = {"bytes": whole_bytes, "part_bytes": step.bytes}
+            ratio = {"one_ms": one_ms, "ms": ms, "x_one": one_ms / ms, "asked": BAR, "met": one_ms / ms >= BAR}
+            rows.append(row | sizes | ratio | ({} if first is None else {"same_bits": torch.equal(step.out, first)}))
+        first = step.out.clone() if first is None else first
+        del step
+        _free()
+        dist.barrier()
     return rows
 
 
@@ -194,8 +182,11 @@ def _process(rank: int, options: Options, rendezvous: str, rows_file: str) -> No
         world_size=options.parts,
         device_id=torch.device("cuda", rank) if options.device == "cuda" else None,
     )
+    mesh = DeviceMesh(options.device, list(range(options.parts)))
+    if options.device == "cuda":
+        torch.cuda.set_device(rank)
     with torch.inference_mode():
-        rows = _rows(rank, options)
+        rows = [row for name in options.formats for row in _rows_of(name, options, mesh)]
     if rank == 0:
         Path(rows_file).write_text(json.dumps(rows))
     dist.barrier()
@@ -203,24 +194,21 @@ def _process(rank: int, options: Options, rendezvous: str, rows_file: str) -> No
 
 
 def tables(content: dict) -> list[report.Table]:
-    header = ["format", "all-reduce", "GB", "GB of a part", "one GPU, ms", f"{content['parts']} GPUs, ms", "times", ""]
+    header = ["format", "sums", "GB", "GB of a part", "one GPU, ms", f"{content['parts']} GPUs, ms", "times", ""]
     cells = []
     for row in content["rows"]:
-        if "missing" in row:
-            cells.append([row["format"], row["reduce"], "", "", "", "-", "", row["missing"]])
-            continue
         sizes = [f"{row[key] / 1e9:.2f}" for key in ("bytes", "part_bytes")]
         times = [f"{row['one_ms']:.3f}", f"{row['ms']:.3f}", f"{row['x_one']:.2f}"]
         verdict = f"{row['asked']} {'✓' if row['met'] else '✗'}"
         same = {True: ", the same bits", False: ", other bits"}.get(row.get("same_bits"), "")
-        cells.append([row["format"], row["reduce"], *sizes, *times, verdict + same])
+        cells.append([row["format"], row["sums"], *sizes, *times, verdict + same])
     return [report.Table(f"A decode step of {content['blocks']} blocks", header, cells, names=2)]
 
 
 NOTES = [
-    f"Llama-3-70B's blocks, one token at {CONTEXT} tokens of context, all layers in one CUDA graph a step, two",
-    "all-reduces a block; medians of rounds of replays. nccl: NCCL's all-reduce; exchange: parts written into the",
-    "other GPU's memory by the kernel that adds them to the residual stream (benchmarks/exchange.py).",
+    f"Llama-3-70B's blocks, one token at {CONTEXT} tokens of context, all layers in one CUDA graph a step, two sums a",
+    "block; medians of rounds of replays. Layers are split by qlinear.parallelize, and summed as it has it or, in its",
+    "place, by the group's backend alone.",
 ]
 
 

@@ -99,4 +99,13 @@ static __device__ __forceinline__ void copy_box_to_all(uint32_t to, const void *
                  : "memory");
 }
 
+/* As copy_box_to_all, of bytes that are read once (copy_box_once). */
+static __device__ __forceinline__ void copy_box_to_all_once(uint32_t to, const void *map, int col, int row,
+                                                            uint32_t barrier, uint16_t mask) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::"
+                 "cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(to),
+                 "l"(map), "r"(col), "r"(row), "r"(barrier), "h"(mask), "l"(EVICT_FIRST)
+                 : "memory");
+}
+
 #endif

@@ -94,10 +94,9 @@ static __device__ __forceinline__ void copy_box(uint32_t to, const void *map, in
 
 /* As copy_box, of bytes that are read once: they leave the second-level cache before others do. */
 static __device__ __forceinline__ void copy_box_once(uint32_t to, const void *map, int col, int row, uint32_t barrier) {
-    const uint64_t evict_first = 0x12f0000000000000ull; /* as createpolicy.fractional.L2::evict_first makes it of 1.0 */
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
                  "[%1, {%2, %3}], [%4], %5;" ::"r"(to),
-                 "l"(map), "r"(col), "r"(row), "r"(barrier), "l"(evict_first)
+                 "l"(map), "r"(col), "r"(row), "r"(barrier), "l"(EVICT_FIRST)
                  : "memory");
 }
 

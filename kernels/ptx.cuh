@@ -308,4 +308,9 @@ static __device__ __forceinline__ uint16_t round16(float value, int type) {
                                 : __bfloat16_as_ushort(__float2bfloat16_rn(value));
 }
 
+/* ---- the second-level cache ---- */
+
+/* What leaves it first: as createpolicy.fractional.L2::evict_first makes it of 1.0. */
+#define EVICT_FIRST 0x12f0000000000000ull
+
 #endif

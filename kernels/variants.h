@@ -158,17 +158,19 @@
     X(ql_w8a8_rows_int8_f16, w8a8_rows, QL_W8A8_TOKEN, QL_W8A8_INT8, QL_VALUE_F16)                                     \
     X(ql_w8a8_rows_int8_bf16, w8a8_rows, QL_W8A8_TOKEN, QL_W8A8_INT8, QL_VALUE_BF16)
 
-/* X(name, source, code, grouped, tokens, meeting, turned): 8-bit activations with an 8-bit weight on wgmma
+/* X(name, source, code, grouped, rows, tokens, in pairs, meeting, turned): 8-bit activations with an 8-bit weight on wgmma
  * (w8a8_wgmma.h). */
 #define QL_W8A8_WGMMA_FEW(X, code, grouped, name)                                                                      \
-    X(ql_w8a8_##name##_32, w8a8_wgmma, code, grouped, 32, false, false)                                                \
-    X(ql_w8a8_##name##_64, w8a8_wgmma, code, grouped, 64, false, false)                                                \
-    X(ql_w8a8_##name##_32_meet, w8a8_wgmma, code, grouped, 32, true, false)                                            \
-    X(ql_w8a8_##name##_64_meet, w8a8_wgmma, code, grouped, 64, true, false)
+    X(ql_w8a8_##name##_32, w8a8_wgmma, code, grouped, 128, 32, false, false, false)                                    \
+    X(ql_w8a8_##name##_64, w8a8_wgmma, code, grouped, 128, 64, false, false, false)                                    \
+    X(ql_w8a8_##name##_32_meet, w8a8_wgmma, code, grouped, 128, 32, false, true, false)                                \
+    X(ql_w8a8_##name##_64_meet, w8a8_wgmma, code, grouped, 128, 64, false, true, false)
 #define QL_W8A8_WGMMA_MANY(X, code, grouped, name, turned)                                                             \
-    X(ql_w8a8_##name##_128, w8a8_wgmma, code, grouped, 128, false, turned)                                             \
-    X(ql_w8a8_##name##_128_meet, w8a8_wgmma, code, grouped, 128, true, turned)
-#define QL_W8A8_WGMMA_MOST(X, code, name) X(ql_w8a8_##name##_256, w8a8_wgmma, code, false, 256, false, false)
+    X(ql_w8a8_##name##_128, w8a8_wgmma, code, grouped, 128, 128, false, false, turned)                                 \
+    X(ql_w8a8_##name##_128_pair, w8a8_wgmma, code, grouped, 128, 128, true, false, turned)                             \
+    X(ql_w8a8_##name##_128_meet, w8a8_wgmma, code, grouped, 128, 128, false, true, turned)
+#define QL_W8A8_WGMMA_MOST(X, code, name)                                                                              \
+    X(ql_w8a8_##name##_256_pair, w8a8_wgmma, code, false, 128, 256, true, false, false)
 #define QL_W8A8_WGMMA_VARIANTS(X)                                                                                      \
     QL_W8A8_WGMMA_FEW(X, QL_W8A8_E4M3, false, e4m3)                                                                    \
     QL_W8A8_WGMMA_FEW(X, QL_W8A8_E4M3, true, groups)                                                                   \
@@ -177,7 +179,8 @@
     QL_W8A8_WGMMA_MANY(X, QL_W8A8_E4M3, true, groups, true)                                                            \
     QL_W8A8_WGMMA_MANY(X, QL_W8A8_INT8, false, int8, false)                                                            \
     QL_W8A8_WGMMA_MOST(X, QL_W8A8_E4M3, e4m3)                                                                          \
-    QL_W8A8_WGMMA_MOST(X, QL_W8A8_INT8, int8)
+    QL_W8A8_WGMMA_MOST(X, QL_W8A8_INT8, int8)                                                                          \
+    X(ql_w8a8_groups_tall_pair, w8a8_wgmma, QL_W8A8_E4M3, true, 256, 128, true, false, true)
 
 /* X(name, source, pieces): sums over GPUs, pieces that a thread has at a time: short ones want few registers, beside the
  * kernels before and after, long ones much on the way. */

@@ -5,21 +5,38 @@
 
 #include "w8a8_outliers.cuh"
 
-/* ---- the thread that copies codes ---- */
+/* ---- the thread that copies codes: what a pair has in common each of the two copies half of, into both ---- */
+
+enum { BOTH_BLOCKS = 3 };
 
 static __device__ __forceinline__ void copy_w(const ql_w8a8_wgmma_params *q, const layout *l, int slot, int block,
                                               int row, shape k) {
     const uint32_t full = l->full + 8 * slot;
-    barrier_arrive_expect(full, QL_W8A8_STAGE_BYTES(k.tokens));
-    if (q->token_tiles == 1)
-        copy_box_once(stage_at(l, slot, k), q->w_map, block * K, row, full);
-    else
-        copy_box(stage_at(l, slot, k), q->w_map, block * K, row, full);
+    const bool once = q->token_tiles == 1;
+    const uint32_t to = stage_at(l, slot, k);
+    barrier_arrive_expect(full, QL_W8A8_STAGE_BYTES(k.rows, k.tokens));
+    if (TOKEN_PARTS(k) == 1) {
+        if (once)
+            copy_box_once(to, q->w_map, block * K, row, full);
+        else
+            copy_box(to, q->w_map, block * K, row, full);
+    } else {
+        const int own = cluster_rank() * (k.rows / 2);
+        if (once)
+            copy_box_to_all_once(to + own * K, q->w_map, block * K, row + own, full, BOTH_BLOCKS);
+        else
+            copy_box_to_all(to + own * K, q->w_map, block * K, row + own, full, BOTH_BLOCKS);
+    }
 }
 
 static __device__ __forceinline__ void copy_x(const ql_w8a8_wgmma_params *q, const layout *l, int slot, int block,
                                               int token, shape k) {
-    copy_box(stage_at(l, slot, k) + QL_W8A8_ROWS * K, q->x_map, block * K, token, l->full + 8 * slot);
+    const int own = ROW_PARTS(k) == 1 ? 0 : cluster_rank() * (k.tokens / 2);
+    const uint32_t to = stage_at(l, slot, k) + (k.rows + own) * K, full = l->full + 8 * slot;
+    if (ROW_PARTS(k) == 1)
+        copy_box(to, q->x_map, block * K, token, full);
+    else
+        copy_box_to_all(to, q->x_map, block * K, token + own, full, BOTH_BLOCKS);
 }
 
 static __device__ __forceinline__ void await_marks(uint64_t *marks, uint64_t nonce) {
@@ -41,7 +58,7 @@ static __device__ __forceinline__ void copy_partials(const ql_w8a8_wgmma_params 
                                                      shape k) {
 #pragma unroll 1
     for (int i = 1; i <= count; i++) {
-        const int64_t place = own_range() + i;
+        const int64_t place = place_of_partials(own_range(k) + i, k);
         const uint8_t *from = (const uint8_t *)q->partials + place * SLICES(k) * QL_W8A8_SLICE_BYTES;
         await_marks(q->flags + place * QL_W8A8_WARPS, q->nonce);
 #pragma unroll 1
@@ -106,10 +123,12 @@ static __device__ __forceinline__ float x_scale(const ql_w8a8_params *p, int tok
     return token < p->m ? p->x_scales[token * p->x_token_stride + group * p->x_group_stride] : 0.0f;
 }
 
-/* For each stage the scales of its tokens, times those of the weight's blocks: each of three warps has every third stage. */
+/* For each stage the scales of its tokens, times that of each of the weight's blocks: each of three warps has every third
+ * stage. */
 static __device__ __forceinline__ void scale_stages(const ql_w8a8_wgmma_params *q, const layout *l, shape k) {
     const ql_w8a8_params *p = &q->product;
     const int lane = (int)threadIdx.x % WARP, which = (int)threadIdx.x / WARP % 4 - 1, each = k.tokens / WARP;
+    const int parts = k.rows / QL_W8A8_GROUP;
     const bool blocks = p->w_rows == QL_W8A8_GROUP;
     ring r = {0, 1};
     int turn = 0;
@@ -122,16 +141,23 @@ static __device__ __forceinline__ void scale_stages(const ql_w8a8_wgmma_params *
 #pragma unroll 1
         for (int block = s.first; block < s.end; block++) {
             if (turn == which) {
-                float x[4], w = 1.0f;
+                float x[4], w[2];
 #pragma unroll
                 for (int i = 0; i < each; i++) x[i] = x_scale(p, token + i * WARP + lane, block);
-                if (blocks && row < p->n)
-                    w = p->w_scales[row / QL_W8A8_GROUP * p->w_row_stride + block * p->w_group_stride];
-                const uint32_t to = l->more + r.slot * k.tokens * 4;
+#pragma unroll
+                for (int part = 0; part < parts; part++) {
+                    const int first = row + part * QL_W8A8_GROUP;
+                    const int64_t at = first / QL_W8A8_GROUP * p->w_row_stride + block * p->w_group_stride;
+                    w[part] = blocks && first < p->n ? p->w_scales[at] : 1.0f;
+                }
+                const uint32_t to = l->more + r.slot * QL_W8A8_SCALE_BYTES(k.rows, k.tokens);
                 barrier_wait(l->empty + 8 * r.slot, r.parity);
 #pragma unroll
-                for (int i = 0; i < each; i++)
-                    store_shared_4(to + scale_place(i * WARP + lane, k), __float_as_uint(x[i] * w));
+                for (int part = 0; part < parts; part++)
+#pragma unroll
+                    for (int i = 0; i < each; i++)
+                        store_shared_4(to + part * k.tokens * 4 + scale_place(i * WARP + lane, k),
+                                       __float_as_uint(x[i] * w[part]));
                 __syncwarp();
                 if (lane == 0) barrier_arrive(l->full + 8 * r.slot);
             }

@@ -11,11 +11,18 @@
 enum { WARP = 32, FEEDERS = 128, K = QL_W8A8_K, SCALERS = 3, HELPERS = 2, SLOTS = QL_W8A8_OUTLIER_SLOTS };
 
 typedef struct shape {
-    int code, grouped, tokens, meets, turned;
+    int code, grouped, rows, tokens, pair, meets, turned;
 } shape;
 
 /* How wide a warpgroup's products of 64 rows are. */
-#define WIDTH(k) ((k).turned ? QL_W8A8_ROWS : (k).tokens)
+#define WIDTH(k) ((k).turned ? (k).rows : (k).tokens)
+
+/* A thread's sums of a tile. */
+#define SUMS(k) ((k).rows * (k).tokens / 256)
+
+/* Thread blocks along each side of a cluster's tile. */
+#define ROW_PARTS(k) QL_W8A8_ROW_PARTS((k).rows, (k).tokens, (k).pair)
+#define TOKEN_PARTS(k) QL_W8A8_TOKEN_PARTS((k).rows, (k).tokens, (k).pair)
 
 /* ---- tiles ---- */
 
@@ -24,9 +31,11 @@ typedef struct segment {
     int tile, first, end;
 } segment;
 
-/* The range of a thread block. A tile's first columns are in an earlier range than the rest, so in a later block: what it
+/* The range of a cluster. A tile's first columns are in an earlier range than the rest, so in a later cluster: what it
  * waits for was started before it, however many there is room for at once. */
-static __device__ __forceinline__ int own_range(void) { return (int)gridDim.x - 1 - (int)blockIdx.x; }
+static __device__ __forceinline__ int own_range(shape k) {
+    return ((int)gridDim.x - 1 - (int)blockIdx.x) / (k.pair + 1);
+}
 
 static __device__ __forceinline__ int range_start(const ql_w8a8_wgmma_params *q, int range) {
     return range * q->range + min(range, q->longer_ranges);
@@ -41,14 +50,14 @@ static __device__ __forceinline__ bool segment_at(segment *s, int index, const q
         s->end = q->k_blocks * (rank + 1) / q->members;
         return index == 0;
     }
-    const int own = own_range(), start = range_start(q, own), end = range_start(q, own + 1);
+    const int own = own_range(k), start = range_start(q, own), end = range_start(q, own + 1);
     int tile = start / q->k_blocks + index;
     const int from = tile * q->k_blocks;
     s->first = max(start - from, 0);
     s->end = min(q->k_blocks, end - from);
     if (from >= end) {
         const int last = end > start ? (end - 1) / q->k_blocks - start / q->k_blocks + 1 : 0;
-        tile = q->split_tiles + own + (index - last) * (int)gridDim.x;
+        tile = q->split_tiles + own + (index - last) * ((int)gridDim.x / (k.pair + 1));
         s->first = 0;
         s->end = q->k_blocks;
     }
@@ -58,7 +67,7 @@ static __device__ __forceinline__ bool segment_at(segment *s, int index, const q
 
 /* How many ranges after this one have columns of the segment's tile, if it has the first ones: they leave their sums. */
 static __device__ __forceinline__ int count_partials(const ql_w8a8_wgmma_params *q, const segment *s, shape k) {
-    int count = 0, end = s->end, range = own_range();
+    int count = 0, end = s->end, range = own_range(k);
     if (k.meets || s->first > 0) return 0;
     for (; end < q->k_blocks; count++) {
         range++;
@@ -74,8 +83,9 @@ static __device__ __forceinline__ void place_tile(const ql_w8a8_wgmma_params *q,
     const int group = tile / (QL_W8A8_TOKEN_GROUP * q->row_tiles), first = group * QL_W8A8_TOKEN_GROUP;
     const int width = min(QL_W8A8_TOKEN_GROUP, q->token_tiles - first);
     tile -= first * q->row_tiles;
-    *row = tile / width * QL_W8A8_ROWS;
-    *token = (first + tile % width) * k.tokens;
+    const int rank = k.pair ? cluster_rank() : 0;
+    *row = (tile / width * ROW_PARTS(k) + rank % ROW_PARTS(k)) * k.rows;
+    *token = ((first + tile % width) * TOKEN_PARTS(k) + rank % TOKEN_PARTS(k)) * k.tokens;
 }
 
 /* ---- shared memory: addresses; barriers are 8 bytes each ---- */
@@ -103,7 +113,7 @@ static __device__ __forceinline__ layout layout_of(uint32_t base, shape k) {
     l.outputs = base + QL_W8A8_BARRIER_BYTES;
     l.tile_scales = l.outputs + QL_W8A8_OUTPUT_BYTES(k.grouped, k.tokens);
     l.more = l.tile_scales + 2 * k.tokens * 4;
-    l.stages = base + QL_W8A8_HEAD_BYTES(k.code, k.grouped, k.tokens);
+    l.stages = base + QL_W8A8_HEAD_BYTES(k.code, k.grouped, k.rows, k.tokens);
     return l;
 }
 
@@ -112,7 +122,7 @@ static __device__ __forceinline__ void init_barriers(const ql_w8a8_wgmma_params 
 #pragma unroll 1
     for (int i = 0; i < q->stages; i++) {
         barrier_init(l->full + 8 * i, k.grouped ? 2 : 1);
-        barrier_init(l->empty + 8 * i, QL_W8A8_WARPS);
+        barrier_init(l->empty + 8 * i, QL_W8A8_WARPS * (k.pair + 1));
         if (k.code == QL_W8A8_INT8) barrier_init(l->ready + 8 * i, 1);
     }
 #pragma unroll
@@ -127,7 +137,7 @@ static __device__ __forceinline__ void init_barriers(const ql_w8a8_wgmma_params 
 }
 
 static __device__ __forceinline__ uint32_t stage_at(const layout *l, int slot, shape k) {
-    return l->stages + slot * QL_W8A8_STAGE_BYTES(k.tokens);
+    return l->stages + slot * QL_W8A8_STAGE_BYTES(k.rows, k.tokens);
 }
 
 /* Where a token's scale lies, so that a lane of a product has those of four of its tokens in 16 bytes: tokens 8 j + 2 t
@@ -138,8 +148,13 @@ static __device__ __forceinline__ uint32_t scale_place(int token, shape k) {
 }
 
 /* Sums that others left go through the ring as well, some slices a stage. */
-#define SLICES(k) ((k).tokens / 8)
-#define SLICES_A_STAGE(k) (QL_W8A8_STAGE_BYTES((k).tokens) / QL_W8A8_SLICE_BYTES)
+#define SLICES(k) (SUMS(k) / 4)
+#define SLICES_A_STAGE(k) (QL_W8A8_STAGE_BYTES((k).rows, (k).tokens) / QL_W8A8_SLICE_BYTES)
 #define STAGES_OF_PARTIALS(k) ((SLICES(k) + SLICES_A_STAGE(k) - 1) / SLICES_A_STAGE(k))
+
+/* Where a thread block's sums lie among those that are left. */
+static __device__ __forceinline__ int64_t place_of_partials(int range, shape k) {
+    return (int64_t)range * (k.pair + 1) + (k.pair ? cluster_rank() : 0);
+}
 
 #endif

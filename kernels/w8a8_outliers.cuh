@@ -22,7 +22,7 @@ static __device__ __forceinline__ uint32_t slot_place(int row, int col) {
 }
 
 static __device__ __forceinline__ uint32_t slot_at(const layout *l, int slot, shape k) {
-    return l->more + slot * QL_W8A8_OUTLIER_BYTES(k.tokens);
+    return l->more + slot * QL_W8A8_OUTLIER_BYTES(k.rows, k.tokens);
 }
 
 /* A column of a stage: cleared in x; the weight's into column j of a slot, if there is one. */
@@ -31,10 +31,10 @@ static __device__ __forceinline__ void take_column(uint32_t stage, int col, uint
     /* Pieces of 16 bytes are swizzled by their row. */
     const uint32_t place = stage + lane * K + ((col / 16 ^ lane % 8) * 16 + col % 16);
 #pragma unroll
-    for (int i = 0; i < k.tokens / WARP; i++) store_shared_1(place + (QL_W8A8_ROWS + i * WARP) * K, 0);
+    for (int i = 0; i < k.tokens / WARP; i++) store_shared_1(place + (k.rows + i * WARP) * K, 0);
     if (!slot) return;
 #pragma unroll
-    for (int i = 0; i < QL_W8A8_ROWS / WARP; i++) {
+    for (int i = 0; i < k.rows / WARP; i++) {
         const int code = load_shared_int8(place + i * WARP * K);
         store_shared_2(slot + slot_place(k.tokens + lane + i * WARP, j), round16((float)code, type));
     }
@@ -74,7 +74,7 @@ static __device__ __forceinline__ void clear_stages(const ql_w8a8_wgmma_params *
                         if (j == 0 && found < OWN_SLOTS * QL_W8A8_OUTLIERS) {
                             barrier_wait(l->slot_empty + 8 * slots.slot, slots.parity);
                             slot = slot_at(l, slots.slot, k);
-                            for (int i = lane; i < QL_W8A8_ROWS * 2; i += WARP)
+                            for (int i = lane; i < k.rows * 2; i += WARP)
                                 store_shared_16(slot + k.tokens * 32 + i * 16, make_uint4(0, 0, 0, 0));
                             __syncwarp();
                         }
@@ -202,7 +202,7 @@ static __device__ __forceinline__ void fill_slots(const ql_w8a8_params *p, const
     do {
         int column;
         const int count = next_columns(&column, &more, &m, p);
-        const int rows = slot < OWN_SLOTS ? k.tokens : k.tokens + QL_W8A8_ROWS;
+        const int rows = slot < OWN_SLOTS ? k.tokens : k.tokens + k.rows;
         barrier_wait(l->slot_empty + 8 * r->slot, r->parity);
         if (count) fill_slot(slot_at(l, r->slot, k), p, column, count, row, token, rows, k);
         if (threadIdx.x % FEEDERS == 2 * WARP)

@@ -13,18 +13,25 @@
 #include "w8a8_feed.cuh"
 #include "w8a8_outputs.cuh"
 
-static __device__ __forceinline__ void release_stage(const reader *d, int slot) {
-    if (lane_of() == 0) barrier_arrive(d->l->empty + 8 * slot);
+static __device__ __forceinline__ void release_stage(const reader *d, int slot, shape k) {
+    const uint32_t empty = d->l->empty + 8 * slot;
+    if (!k.pair) {
+        if (lane_of() == 0) barrier_arrive(empty);
+    } else {
+        if (lane_of() < 2) barrier_arrive_at(empty, lane_of());
+    }
 }
 
-/* 128 columns of 64 rows, on top of sums or, without `add`, in their place. */
-static __device__ __forceinline__ void multiply_stage(uint32_t *sums, const reader *d, int add, shape k) {
-    const uint32_t stage = d->stage.slot * (QL_W8A8_STAGE_BYTES(k.tokens) / 16);
+/* 128 columns of 64 rows by `width`, which lie `from` bytes after the first, on top of sums or, without `add`, in their
+ * place. */
+static __device__ __forceinline__ void multiply_stage(uint32_t *sums, const reader *d, int add, int from, int width,
+                                                      shape k) {
+    const uint32_t stage = d->stage.slot * (QL_W8A8_STAGE_BYTES(k.rows, k.tokens) / 16);
     const uint32_t a = d->rows + stage, b = d->width + stage;
     warpgroup_fence();
 #pragma unroll
     for (int step = 0; step < K / 32; step++)
-        multiply_codes(sums, descriptor_at(a, step * 32), descriptor_at(b, step * 32), add || step > 0, WIDTH(k),
+        multiply_codes(sums, descriptor_at(a, step * 32), descriptor_at(b, from + step * 32), add || step > 0, width,
                        k.code);
     warpgroup_commit();
 }
@@ -34,15 +41,15 @@ static __device__ __forceinline__ void sum_plain(uint32_t *sums, reader *d, int 
 #pragma unroll 1
     for (; blocks > 0; blocks--) {
         barrier_wait(d->ready + 8 * d->stage.slot, d->stage.parity);
-        multiply_stage(sums, d, 1, k);
+        multiply_stage(sums, d, 1, 0, WIDTH(k), k);
         WARPGROUP_WAIT(1);
-        if (before >= 0) release_stage(d, before);
+        if (before >= 0) release_stage(d, before, k);
         before = d->stage.slot;
         advance(&d->stage, d->q->stages);
     }
     WARPGROUP_WAIT(0);
     settle_bits(sums, WIDTH(k) / 2);
-    release_stage(d, before);
+    release_stage(d, before, k);
 }
 
 /* sums += part * the tokens' scales. */
@@ -60,17 +67,20 @@ static __device__ __forceinline__ void add_scaled(uint32_t *sums, const uint32_t
     }
 }
 
-/* Where tokens are rows: the lane's are g and g + 8. */
-static __device__ __forceinline__ void load_token_pair(float scale[2], const reader *d, shape k) {
-    const uint32_t at = d->pair + d->stage.slot * k.tokens * 4;
+/* Where tokens are rows: the lane's are g and g + 8. `part`: which of the weight's blocks. */
+static __device__ __forceinline__ void load_token_pair(float scale[2], const reader *d, int part, shape k) {
+    const uint32_t at = d->pair + d->stage.slot * QL_W8A8_SCALE_BYTES(k.rows, k.tokens) + part * k.tokens * 4;
     scale[0] = __uint_as_float(load_shared_4(at));
     scale[1] = __uint_as_float(load_shared_4(at + 32));
 }
 
+/* One token's sums after the other's, so that a scale need not be read from registers for each. */
 static __device__ __forceinline__ void add_scaled_rows(uint32_t *sums, const uint32_t *part, const float scale[2]) {
 #pragma unroll
-    for (int c = 0; c < QL_W8A8_ROWS / 2; c++)
-        sums[c] = __float_as_uint(__fmaf_rn(__uint_as_float(part[c]), scale[c / 2 % 2], __uint_as_float(sums[c])));
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int c = 2 * i; c < QL_W8A8_GROUP / 2; c += c % 2 ? 3 : 1)
+            sums[c] = __float_as_uint(__fmaf_rn(__uint_as_float(part[c]), scale[i], __uint_as_float(sums[c])));
 }
 
 /* Sums of 128 columns, and the stage that they come from. Two take turns: products of the next 128 columns run while one is
@@ -84,8 +94,8 @@ typedef struct turn {
 static __device__ __forceinline__ void begin_turn(turn *t, reader *d, shape k) {
     t->slot = d->stage.slot;
     barrier_wait(d->ready + 8 * t->slot, d->stage.parity);
-    if (k.turned) load_token_pair(t->scale, d, k);
-    multiply_stage(t->part, d, 0, k);
+    if (k.turned) load_token_pair(t->scale, d, 0, k);
+    multiply_stage(t->part, d, 0, 0, WIDTH(k), k);
     advance(&d->stage, d->q->stages);
 }
 
@@ -93,7 +103,7 @@ static __device__ __forceinline__ void end_turn(uint32_t *sums, turn *t, const r
     settle_bits(t->part, WIDTH(k) / 2);
     if (!k.turned) add_scaled(sums, t->part, d->l->more + t->slot * k.tokens * 4, k);
     __syncwarp();
-    release_stage(d, t->slot);
+    release_stage(d, t->slot, k);
     if (k.turned) add_scaled_rows(sums, t->part, t->scale);
     settle_bits(sums, WIDTH(k) / 2);
 }
@@ -122,10 +132,51 @@ static __device__ __forceinline__ void sum_grouped(uint32_t *sums, reader *d, in
     }
 }
 
+/* Turned, with two blocks of the weight's rows: one after the other, in the same registers, as the sums of both leave none
+ * for a second part; while one is added the other warpgroup's products run. What the next stage takes is fetched beside the
+ * last products of one. */
+static __device__ __forceinline__ void sum_tall(uint32_t *sums, reader *d, int blocks, shape k) {
+    enum { WIDE = QL_W8A8_GROUP };
+    uint32_t part[WIDE / 2];
+    float scale[2][2], next[2][2];
+    barrier_wait(d->ready + 8 * d->stage.slot, d->stage.parity);
+#pragma unroll
+    for (int i = 0; i < 2; i++) load_token_pair(next[i], d, i, k);
+#pragma unroll 1
+    for (; blocks > 0; blocks--) {
+        const int slot = d->stage.slot;
+#pragma unroll
+        for (int i = 0; i < 4; i++) scale[i / 2][i % 2] = next[i / 2][i % 2];
+        multiply_stage(part, d, 0, 0, WIDE, k);
+        WARPGROUP_WAIT(0);
+        settle_bits(part, WIDE / 2);
+        add_scaled_rows(sums, part, scale[0]);
+        settle_bits(sums, WIDE / 2);
+        multiply_stage(part, d, 0, WIDE * K, WIDE, k);
+        advance(&d->stage, d->q->stages);
+        if (blocks > 1) {
+            barrier_wait(d->ready + 8 * d->stage.slot, d->stage.parity);
+#pragma unroll
+            for (int i = 0; i < 2; i++) load_token_pair(next[i], d, i, k);
+        }
+        WARPGROUP_WAIT(0);
+        settle_bits(part, WIDE / 2);
+        __syncwarp();
+        release_stage(d, slot, k);
+        add_scaled_rows(sums + WIDE / 2, part, scale[1]);
+        settle_bits(sums + WIDE / 2, WIDE / 2);
+    }
+}
+
 /* ---- tiles that several thread blocks share ---- */
 
+/* In an order that lets the compiler give a sum and the part that is added to it registers of different banks. */
+static __device__ __forceinline__ uint4 quad_of(const uint32_t *sums) {
+    return make_uint4(sums[1], sums[0], sums[3], sums[2]);
+}
+
 static __device__ __forceinline__ void add_four(uint32_t *sums, uint4 v, bool integers) {
-    const uint32_t four[4] = {v.x, v.y, v.z, v.w};
+    const uint32_t four[4] = {v.y, v.x, v.w, v.z};
 #pragma unroll
     for (int c = 0; c < 4; c++)
         sums[c] = integers ? sums[c] + four[c] : __float_as_uint(__uint_as_float(sums[c]) + __uint_as_float(four[c]));
@@ -142,7 +193,7 @@ static __device__ __forceinline__ void add_partial(uint32_t *sums, reader *d, bo
             add_four(sums + 4 * (first + i), load_shared_16(from + i * QL_W8A8_SLICE_BYTES), integers);
         fence_shared();
         __syncwarp();
-        release_stage(d, d->stage.slot);
+        release_stage(d, d->stage.slot, k);
         advance(&d->stage, d->q->stages);
     }
 }
@@ -157,11 +208,10 @@ static __device__ __forceinline__ void add_partials(uint32_t *sums, reader *d, i
 }
 
 static __device__ __forceinline__ void leave_partials(const uint32_t *sums, const ql_w8a8_wgmma_params *q, shape k) {
-    const int64_t place = own_range();
+    const int64_t place = place_of_partials(own_range(k), k);
     uint4 *to = (uint4 *)((uint8_t *)q->partials + place * SLICES(k) * QL_W8A8_SLICE_BYTES) + threadIdx.x;
 #pragma unroll
-    for (int i = 0; i < SLICES(k); i++)
-        __stcg(to + i * 256, make_uint4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]));
+    for (int i = 0; i < SLICES(k); i++) __stcg(to + i * 256, quad_of(sums + 4 * i));
     __syncwarp();
     if (lane_of() == 0) store_release(q->flags + place * QL_W8A8_WARPS + (int)threadIdx.x / WARP, q->nonce);
 }
@@ -177,8 +227,7 @@ static __device__ __forceinline__ bool meet(uint32_t *sums, const reader *d, sha
         const int place = rank < wg ? rank : rank - 1;
         const uint32_t to = address_at(room + place * QL_W8A8_MEETING_BYTES(k.tokens), wg);
 #pragma unroll
-        for (int i = 0; i < SLICES(k); i++)
-            store_remote_16(to + i * 2048, make_uint4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]));
+        for (int i = 0; i < SLICES(k); i++) store_remote_16(to + i * 2048, quad_of(sums + 4 * i));
         __syncwarp();
         if (lane_of() == 0) barrier_arrive_remote(address_at(d->l->met, wg));
         return false;
@@ -224,8 +273,8 @@ static __device__ __forceinline__ void multiply_all(const ql_w8a8_wgmma_params *
     d.l = l;
     d.stage.slot = d.scales.slot = d.slots.slot = 0;
     d.stage.parity = d.scales.parity = d.slots.parity = 0;
-    d.rows = rows_descriptor(l->stages + (uint32_t)((k.turned ? QL_W8A8_ROWS : 0) + wg * 64) * K);
-    d.width = rows_descriptor(l->stages + (k.turned ? 0 : QL_W8A8_ROWS * K));
+    d.rows = rows_descriptor(l->stages + (uint32_t)((k.turned ? k.rows : 0) + wg * 64) * K);
+    d.width = rows_descriptor(l->stages + (k.turned ? 0 : k.rows * K));
     d.pair = l->more + ((int)threadIdx.x / WARP * 16 + lane_of() / 4) * 4;
     /* Shuffled, so that the compiler neither computes them anew for each stage, before its products can start, nor takes a
      * warp's lanes to differ in descriptors: those are made by uniform instructions then, a few a stage. That ends where
@@ -244,8 +293,10 @@ static __device__ __forceinline__ void multiply_all(const ql_w8a8_wgmma_params *
         row_terms rows;
         if (!k.turned) rows = load_row_terms(&q->product, row + (int)threadIdx.x / WARP * 16 + lane_of() / 4, k);
 #pragma unroll
-        for (int i = 0; i < WIDTH(k) / 2; i++) sums[i] = 0;
-        if (k.grouped)
+        for (int i = 0; i < SUMS(k); i++) sums[i] = 0;
+        if (k.grouped && k.rows > QL_W8A8_GROUP)
+            sum_tall(sums, &d, s.end - s.first, k);
+        else if (k.grouped)
             sum_grouped(sums, &d, s.end - s.first, k);
         else
             sum_plain(sums, &d, s.end - s.first, k);
@@ -282,10 +333,11 @@ static __device__ __forceinline__ void product(const ql_w8a8_wgmma_params *q, sh
         prefetch_map(q->x_map);
     }
     __syncthreads();
-    if (k.meets) meet_cluster();
+    if (k.meets || k.pair) meet_cluster();
     /* Nothing stands before the registers' change in a branch: it would have to fit in fewer. */
     if (feeder >= 0) {
-        if (k.tokens > 64 && k.grouped) WARPGROUP_GIVES_REGISTERS(56);
+        if (k.rows > QL_W8A8_GROUP) WARPGROUP_GIVES_REGISTERS(40);
+        if (k.rows == QL_W8A8_GROUP && k.tokens > 64 && k.grouped) WARPGROUP_GIVES_REGISTERS(56);
         if (k.tokens > 64 && !k.grouped) WARPGROUP_GIVES_REGISTERS(72);
         if (feeder == 0) {
             start_next_kernel();
@@ -300,21 +352,24 @@ static __device__ __forceinline__ void product(const ql_w8a8_wgmma_params *q, sh
         }
         __syncwarp();
     } else {
-        if (k.tokens > 64 && k.grouped) WARPGROUP_TAKES_REGISTERS(224);
+        if (k.rows > QL_W8A8_GROUP) WARPGROUP_TAKES_REGISTERS(232);
+        if (k.rows == QL_W8A8_GROUP && k.tokens > 64 && k.grouped) WARPGROUP_TAKES_REGISTERS(224);
         if (k.tokens > 64 && !k.grouped) WARPGROUP_TAKES_REGISTERS(216);
         wait_for_previous_kernel();
         multiply_all(q, &l, k);
     }
+    /* No thread block's shared memory goes before the other's copies and arrivals have reached it. */
+    if (k.pair) meet_cluster();
 }
 
 /* Where they do, thread blocks use half of the registers, so that those of the kernel before and after find room beside
  * them. */
 #define HAS_ROOM(code, grouped, tokens) ((code) == QL_W8A8_E4M3 && !(grouped) && (tokens) <= 64)
 
-#define KERNEL(name, source, code, grouped, tokens, meets, turned)                                                     \
+#define KERNEL(name, source, code, grouped, rows, tokens, pair, meets, turned)                                         \
     extern "C" __global__ void __launch_bounds__(QL_W8A8_THREADS, 1 + HAS_ROOM(code, grouped, tokens))                 \
         name(const __grid_constant__ ql_w8a8_wgmma_params q) {                                                         \
-        const shape k = {code, grouped, tokens, meets, turned};                                                        \
+        const shape k = {code, grouped, rows, tokens, pair, meets, turned};                                            \
         product(&q, k);                                                                                                \
     }
 QL_W8A8_WGMMA_VARIANTS(KERNEL)

@@ -3,15 +3,18 @@
  *
  * A tile is the outputs of some rows of the weight and of some tokens. Two warpgroups multiply: with the weight's rows as
  * the rows of wgmma each has half of them and all tokens; turned, with tokens as its rows, half of the tokens and all rows
- * of the weight. Kernels of two kinds share tiles among thread blocks:
- *   alone: a tile has QL_W8A8_ROWS rows and is a thread block's;
+ * of the weight. Kernels of three kinds share tiles among thread blocks:
+ *   alone: a tile is a thread block's;
+ *   in pairs: a cluster's tile is twice as large, half for each of its two thread blocks, which copy the larger of their two
+ *   operands for each other, as both have it: so the second-level cache is asked for less, by which a GPU at its limit of
+ *   power is faster;
  *   meeting: the `members` thread blocks of a cluster divide the columns of one tile and add their sums over the cluster's
  *   shared memory, one tile a cluster: for products of few tiles.
  *
- * For the first the product has row_tiles x token_tiles tiles of k_blocks blocks of 128 columns each. The first split_tiles
- * tiles are one line of blocks, cut into as many equal ranges as there are thread blocks; the tiles after them are done
- * whole, one a thread block and wave. A range that starts inside a tile leaves its sums in scratch for the thread block that
- * has the tile's first columns, which adds them in the order of K. */
+ * For the first two the product has row_tiles x token_tiles tiles of k_blocks blocks of 128 columns each. The first
+ * split_tiles tiles are one line of blocks, cut into as many equal ranges as there are clusters; the tiles after them are
+ * done whole, one a cluster and wave. A range that starts inside a tile leaves its sums in scratch for the cluster that has
+ * the tile's first columns, which adds them in the order of K. */
 #ifndef QL_KERNELS_W8A8_WGMMA_H
 #define QL_KERNELS_W8A8_WGMMA_H
 
@@ -19,8 +22,7 @@
 #include "w8a8.h"
 
 enum {
-    QL_W8A8_K = 128,    /* columns of a stage, one byte each */
-    QL_W8A8_ROWS = 128, /* of the weight, for a thread block */
+    QL_W8A8_K = 128, /* columns of a stage, one byte each */
     QL_W8A8_THREADS = 384,
     QL_W8A8_WARPS = 8,       /* that multiply */
     QL_W8A8_TOKEN_GROUP = 8, /* tiles of tokens that are done beside each other */
@@ -33,10 +35,14 @@ enum {
     QL_W8A8_OUTLIER_SLOTS = 2
 };
 
-#define QL_W8A8_STAGE_BYTES(tokens) ((QL_W8A8_ROWS + (tokens)) * QL_W8A8_K)
+#define QL_W8A8_STAGE_BYTES(rows, tokens) (((rows) + (tokens)) * QL_W8A8_K)
+
+/* Thread blocks of a pair lie along the side on which their own tiles have less. */
+#define QL_W8A8_ROW_PARTS(rows, tokens, pair) ((pair) && (rows) < (tokens) ? 2 : 1)
+#define QL_W8A8_TOKEN_PARTS(rows, tokens, pair) ((pair) && (rows) >= (tokens) ? 2 : 1)
 
 /* Of an outlier slot: 16-bit columns of x and of the weight. */
-#define QL_W8A8_OUTLIER_BYTES(tokens) ((QL_W8A8_ROWS + (tokens)) * QL_W8A8_OUTLIERS * 2)
+#define QL_W8A8_OUTLIER_BYTES(rows, tokens) (((rows) + (tokens)) * QL_W8A8_OUTLIERS * 2)
 
 /* What a thread block of a cluster leaves in another's shared memory, after the stages: the sums of a warpgroup. */
 #define QL_W8A8_MEETING_BYTES(tokens) ((tokens) * 256)
@@ -44,20 +50,24 @@ enum {
 #define QL_W8A8_OUTPUT_BYTES(grouped, tokens)                                                                          \
     (QL_W8A8_WARPS * ((grouped) && (tokens) > 64 ? QL_W8A8_TURNED_BYTES : QL_W8A8_WARP_BYTES))
 
-/* Before the stages: barriers, outputs, x's scales of two tiles, then scales of stages, times those of the weight's blocks,
- * or outlier slots. A multiple of 1024. */
-#define QL_W8A8_HEAD_BYTES(code, grouped, tokens)                                                                      \
+/* Scales of a stage: the tokens', times that of each block of the weight. */
+#define QL_W8A8_SCALE_BYTES(rows, tokens) ((rows) / QL_W8A8_GROUP * (tokens) * 4)
+
+/* Before the stages: barriers, outputs, x's scales of two tiles, then scales of stages or outlier slots. A multiple of
+ * 1024. */
+#define QL_W8A8_HEAD_BYTES(code, grouped, rows, tokens)                                                                \
     ((QL_W8A8_BARRIER_BYTES + QL_W8A8_OUTPUT_BYTES(grouped, tokens) + 2 * (tokens) * 4 +                               \
-      ((grouped)                ? QL_W8A8_MOST_STAGES * (tokens) * 4                                                   \
-       : (code) == QL_W8A8_INT8 ? QL_W8A8_OUTLIER_SLOTS * QL_W8A8_OUTLIER_BYTES(tokens)                                \
+      ((grouped)                ? QL_W8A8_MOST_STAGES * QL_W8A8_SCALE_BYTES(rows, tokens)                              \
+       : (code) == QL_W8A8_INT8 ? QL_W8A8_OUTLIER_SLOTS * QL_W8A8_OUTLIER_BYTES(rows, tokens)                          \
                                 : 0) +                                                                                 \
       1023) /                                                                                                          \
      1024 * 1024)
 
 typedef struct ql_w8a8_wgmma_params {
     QL_ALIGNED(64)
-    uint64_t w_map[16]; /* CUtensorMap of the weight: 128 columns by a thread block's rows, swizzled by 128 bytes */
-    uint64_t x_map[16]; /* of x_codes: by the tile's tokens */
+    /* CUtensorMap of the weight, and of x_codes: 128 columns, swizzled by 128 bytes, by as many rows, or tokens, as a thread
+     * block copies. */
+    uint64_t w_map[16], x_map[16];
     ql_w8a8_params product;
     float *partials; /* scratch: [thread blocks][rows * tokens] */
     uint64_t *flags; /* scratch: [thread blocks][QL_W8A8_WARPS]; nonce: the warp's part of partials is there */

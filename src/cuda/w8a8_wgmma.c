@@ -20,11 +20,12 @@ typedef struct variant {
     ql_cuda_kernel kernel;
     int code;
     bool grouped;
-    int tokens;
-    bool meets;
+    int rows, tokens;
+    bool pair, meets;
 } variant;
 
-#define VARIANT(name, source, code, grouped, tokens, meets, turned) {QL_KERNEL_##name, code, grouped, tokens, meets},
+#define VARIANT(name, source, code, grouped, rows, tokens, pair, meets, turned)                                        \
+    {QL_KERNEL_##name, code, grouped, rows, tokens, pair, meets},
 static const variant variants[] = {QL_W8A8_WGMMA_VARIANTS(VARIANT)};
 #undef VARIANT
 enum { VARIANTS = sizeof(variants) / sizeof(variants[0]) };
@@ -39,6 +40,16 @@ typedef struct cut {
     int members;      /* thread blocks of a cluster */
 } cut;
 
+/* A cluster's tile. */
+static int64_t tile_rows(const variant *v) { return (int64_t)v->rows * QL_W8A8_ROW_PARTS(v->rows, v->tokens, v->pair); }
+static int64_t tile_tokens(const variant *v) {
+    return (int64_t)v->tokens * QL_W8A8_TOKEN_PARTS(v->rows, v->tokens, v->pair);
+}
+
+/* What a thread block copies of each operand: half of what a pair has in common. */
+static int w_box_rows(const variant *v) { return v->rows / QL_W8A8_TOKEN_PARTS(v->rows, v->tokens, v->pair); }
+static int x_box_rows(const variant *v) { return v->tokens / QL_W8A8_ROW_PARTS(v->rows, v->tokens, v->pair); }
+
 static int64_t tiles_of(const cut *c) { return c->row_tiles * c->token_tiles; }
 
 static int64_t split_tiles(const cut *c) { return c->variant->meets ? 0 : ql_split_tiles(tiles_of(c), c->clusters); }
@@ -50,20 +61,20 @@ static int meeting_bytes(const cut *c) {
 }
 
 /* Shared memory before the stages. */
-static int head_bytes(const variant *v) { return QL_W8A8_HEAD_BYTES(v->code, v->grouped, v->tokens); }
+static int head_bytes(const variant *v) { return QL_W8A8_HEAD_BYTES(v->code, v->grouped, v->rows, v->tokens); }
 
 /* As many stages as there is room for. */
 static int stages_of(const cut *c, const ql_cuda_properties *gpu) {
     const variant *v = c->variant;
     const int room = gpu->shared_bytes - (v->tokens <= 64 ? NEIGHBOUR_BYTES : 0);
-    const int stages = (room - head_bytes(v) - meeting_bytes(c)) / QL_W8A8_STAGE_BYTES(v->tokens);
+    const int stages = (room - head_bytes(v) - meeting_bytes(c)) / QL_W8A8_STAGE_BYTES(v->rows, v->tokens);
     return stages < QL_W8A8_MOST_STAGES ? stages : QL_W8A8_MOST_STAGES;
 }
 
 static cut cut_of(const variant *v, const ql_w8a8_params *p, int64_t clusters, int members) {
     return (cut){.variant = v,
-                 .row_tiles = ql_ceil_div(p->n, QL_W8A8_ROWS),
-                 .token_tiles = ql_ceil_div(p->m, v->tokens),
+                 .row_tiles = ql_ceil_div(p->n, tile_rows(v)),
+                 .token_tiles = ql_ceil_div(p->m, tile_tokens(v)),
                  .k_blocks = ql_ceil_div(p->k, QL_W8A8_K),
                  .clusters = clusters,
                  .members = members};
@@ -72,30 +83,44 @@ static cut cut_of(const variant *v, const ql_w8a8_params *p, int64_t clusters, i
 /* What thread blocks that go along K together have in the second-level cache, where more of them than one read it. */
 static double common_bytes(const cut *c, const ql_w8a8_params *p) {
     const double across = fmin((double)c->token_tiles, QL_W8A8_TOKEN_GROUP);
-    const double tokens = fmin((double)p->m, across * c->variant->tokens);
-    const double rows = QL_W8A8_ROWS * (double)(c->clusters * c->members) / across;
+    const double tokens = fmin((double)p->m, across * (double)tile_tokens(c->variant));
+    const double rows = (double)tile_rows(c->variant) * (double)c->clusters / across;
     return c->token_tiles > 1 ? (double)p->k * (tokens + rows) : 0;
 }
 
-/* What a cut takes, in ns: a model of an H200 that tells cuts from each other, without the time that all of them take, fitted
- * to some 160 products. A thread block multiplies a token's 128 columns with 128 rows in 3.9 ns at the clock of a GPU at work,
- * and is given 85 bytes a ns from the second-level cache, of 7600 for all of them; the weight comes at 4200. A tile ends in
- * outputs. Sums that cross thread blocks are dear, least between members; so are ranges of which each is elsewhere in K, where
- * the cache does not hold all of it. */
+/* What a model of an H200 at work takes, fitted to some 160 products with up to 128 tokens, which wait for memory, and to 100
+ * with more: ns in which a thread block multiplies a token's 128 columns with 128 rows, bytes a ns of the second-level cache
+ * for all of them, ns that it takes to give sums to another. */
+typedef struct pace {
+    double plain, narrow, wide, tall; /* in groups: tiles of up to 64 tokens, of more, of two blocks' rows */
+    double cached, exchange;
+} pace;
+
+static const pace few_tokens = {3.9, 7.6, 6.6, 6.6, 7600, 13000}, many_tokens = {3.0, 3.6, 3.15, 3.05, 10000, 4500};
+enum { FEW_TOKENS = 128 };
+
+/* What a cut takes, in ns: tells cuts from each other, without the time that all of them take. A thread block is given at most
+ * 85 bytes a ns; a pair asks for what it has in common once; the weight comes at 4200. A tile ends in outputs. Sums that cross
+ * thread blocks are dear, least between members; so are ranges of which each is elsewhere in K, where the cache does not hold
+ * all of it. */
 static double cost(const cut *c, const ql_w8a8_params *p) {
     const variant *v = c->variant;
     const double tokens = v->tokens, tiles = (double)tiles_of(c), thread_blocks = (double)(c->clusters * c->members);
     const double blocks = (double)c->k_blocks * (v->meets ? 1.0 / c->members : tiles / (double)c->clusters);
-    const double copy = QL_W8A8_K * (QL_W8A8_ROWS + tokens) / fmin(85, 7600 / thread_blocks);
-    const double multiply = tokens * (!v->grouped ? 3.9 : v->tokens > 64 ? 6.6 : 7.6);
+    const double asked = (double)w_box_rows(v) + (double)x_box_rows(v);
+    const pace *is = p->m > FEW_TOKENS ? &many_tokens : &few_tokens;
+    const double copy = QL_W8A8_K * fmax((v->rows + tokens) / 85, asked * thread_blocks / is->cached);
+    const double grouped = v->rows > QL_W8A8_GROUP ? is->tall : tokens > 64 ? is->wide : is->narrow;
+    const double outputs = tokens * v->rows / QL_W8A8_GROUP, multiply = outputs * (v->grouped ? grouped : is->plain);
     const double main_loop = fmax(blocks * fmax(multiply, copy), (double)p->n * (double)p->k / 4200);
-    const double ends = ceil(tiles / (double)c->clusters) * (1600 + tokens * 4);
+    const double ends = ceil(tiles / (double)c->clusters) * (1600 + outputs * 4);
     double exchange = 0;
     if (v->meets) exchange += 1350 + c->members * tokens * 7.3;
     if (is_split(c)) {
-        exchange += 13000 + tokens * 9 * ceil((double)c->clusters / tiles);
-        if (common_bytes(c, p) > 36e6)
-            exchange += 0.1 * multiply * (double)(split_tiles(c) * c->k_blocks) / (double)c->clusters;
+        const double apart = fmax(0, common_bytes(c, p) - 30e6) / 130e6;
+        exchange += is->exchange + outputs * 9 * ceil((double)c->clusters / tiles);
+        exchange += (v->pair ? fmin(0.15, 0.35 * apart) : apart) * multiply * (double)(split_tiles(c) * c->k_blocks) /
+                    (double)c->clusters;
     }
     return main_loop + ends + exchange;
 }
@@ -134,10 +159,12 @@ static cut weigh_cuts(const ql_cuda_device *device, const ql_w8a8_params *p) {
             continue;
         }
         /* All that there is room for, or fewer that have whole tiles. */
-        const int64_t most = device->properties.multiprocessors;
-        const int64_t tiles = ql_ceil_div(p->n, QL_W8A8_ROWS) * ql_ceil_div(p->m, v->tokens);
-        consider(&best, v, device, p, most, 1);
-        consider(&best, v, device, p, ql_ceil_div(tiles, ql_ceil_div(tiles, most)), 1);
+        const int members = v->pair ? 2 : 1;
+        const int64_t most = device->properties.multiprocessors / members;
+        const int64_t tiles = ql_ceil_div(p->n, tile_rows(v)) * ql_ceil_div(p->m, tile_tokens(v));
+        if (most < 1) continue;
+        consider(&best, v, device, p, most, members);
+        consider(&best, v, device, p, ql_ceil_div(tiles, ql_ceil_div(tiles, most)), members);
     }
     return best.cut;
 }
@@ -175,7 +202,7 @@ static bool are_scales_known(const ql_w8a8_params *p) {
 bool ql_cuda_w8a8_wgmma_takes(ql_cuda_choice *choice, const ql_cuda_device *device, const ql_w8a8_params *p) {
     if (p->m < 1 || p->n < 1 || p->k < 1) return false;
     if (p->k > MOST_K || p->n > INT_MAX - 1024 || p->m > INT_MAX - 1024) return false;
-    if (ql_ceil_div(p->n, QL_W8A8_ROWS) * ql_ceil_div(p->m, 32) > INT_MAX / 2) return false;
+    if (ql_ceil_div(p->n, QL_W8A8_GROUP) * ql_ceil_div(p->m, 32) > INT_MAX / 2) return false;
     if (p->k % 16 || p->row_stride % 16 || (uintptr_t)p->codes % 16) return false;
     if (p->x_pitch % 16 || (uintptr_t)p->x_codes % 16) return false;
     if (p->outliers && (p->code != QL_W8A8_INT8 || p->x_type == QL_VALUE_F32)) return false;
@@ -184,7 +211,7 @@ bool ql_cuda_w8a8_wgmma_takes(ql_cuda_choice *choice, const ql_cuda_device *devi
 
 /* Sums of a range's first, broken tile, then a flag for each of its warps. */
 static int64_t partial_bytes(const cut *c) {
-    return c->clusters * c->members * QL_W8A8_ROWS * c->variant->tokens * (int64_t)sizeof(float);
+    return c->clusters * c->members * c->variant->rows * c->variant->tokens * (int64_t)sizeof(float);
 }
 
 int64_t ql_cuda_w8a8_wgmma_scratch(const ql_w8a8_params *p, ql_cuda_choice choice) {
@@ -204,9 +231,9 @@ static ql_cu_result map_codes(void *map, const ql_cuda_driver *driver, const uin
 
 static ql_cu_result map_operands(ql_w8a8_wgmma_params *params, const ql_cuda_driver *driver, const variant *v) {
     const ql_w8a8_params *p = &params->product;
-    const ql_cu_result result = map_codes(params->w_map, driver, p->codes, p->n, p->k, p->row_stride, QL_W8A8_ROWS);
+    const ql_cu_result result = map_codes(params->w_map, driver, p->codes, p->n, p->k, p->row_stride, w_box_rows(v));
     if (result != QL_CU_SUCCESS) return result;
-    return map_codes(params->x_map, driver, p->x_codes, p->m, p->k, p->x_pitch, v->tokens);
+    return map_codes(params->x_map, driver, p->x_codes, p->m, p->k, p->x_pitch, x_box_rows(v));
 }
 
 int ql_cuda_w8a8_wgmma_launch(const ql_cuda_guard *guard, void *stream, const ql_w8a8_params *p, ql_cuda_choice choice,
@@ -242,7 +269,7 @@ int ql_cuda_w8a8_wgmma_launch(const ql_cuda_guard *guard, void *stream, const ql
         .x = c.clusters * c.members,
         .y = 1,
         .threads = QL_W8A8_THREADS,
-        .shared_bytes = head_bytes(v) + params.stages * QL_W8A8_STAGE_BYTES(v->tokens) + meeting_bytes(&c),
+        .shared_bytes = head_bytes(v) + params.stages * QL_W8A8_STAGE_BYTES(v->rows, v->tokens) + meeting_bytes(&c),
         .cluster = c.members,
         .overlaps = true,
         .inner = true,

@@ -42,8 +42,12 @@ def test_on_gpus():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that torch can use")
-def test_sums_on_gpus():
-    spawn(parallel_ranks.sum_on_gpus, world=2, backend="nccl" if torch.cuda.device_count() > 1 else "gloo")
+@pytest.mark.parametrize("world", [2, 4])
+def test_sums_on_gpus(world):
+    """Processes that share a GPU take turns on it."""
+    spawn(
+        parallel_ranks.sum_on_gpus, world, world=world, backend="nccl" if torch.cuda.device_count() >= world else "gloo"
+    )
 
 
 # Where the parts begin

@@ -34,7 +34,10 @@ static bool lay_many(ql_cuda_grid *grid, const ql_arrange_params *p, const ql_cu
 static bool lay_ordered(ql_cuda_grid *grid, const ql_arrange_params *p, const ql_cuda_properties *gpu) {
     const int64_t parts = ql_ceil_div(p->out_stride / PIECE, QL_ARRANGE_THREADS), bytes = p->out_stride * 2;
     if (p->m > MOST_PARTS / parts || bytes > gpu->shared_bytes) return false;
-    grid->shared_bytes = (int)bytes;
+    /* Few blocks are quicker if no more than two have room on a multiprocessor. */
+    const bool few = p->m * parts <= 2 * (int64_t)gpu->multiprocessors;
+    const int64_t near_half = gpu->shared_bytes * 7 / 16;
+    grid->shared_bytes = (int)(few && bytes < near_half ? near_half : bytes);
     grid->x = p->m;
     grid->y = parts;
     return true;

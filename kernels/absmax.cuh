@@ -85,7 +85,8 @@ static __device__ __forceinline__ nested_source first_nested(const ql_streamk_pa
 static __device__ __forceinline__ void make_entries(const ql_streamk_params *q, uint32_t base, walk w, int warp,
                                                     shape k) {
     const int lane = (int)threadIdx.x % NESTED_LANES;
-    const uint32_t table = base + QL_STREAMK_TABLE_AT + QL_STREAMK_TABLE_BYTES, nested_ring = table + 1024;
+    const uint32_t table = base + QL_STREAMK_TABLE_AT(k.code, k.tokens, k.groups) + QL_STREAMK_TABLE_BYTES,
+                   nested_ring = table + 1024;
     const uint32_t to = stages_at(base, k) + QL_STREAMK_ENTRIES_AT(k.code, k.rows, k.tokens, k.stage_k) + lane * 16;
     const bool raises = warp > NESTED_WARP;
     ring r = {0, 1};

@@ -28,6 +28,15 @@ static __device__ __forceinline__ void leave_partials(const float *sums, const q
     named_arrive(FLAGS_BARRIER, MULTIPLIERS + WARP);
 }
 
+/* In this order: the compiler would else have them in two batches, of which one waits for the other. */
+static __device__ __forceinline__ float4 load_partials(const float4 *from) {
+    float4 v;
+    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "l"(from));
+    return v;
+}
+
 /* By one warp, for all that multiply. */
 static __device__ __forceinline__ void raise_flags(const ql_streamk_params *q, shape k) {
     wait_for_previous_kernel();
@@ -55,34 +64,39 @@ static __device__ __forceinline__ void await_flags(const ql_streamk_params *q, i
     __syncwarp();
 }
 
-/* end: of the blocks that this thread block summed itself. As many ranges at once as there are registers for. */
-static __device__ __forceinline__ void add_partials(float *sums, const ql_streamk_params *q, int end, shape k) {
-    const int count = k.rows * k.tokens / MULTIPLIERS, together = count <= 16 ? 4 : count <= 32 ? 2 : 1;
-    const int first = own_range(k) + 1, next = k.rows * k.tokens / 4 * (PAIRED(k) + 1);
+/* How many ranges have a part of the tile, once all of it is there. end: of the blocks that this thread block sums itself. */
+static __device__ __forceinline__ int await_partials(const ql_streamk_params *q, int end, shape k) {
+    const int first = own_range(k) + 1;
     int ranges = 0;
 #pragma unroll 1
     for (; end < q->k_blocks; ranges++) end += range_blocks(q, first + ranges);
     await_flags(q, first, ranges, k);
-    const float4 *from = partials_of(q, first, k);
+    return ranges;
+}
+
+/* In the order of K, as many loads ahead as there are registers for: of several ranges where a thread has few sums of each. */
+static __device__ __forceinline__ void add_partials(float *sums, const ql_streamk_params *q, int ranges, shape k) {
+    const int count = k.rows * k.tokens / MULTIPLIERS, together = count <= 16 ? 4 : count <= 32 ? 2 : 1;
+    const int pieces = together * count / 4, next = k.rows * k.tokens / 4 * (PAIRED(k) + 1);
+    const int ahead = PAIRED(k) ? 10 : count == MOST_SUMS || k.code == QL_CODE_TABLE4 ? 8 : pieces;
+    const float4 *from = partials_of(q, own_range(k) + 1, k);
 #pragma unroll 1
     for (; ranges > 0; ranges -= together, from += together * next) {
         float4 v[MOST_SUMS / 4];
 #pragma unroll
-        for (int t = 0; t < together; t++)
-#pragma unroll
-            for (int i = 0; i < count / 4; i++)
-                if (t < ranges) v[t * (count / 4) + i] = __ldcg(from + t * next + i * MULTIPLIERS);
-#pragma unroll
-        for (int t = 0; t < together; t++)
-#pragma unroll
-            for (int i = 0; i < count / 4; i++)
-                if (t < ranges) {
-                    const float4 u = v[t * (count / 4) + i];
-                    sums[4 * i] += u.x;
-                    sums[4 * i + 1] += u.y;
-                    sums[4 * i + 2] += u.z;
-                    sums[4 * i + 3] += u.w;
-                }
+        for (int i = 0; i < pieces + ahead; i++) {
+            const int range = i / (count / 4), at = i - ahead;
+            if (at >= 0 && at / (count / 4) < ranges) {
+                const float4 u = v[at % ahead];
+                float *s = sums + at % (count / 4) * 4;
+                s[0] += u.x;
+                s[1] += u.y;
+                s[2] += u.z;
+                s[3] += u.w;
+            }
+            if (i < pieces && range < ranges)
+                v[i % ahead] = load_partials(from + range * next + i % (count / 4) * MULTIPLIERS);
+        }
     }
 }
 

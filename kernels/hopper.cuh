@@ -114,6 +114,20 @@ static __device__ __forceinline__ void prefetch_map(const void *map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+/* ---- copies out of shared memory, which a thread counts in groups of its own ---- */
+
+/* The box of a two-dimensional tensor map whose first element is (row, col), without what lies outside. */
+static __device__ __forceinline__ void store_box(const void *map, uint32_t from, int col, int row) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(col),
+                 "r"(row), "r"(from)
+                 : "memory");
+}
+
+static __device__ __forceinline__ void commit_stores(void) { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+/* Until all but the last `pending` groups have read shared memory. */
+#define AWAIT_STORES(pending) asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(pending) : "memory")
+
 /* ---- what orders stores of threads before what other units read ---- */
 
 /* What threads stored in shared memory is there for products to read, and what they read of it is in their registers before

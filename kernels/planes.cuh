@@ -116,7 +116,7 @@ static __device__ __forceinline__ void feed_planes(const ql_streamk_params *q, u
         place_tile(q, w.tile, &row_tile, &token_tile, k);
         const int strip = min(row_tile * (k.rows / 16) + thread / 16, ((int)p->n + 15) / 16 - 1);
         int group = group_of(q, w.first, k.groups), left = (group + 1) * q->group_blocks - w.first;
-        absmax_source s = first_absmax(q, base + QL_STREAMK_TABLE_AT + thread * 16, strip,
+        absmax_source s = first_absmax(q, base + QL_STREAMK_TABLE_AT(k.code, k.tokens, k.groups) + thread * 16, strip,
                                        min(strip * 16 + thread % 16, (int)p->n - 1), group / 2);
         bool is_next = true;
         float absmax[2];

@@ -192,7 +192,7 @@ static __device__ __forceinline__ void look_up(uint32_t a[4], uint32_t word, uin
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const uint32_t at = __byte_perm(word, lane_at, 0x7604 | i << 4); /* lane_at, with a byte as bits 8-15 */
-        a[i] = *(const uint32_t *)(shared + QL_STREAMK_TABLE_AT + at);
+        a[i] = *(const uint32_t *)(shared + QL_STREAMK_TABLE_AT(k.code, k.tokens, k.groups) + at);
     }
 }
 

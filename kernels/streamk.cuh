@@ -84,11 +84,12 @@ static __device__ __forceinline__ void place_tile(const ql_streamk_params *q, in
     *token_tile = 0;
     if (q->token_tiles > 1) {
         const int most = QL_STREAMK_TOKEN_GROUP / k.tokens;
-        const int first = tile < most * q->row_tiles ? 0 : tile / (most * q->row_tiles) * most;
+        int first = 0;
+#pragma unroll 1
+        for (; tile >= most * q->row_tiles; first += most) tile -= most * q->row_tiles;
         const int width = min(most, q->token_tiles - first);
-        tile -= first * q->row_tiles;
-        *row_tile = tile / width;
-        *token_tile = first + tile % width;
+        *row_tile = width == most ? tile / most : divide(tile, width, q->width_inverse);
+        *token_tile = first + tile - *row_tile * width;
     }
     if (PAIRED(k)) *row_tile = *row_tile * 2 + cluster_rank();
 }
@@ -126,7 +127,7 @@ static __device__ __forceinline__ int scale_shift_of(const ql_streamk_params *q,
 }
 
 static __device__ __forceinline__ uint32_t stages_at(uint32_t base, shape k) {
-    return base + QL_STREAMK_HEAD_BYTES(k.code, k.tokens);
+    return base + QL_STREAMK_HEAD_BYTES(k.code, k.tokens, k.groups);
 }
 
 static __device__ __forceinline__ bool is_nested(const ql_streamk_params *q, shape k) {

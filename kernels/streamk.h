@@ -21,7 +21,6 @@ enum {
     QL_STREAMK_WARPS = 8,          /* that multiply */
     QL_STREAMK_THREADS = (QL_STREAMK_WARPS + 4) * 32,
     QL_STREAMK_BARRIER_BYTES = 1024,
-    QL_STREAMK_OUTPUT_TOKENS = 32, /* of a buffer of outputs, 64 rows of W wide */
     QL_STREAMK_MOST_STAGES = 24,
     QL_STREAMK_TABLE_BYTES = 65536,                                 /* pairs of a table's values */
     QL_STREAMK_NESTED_SLOTS = 8,                                    /* of a ring of bytes of nested absmax */
@@ -34,6 +33,7 @@ typedef struct ql_streamk_params {
     QL_ALIGNED(64)
     uint64_t x_map[16];     /* CUtensorMap of x: boxes of 64 columns by the tile's tokens, swizzled by 128 bytes */
     uint64_t codes_map[16]; /* of the codes: a row a strip; boxes of a stage's columns by the tile's strips */
+    uint64_t out_map[16];   /* of out, where its rows are whole pieces: boxes of a buffer of outputs, swizzled as x */
     ql_packed_params product;
     float *partials; /* scratch: [grid][rows * tokens] */
     uint64_t *flags; /* scratch: [grid][QL_STREAMK_WARPS]; nonce: the warp's part of partials is there */
@@ -43,6 +43,7 @@ typedef struct ql_streamk_params {
     int32_t stages;
     int32_t group_blocks;                            /* blocks a group, at least 1 */
     uint32_t k_blocks_inverse, group_blocks_inverse; /* 2^32 / each, rounded down; 2^32 - 1 for 1 */
+    uint32_t width_inverse;                          /* of the last group of token tiles, how many they are */
     int32_t nested_shift;                            /* log2 of nested_blocksize */
     int32_t x_bytes; /* of x in a stage: less than there is room for where M is less than a tile */
 } ql_streamk_params;
@@ -78,13 +79,24 @@ typedef struct ql_streamk_params {
 /* An element of codes_map, in bytes: a box has at most 256 of them along a row. */
 #define QL_STREAMK_CODES_UNIT(code, stage_k) (QL_STREAMK_STRIP_BYTES(code, stage_k) > 1024 ? 8 : 4)
 
-/* Before the stages: barriers, two buffers of outputs for each warpgroup, tables. */
-#define QL_STREAMK_OUTPUT_BYTES (64 * QL_STREAMK_OUTPUT_TOKENS * 2)
-#define QL_STREAMK_TABLE_AT (QL_STREAMK_BARRIER_BYTES + 2 * QL_STREAMK_WARPS / 4 * QL_STREAMK_OUTPUT_BYTES)
+/* Tiles of 256 tokens leave their outputs to copies out of shared memory, of boxes that are all tokens, or half of them where
+ * a fourth stage has no room else; the other tiles' threads store theirs, in pieces of two buffers that take turns. */
+#define QL_STREAMK_HAS_BOXES(tokens) ((tokens) == 256)
+#define QL_STREAMK_OUTPUT_TOKENS(code, tokens, groups)                                                                 \
+    (!QL_STREAMK_HAS_BOXES(tokens)                                          ? 32                                       \
+     : (code) == QL_CODE_TABLE4 || ((code) == QL_CODE_INT8 && (groups) > 0) ? 128                                      \
+                                                                            : 256)
+#define QL_STREAMK_OUTPUT_BYTES(code, tokens, groups) (64 * QL_STREAMK_OUTPUT_TOKENS(code, tokens, groups) * 2)
+#define QL_STREAMK_OUTPUTS(tokens) (QL_STREAMK_WARPS / 4 * (QL_STREAMK_HAS_BOXES(tokens) ? 1 : 2))
+
+/* Before the stages: barriers, buffers of outputs, 64 rows of W wide, for each warpgroup, tables. */
+#define QL_STREAMK_TABLE_AT(code, tokens, groups)                                                                      \
+    (QL_STREAMK_BARRIER_BYTES + QL_STREAMK_OUTPUTS(tokens) * QL_STREAMK_OUTPUT_BYTES(code, tokens, groups))
 #define QL_STREAMK_TABLES_BYTES(code, tokens)                                                                          \
     ((code) != QL_CODE_TABLE4              ? 0                                                                         \
      : QL_STREAMK_HAS_PLANES(code, tokens) ? QL_STREAMK_PLANES_BYTES                                                   \
                                            : QL_STREAMK_TABLE_BYTES + QL_STREAMK_NESTED_BYTES)
-#define QL_STREAMK_HEAD_BYTES(code, tokens) (QL_STREAMK_TABLE_AT + QL_STREAMK_TABLES_BYTES(code, tokens))
+#define QL_STREAMK_HEAD_BYTES(code, tokens, groups)                                                                    \
+    (QL_STREAMK_TABLE_AT(code, tokens, groups) + QL_STREAMK_TABLES_BYTES(code, tokens))
 
 #endif

@@ -67,10 +67,8 @@
     QL_WGMMA_TYPES(X, code, name, 64_rows, 128, 64, 128, 0)                                                            \
     QL_WGMMA_TYPES(X, code, name, 128_rows, 128, 128, 128, 0)                                                          \
     QL_WGMMA_SCALES(X, code, name, 256, 128, 256, 64, 1)                                                               \
+    QL_WGMMA_SCALES(X, code, name, 256_halves, 128, 256, 64, 2)                                                        \
     QL_WGMMA_TYPES(X, code, name, 256_rows, 128, 256, 64, 0)
-#define QL_WGMMA_TALL(X, code, name)                                                                                   \
-    QL_WGMMA_SCALES(X, code, name, tall, 256, 128, 64, 1)                                                              \
-    QL_WGMMA_TYPES(X, code, name, tall_rows, 256, 128, 64, 0)
 #define QL_WGMMA_TABLE(X, code, name)                                                                                  \
     QL_WGMMA_TYPES(X, code, name, 32, 128, 32, 128, 1)                                                                 \
     QL_WGMMA_TYPES(X, code, name, 32_halves, 128, 32, 128, 2)                                                          \
@@ -87,8 +85,6 @@
     QL_WGMMA_INTEGERS(X, QL_CODE_INT3, int3)                                                                           \
     QL_WGMMA_INTEGERS(X, QL_CODE_INT4, int4)                                                                           \
     QL_WGMMA_INTEGERS(X, QL_CODE_INT8, int8)                                                                           \
-    QL_WGMMA_TALL(X, QL_CODE_INT4, int4)                                                                               \
-    QL_WGMMA_TALL(X, QL_CODE_INT8, int8)                                                                               \
     QL_WGMMA_TABLE(X, QL_CODE_TABLE4, table4)
 
 /* X(name, source, code, type of x, tokens, groups): products of up to `tokens` tokens. groups: of a batch of columns, 0

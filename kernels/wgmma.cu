@@ -20,6 +20,10 @@ enum { START_BARRIER = 0, TABLE_BARRIER = 1, OUTPUT_BARRIER = 3 /* and the next 
  * The four warps of a warpgroup turn 64 rows of W over in shared memory, some tokens at a time, so that whole lines of out
  * are written: 32 bytes of 16 lines an instruction, as a warp has by itself, take four times as long. */
 
+#define OUTPUT_TOKENS(k) QL_STREAMK_OUTPUT_TOKENS((k).code, (k).tokens, (k).groups)
+#define OUTPUT_BYTES(k) QL_STREAMK_OUTPUT_BYTES((k).code, (k).tokens, (k).groups)
+#define HAS_BOXES(k) QL_STREAMK_HAS_BOXES((k).tokens)
+
 /* Asks for a row's scale, one group for all of the row, and waits for nothing: the word that it is in. */
 static __device__ __forceinline__ uint32_t load_scale_word(const ql_packed_params *p, int row) {
     const int64_t at = (int64_t)row << (p->scales_type == QL_VALUE_F32 ? 2 : 1);
@@ -32,25 +36,33 @@ static __device__ __forceinline__ float scale_of_word(uint32_t word, int row, in
     return type == QL_VALUE_F16 ? __half2float(__ushort_as_half((uint16_t)bits)) : __uint_as_float(bits << 16);
 }
 
-/* Of a lane's rows g and g + 8. */
-typedef struct row_terms {
-    float scale[2], bias[2];
-} row_terms;
+/* Of all tokens, what a row has for all of K: its scale, its bias. own: the first of the lane's rows. */
+static __device__ __forceinline__ void apply_terms(float *sums, const ql_packed_params *p, int own,
+                                                   const uint32_t scale_words[2], shape k) {
+    float scale[2] = {1.0f, 1.0f}, bias[2] = {0.0f, 0.0f};
+    if (k.groups && !p->bias) return;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const int at = min(own + 8 * h, (int)p->n - 1);
+        if (k.groups == 0) scale[h] = scale_of_word(scale_words[h], at, p->scales_type);
+        if (p->bias) bias[h] = load_value(p->bias, p->bias_type, at * p->bias_stride);
+    }
+#pragma unroll
+    for (int i = 0; i < k.tokens / 2; i++) sums[i] = sums[i] * scale[i / 2 % 2] + bias[i / 2 % 2];
+}
 
-/* A warp's 16 rows, 32 tokens, as a quarter of each of the buffer's lines of 128 bytes; their pieces of 16 bytes are
+/* A warp's 16 rows, a buffer's tokens, as a quarter of each of the buffer's lines of 128 bytes; their pieces of 16 bytes are
  * swizzled by the token. */
-static __device__ __forceinline__ void turn_over(const float *sums, uint32_t buffer, const row_terms *rows, int thread,
-                                                 shape k) {
+static __device__ __forceinline__ void turn_over(const float *sums, uint32_t buffer, int thread, shape k) {
     const int lane = thread % WARP, warp = thread / WARP % 4;
     const int token = lane / 16 * 8 + lane % 8, piece = (2 * warp + lane / 8 % 2) ^ lane % 8;
 #pragma unroll
-    for (int j = 0; j < QL_STREAMK_OUTPUT_TOKENS / 8; j += 2) {
+    for (int j = 0; j < OUTPUT_TOKENS(k) / 8; j += 2) {
         uint32_t m[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const float *s = sums + 4 * (j + i / 2) + 2 * (i % 2);
-            const float by = rows->scale[i % 2], and_bias = rows->bias[i % 2];
-            m[i] = round16_pair(s[0] * by + and_bias, s[1] * by + and_bias, k.type);
+            m[i] = round16_pair(s[0], s[1], k.type);
         }
         store_matrices_transposed(buffer + (token + 8 * j) * 128 + piece * 16, m);
     }
@@ -59,9 +71,9 @@ static __device__ __forceinline__ void turn_over(const float *sums, uint32_t buf
 /* As store_buffer, where rows of out begin anywhere: a warp has every fourth line, consecutive lanes consecutive columns, so
  * that all but the ends of a line are whole sectors. */
 static __device__ __forceinline__ void store_ragged(const ql_packed_params *p, uint32_t buffer, int row, int token,
-                                                    int skipped, int thread) {
+                                                    int skipped, int thread, shape k) {
     const int lane = thread % WARP;
-    const int columns = (int)p->n - row, tokens = min(QL_STREAMK_OUTPUT_TOKENS, (int)p->m - token);
+    const int columns = (int)p->n - row, tokens = min(OUTPUT_TOKENS(k), (int)p->m - token);
     int line = thread / WARP % 4;
     uint16_t *out = (uint16_t *)p->out + (int64_t)(token + line) * p->n + row;
 #pragma unroll 1
@@ -75,44 +87,63 @@ static __device__ __forceinline__ void store_ragged(const ql_packed_params *p, u
 
 /* A warpgroup's buffer of 64 rows from `row` on and 32 tokens from `token` on, but the first `skipped`: eight lanes a line. */
 static __device__ __forceinline__ void store_buffer(const ql_packed_params *p, uint32_t buffer, int row, int token,
-                                                    int skipped, int thread) {
+                                                    int skipped, int thread, shape k) {
     const int line = thread % 128 / 8, piece = thread % 8, col = row + piece * 8;
-    const int tokens = col < p->n ? min(QL_STREAMK_OUTPUT_TOKENS, (int)p->m - token) : 0;
+    const int tokens = col < p->n ? min(OUTPUT_TOKENS(k), (int)p->m - token) : 0;
     const uint32_t from = buffer + line * 128 + (piece ^ line % 8) * 16;
     uint16_t *out = (uint16_t *)p->out + (int64_t)(token + line) * p->n + col;
     if (!HAS_WHOLE_PIECES(p)) {
-        store_ragged(p, buffer, row, token, skipped, thread);
+        store_ragged(p, buffer, row, token, skipped, thread, k);
         return;
     }
-#pragma unroll
-    for (int i = 0; i < QL_STREAMK_OUTPUT_TOKENS; i += 16)
+#pragma unroll 2
+    for (int i = 0; i < OUTPUT_TOKENS(k); i += 16)
         if (line + i < tokens && line + i >= skipped) store_global_16(out + i * p->n, load_shared_16(from + i * 128));
 }
 
 /* A warpgroup's 64 rows from `row` on, all tokens from `token` on but the first `skipped`, which another tile stores. Its two
  * buffers take turns, across tiles as well, so that one barrier a turn says both that a buffer is full and that the other is
  * free. What is made of the thread's number is made here: the loops before would else make parts of it again and again. */
-static __device__ __forceinline__ void store_rows(const float *sums, int *turn, const ql_packed_params *p,
-                                                  uint32_t buffers, int row, int token, int skipped,
-                                                  const uint32_t scale_words[2], shape k) {
+static __device__ __forceinline__ void store_rows(float *sums, int *turn, const ql_packed_params *p, uint32_t buffers,
+                                                  int row, int token, int skipped, const uint32_t scale_words[2],
+                                                  shape k) {
     const int thread = thread_anew(), warpgroup = thread / 128;
-    const int own = row + thread / WARP % 4 * 16 + thread % WARP / 4;
-    row_terms rows = {{1.0f, 1.0f}, {0.0f, 0.0f}};
+    apply_terms(sums, p, row + thread / WARP % 4 * 16 + thread % WARP / 4, scale_words, k);
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-        const int at = min(own + 8 * h, (int)p->n - 1);
-        if (k.groups == 0) rows.scale[h] = scale_of_word(scale_words[h], at, p->scales_type);
-        if (p->bias) rows.bias[h] = load_value(p->bias, p->bias_type, at * p->bias_stride);
-    }
-#pragma unroll
-    for (int from = 0; from < k.tokens; from += QL_STREAMK_OUTPUT_TOKENS) {
+    for (int from = 0; from < k.tokens; from += OUTPUT_TOKENS(k)) {
         if (token + from >= p->m) break;
-        if (from + QL_STREAMK_OUTPUT_TOKENS <= skipped) continue;
-        const uint32_t buffer = buffers + (2 * warpgroup + *turn) * QL_STREAMK_OUTPUT_BYTES;
+        if (from + OUTPUT_TOKENS(k) <= skipped) continue;
+        const uint32_t buffer = buffers + (2 * warpgroup + *turn) * OUTPUT_BYTES(k);
         *turn ^= 1;
-        turn_over(sums + from / 2, buffer, &rows, thread, k);
+        turn_over(sums + from / 2, buffer, thread, k);
         named_barrier(OUTPUT_BARRIER + warpgroup, 128);
-        store_buffer(p, buffer, row, token + from, skipped - from, thread);
+        store_buffer(p, buffer, row, token + from, skipped - from, thread, k);
+    }
+}
+
+/* The same by copies out of shared memory, which go on while the next tile is multiplied. Each fence that they take is dear, so
+ * that a buffer is all tokens, or half of them where the stages leave no room for more. */
+static __device__ __forceinline__ void store_boxes(float *sums, const ql_streamk_params *q, uint32_t buffers, int row,
+                                                   int token, int skipped, const uint32_t scale_words[2], shape k) {
+    const ql_packed_params *p = &q->product;
+    const int thread = thread_anew(), warpgroup = thread / 128;
+    const uint32_t buffer = buffers + warpgroup * OUTPUT_BYTES(k);
+    apply_terms(sums, p, row + thread / WARP % 4 * 16 + thread % WARP / 4, scale_words, k);
+#pragma unroll
+    for (int from = 0; from < k.tokens; from += OUTPUT_TOKENS(k)) {
+        if (from > 0) {
+            AWAIT_STORES(0);
+            named_barrier(OUTPUT_BARRIER + warpgroup, 128);
+        }
+        turn_over(sums + from / 2, buffer, thread, k);
+        fence_shared();
+        named_barrier(OUTPUT_BARRIER + warpgroup, 128);
+        if (HAS_WHOLE_PIECES(p) && skipped <= from) {
+            if (thread % 128 == 0) store_box(q->out_map, buffer, row, token + from);
+            commit_stores();
+        } else {
+            store_buffer(p, buffer, row, token + from, skipped - from, thread, k);
+        }
     }
 }
 
@@ -175,10 +206,11 @@ static __device__ __forceinline__ uint64_t descriptor_of(const place *c, shape k
 
 /* The blocks of a tile. What a product takes is decoded while the one before runs; the next stage's words are asked for
  * before the last product of a stage, whose issue hides their way. */
-static __device__ __forceinline__ void sum_blocks(float *sums, reader *reads, place *c, const ql_streamk_params *q,
-                                                  int blocks, shape k) {
+static __device__ __forceinline__ uint32_t sum_blocks(float *sums, reader *reads, place *c, const ql_streamk_params *q,
+                                                      int blocks, shape k) {
     const int sub_tiles = k.rows / 128, count = k.tokens / 2, batches = k.stage_k / 16 / STEPS(k) * sub_tiles;
     uint32_t a[2][4 * MOST_STEPS], before = c->base + SPARE;
+    int add = !HAS_BOXES(k);
     stage_words d;
     await_stage(c);
     read_stage(&d, reads, c->at, k);
@@ -205,7 +237,7 @@ static __device__ __forceinline__ void sum_blocks(float *sums, reader *reads, pl
                 if (!ready) await_stage(c);
                 read_stage(&d, reads, c->at, k);
             }
-            multiply_steps(sums + i * count, to, x, from, k.tokens, 1, k);
+            multiply_steps(sums + i * count, to, x, from, k.tokens, add || batch, k);
             WARPGROUP_WAIT(1);
             if (batch == 0) {
                 release_stage(before, k);
@@ -213,10 +245,16 @@ static __device__ __forceinline__ void sum_blocks(float *sums, reader *reads, pl
             }
         }
         before = empty;
+        add = 1;
     }
+    return before;
+}
+
+/* Its end: the products that still run, and the stage that they read. */
+static __device__ __forceinline__ void finish_blocks(float *sums, uint32_t last_empty, shape k) {
     WARPGROUP_WAIT(0);
-    settle(sums, sub_tiles * count);
-    release_stage(before, k);
+    settle(sums, k.rows / 128 * (k.tokens / 2));
+    release_stage(last_empty, k);
 }
 
 static __device__ __forceinline__ void add_scaled(float *sums, float *part, const entry *e, int count) {
@@ -294,33 +332,59 @@ static __device__ __forceinline__ void multiply_all(const ql_streamk_params *q, 
     const int strip = strip_of(k.rows), sub_tiles = k.rows / 128;
     const reader first_group = make_reader(q, base, k);
     float sums[MOST_SUMS];
+    /* The first products of a tile with 256 tokens leave out what was before: zeros for each would take 300 cycles. */
+    if (HAS_BOXES(k)) {
+#pragma unroll
+        for (int i = 0; i < MOST_SUMS; i++) sums[i] = 0.0f;
+    }
     place c = {base, 0, 0, 0, 1};
     int turn = 0;
+    int row_tile, token_tile;
+    bool goes_on;
+    place_tile(q, w.tile, &row_tile, &token_tile, k);
     do {
-        int row_tile, token_tile;
-        place_tile(q, w.tile, &row_tile, &token_tile, k);
-        const int row = row_tile * k.rows + strip * 16;
+        const int row = row_tile * k.rows + strip * 16, token = first_token(q, token_tile, k);
+        const int skipped = token_tile * k.tokens - token;
         reader reads = first_group;
-        uint32_t scale_words[2][2];
+        uint32_t scale_words[2][2], last_empty = 0;
         if (k.groups == 0) read_rows(scale_words, &reads, p, row, k);
+        if (!HAS_BOXES(k)) {
 #pragma unroll
-        for (int i = 0; i < sub_tiles * k.tokens / 2; i++) sums[i] = 0.0f;
+            for (int i = 0; i < sub_tiles * k.tokens / 2; i++) sums[i] = 0.0f;
+        }
         find_group(&c, &reads, q, w.first, k);
         if (HAS_SUMS_OF_GROUPS(k))
             sum_batches(sums, &reads, &c, q, w.end - w.first, k);
         else
-            sum_blocks(sums, &reads, &c, q, w.end - w.first, k);
+            last_empty = sum_blocks(sums, &reads, &c, q, w.end - w.first, k);
+        /* While the last products run. */
+        walk next = w;
+        goes_on = next_tile(&next, q, k);
+        place_tile(q, next.tile, &row_tile, &token_tile, k);
+        if (HAS_BOXES(k)) {
+            AWAIT_STORES(0);
+            named_barrier(OUTPUT_BARRIER + (int)threadIdx.x / 128, 128);
+        }
+        const int ranges = w.first > 0 || w.end == q->k_blocks ? 0 : await_partials(q, w.end, k);
+        if (!HAS_SUMS_OF_GROUPS(k)) finish_blocks(sums, last_empty, k);
         if (w.first > 0) {
             leave_partials(sums, q, k);
-            continue;
-        }
-        add_partials(sums, q, w.end, k);
-        const int token = first_token(q, token_tile, k), skipped = token_tile * k.tokens - token;
+        } else {
+            if (ranges > 0) add_partials(sums, q, ranges, k);
 #pragma unroll
-        for (int i = 0; i < sub_tiles; i++)
-            store_rows(sums + i * k.tokens / 2, &turn, p, base + QL_STREAMK_BARRIER_BYTES,
-                       row - strip % 4 * 16 + i * 64, token, skipped, scale_words[i], k);
-    } while (next_tile(&w, q, k));
+            for (int i = 0; i < sub_tiles; i++) {
+                float *own = sums + i * k.tokens / 2;
+                const int first = row - strip % 4 * 16 + i * 64;
+                const uint32_t buffers = base + QL_STREAMK_BARRIER_BYTES;
+                if (HAS_BOXES(k))
+                    store_boxes(own, q, buffers, first, token, skipped, scale_words[i], k);
+                else
+                    store_rows(own, &turn, p, buffers, first, token, skipped, scale_words[i], k);
+            }
+        }
+        w = next;
+    } while (goes_on);
+    if (HAS_BOXES(k)) AWAIT_STORES(0);
 }
 
 /* The four warps behind those that multiply. */
@@ -388,7 +452,7 @@ static __device__ __forceinline__ void product(const ql_streamk_params *q, shape
     } else {
         WARPGROUP_TAKES_REGISTERS(224);
         if (HAS_SUMS_OF_GROUPS(k)) {
-            fill_tables(&q->product, base + QL_STREAMK_TABLE_AT, k.type);
+            fill_tables(&q->product, base + QL_STREAMK_TABLE_AT(k.code, k.tokens, k.groups), k.type);
             named_barrier(TABLE_BARRIER, MULTIPLIERS);
         }
         wait_for_previous_kernel();

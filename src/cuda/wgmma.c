@@ -55,22 +55,21 @@ static int together(const variant *v) { return QL_STREAMK_PAIRED(v->tokens) ? 2 
 
 /* As many stages as there is room for. */
 static int stages_of(const variant *v, int room) {
-    const int stages = (room - QL_STREAMK_HEAD_BYTES(v->code, v->tokens)) / stage_bytes(v);
+    const int stages = (room - QL_STREAMK_HEAD_BYTES(v->code, v->tokens, v->groups)) / stage_bytes(v);
     return stages < QL_STREAMK_MOST_STAGES ? stages : QL_STREAMK_MOST_STAGES;
 }
 
-/* What 128 columns take, in ns: tiles of 32, 64, 128 and 256 tokens, then those of 256 rows; groups of 32 more. */
+/* What 128 columns take, in ns: tiles of 32, 64, 128 and 256 tokens; groups of 32 more. */
 static double pace(const variant *v) {
-    static const double paces[][5] = {{345, 463, 768, 1547},       {402, 508, 800, 1547},
-                                      {360, 474, 757, 1547, 1590}, {341, 460, 775, 1563, 1563},
-                                      {376, 509, 814, 1621, 1776}, {362, 503, 870, 1547}};
+    static const double paces[][4] = {{345, 463, 768, 1520}, {402, 508, 800, 1520}, {360, 474, 757, 1520},
+                                      {341, 460, 775, 1535}, {376, 509, 814, 1590}, {362, 503, 870, 1530}};
     const int kind = v->code == QL_CODE_INT2   ? 0
                      : v->code == QL_CODE_INT3 ? 1
                      : v->code == QL_CODE_INT4 ? 2
                      : v->code == QL_CODE_INT8 ? 3 + (v->groups != 0)
                                                : 5;
-    const int tile = v->rows == 256 ? 4 : v->tokens == 32 ? 0 : v->tokens == 64 ? 1 : v->tokens == 128 ? 2 : 3;
-    const double more = v->stage_k != 32 * v->groups ? 1 : v->code == QL_CODE_TABLE4 ? 1.2 : 1.14;
+    const int tile = v->tokens == 32 ? 0 : v->tokens == 64 ? 1 : v->tokens == 128 ? 2 : 3;
+    const double more = v->groups != 4 ? 1 : v->code == QL_CODE_TABLE4 ? 1.2 : 1.14;
     return paces[kind][tile] * more;
 }
 
@@ -81,22 +80,24 @@ static int64_t tiles_of(const variant *v, const ql_cuda_problem *p) {
 /* What a product takes, in ns: a model of an H200 that tells ways to run it from each other, without the time that all of
  * them take, fitted to some 1400 products. The weight comes at 4200 bytes a ns; a tile ends in outputs. Ranges that share
  * a tile leave each other sums, which is dear; dearer where they do not begin and end with tiles: then thread blocks are at
- * different places of K as well, and where the second-level cache does not hold what they share, they read it again. */
+ * different places of K as well, and where the second-level cache does not hold what they share, they read it again. Tiles of
+ * 256 tokens leave outputs to copies, so that each takes less, have twice the sums to exchange, and read half of x. */
 static double cost(const variant *v, const ql_cuda_problem *p, int64_t blocks) {
     const int rows = v->rows * together(v);
     const int64_t tiles = tiles_of(v, p), walkers = blocks / together(v);
     const double bits = QL_CODE_BITS(p->code), size = v->rows * v->tokens / (128.0 * 128);
     const double share = (double)tiles / (double)walkers, k = (double)p->k;
+    const bool boxes = QL_STREAMK_HAS_BOXES(v->tokens);
     double loop = share * k / 128 * pace(v), exchange = 0;
     if (tiles % walkers != 0) {
-        exchange = 1500 + 480 * size * fmax(1, 1 / share);
+        exchange = (boxes ? 3000 : 1500) + 480 * size * fmax(1, 1 / share);
         if (tiles > walkers || walkers % tiles != 0) {
             const double uncached = fmin(1, k * fmin((double)p->m, QL_STREAMK_TOKEN_GROUP) / 6e6);
             exchange += 710 + 1265 * size;
-            loop *= 1 + uncached * (5.0 / rows + (p->m > v->tokens ? 1.2 * bits / v->tokens : 0));
+            if (!boxes) loop *= 1 + uncached * (5.0 / rows + (p->m > v->tokens ? 1.2 * bits / v->tokens : 0));
         }
     }
-    return fmax(loop, (double)p->n * k * bits / 8 / 4200) + ceil(share) * (1130 + 100 * size) + exchange;
+    return fmax(loop, (double)p->n * k * bits / 8 / 4200) + ceil(share) * (boxes ? 330 : 1130 + 100 * size) + exchange;
 }
 
 static bool serves(const variant *v, const ql_cuda_device *device, const ql_cuda_problem *problem) {
@@ -180,6 +181,8 @@ static bool prepare(ql_cuda_prepared *prepared, const ql_cuda_device *device, co
     params->k_blocks_inverse = inverse(params->k_blocks);
     params->group_blocks = v->groups == 1 ? (int32_t)(p->group_size / v->stage_k) : 1;
     params->group_blocks_inverse = inverse(params->group_blocks);
+    const int32_t most_wide = QL_STREAMK_TOKEN_GROUP / v->tokens, last_wide = params->token_tiles % most_wide;
+    params->width_inverse = inverse(last_wide ? last_wide : most_wide);
     const int64_t tiles = (int64_t)params->row_tiles * params->token_tiles, all = tiles * params->k_blocks;
     const int32_t most = choice.parameter / together(v), grid = all < most ? (int32_t)all : most;
     params->split_tiles = (int32_t)ql_split_tiles(tiles, grid);
@@ -190,13 +193,13 @@ static bool prepare(ql_cuda_prepared *prepared, const ql_cuda_device *device, co
     params->x_bytes = x_rows(v, p->m) * together(v) * v->stage_k * 2;
     while (p->nested_blocksize >> (params->nested_shift + 1)) params->nested_shift++;
     prepared->kernel = v->kernel;
-    prepared->grid =
-        (ql_cuda_grid){.x = (int64_t)grid * together(v),
-                       .y = 1,
-                       .threads = QL_STREAMK_THREADS,
-                       .shared_bytes = QL_STREAMK_HEAD_BYTES(v->code, v->tokens) + params->stages * stage_bytes(v),
-                       .cluster = together(v),
-                       .overlaps = true};
+    prepared->grid = (ql_cuda_grid){.x = (int64_t)grid * together(v),
+                                    .y = 1,
+                                    .threads = QL_STREAMK_THREADS,
+                                    .shared_bytes = QL_STREAMK_HEAD_BYTES(v->code, v->tokens, v->groups) +
+                                                    params->stages * stage_bytes(v),
+                                    .cluster = together(v),
+                                    .overlaps = true};
     /* Sums of a range's first, broken tile, then a flag for each of its warps. */
     prepared->flags_at = (int64_t)choice.parameter * v->rows * v->tokens * 4;
     prepared->scratch_bytes =
@@ -228,6 +231,16 @@ static ql_cu_result map_codes(void *map, const ql_cuda_driver *driver, const ql_
                                            QL_CU_TENSOR_L2_256B, 0);
 }
 
+/* out as boxes of what a warpgroup leaves to a copy, swizzled as x; where its rows are no whole pieces threads store them. */
+static ql_cu_result map_out(void *map, const ql_cuda_driver *driver, const ql_packed_params *p, const variant *v) {
+    if (!QL_STREAMK_HAS_BOXES(v->tokens) || p->n % 8 || (uintptr_t)p->out % 16) return QL_CU_SUCCESS;
+    const uint64_t shape[2] = {(uint64_t)p->n, (uint64_t)p->m}, bytes[1] = {(uint64_t)p->n * 2};
+    const uint32_t box[2] = {64, (uint32_t)QL_STREAMK_OUTPUT_TOKENS(v->code, v->tokens, v->groups)}, step[2] = {1, 1};
+    return driver->tensor_map_encode_tiled(map, p->x_type == QL_VALUE_F16 ? QL_CU_TENSOR_F16 : QL_CU_TENSOR_BF16, 2,
+                                           (void *)(uintptr_t)p->out, shape, bytes, box, step, 0,
+                                           QL_CU_TENSOR_SWIZZLE_128B, QL_CU_TENSOR_L2_128B, 0);
+}
+
 static int launch(const ql_cuda_guard *guard, void *stream, ql_cuda_prepared *prepared, const void *x, void *scratch,
                   char message[QL_CUDA_MESSAGE]) {
     const variant *v = variant_of(prepared->kernel);
@@ -239,6 +252,7 @@ static int launch(const ql_cuda_guard *guard, void *stream, ql_cuda_prepared *pr
     params->nonce = ql_cuda_nonce();
     ql_cu_result result = map_x(params->x_map, guard->driver, p, v);
     if (result == QL_CU_SUCCESS) result = map_codes(params->codes_map, guard->driver, p, v);
+    if (result == QL_CU_SUCCESS) result = map_out(params->out_map, guard->driver, p, v);
     if (result != QL_CU_SUCCESS) {
         snprintf(message, QL_CUDA_MESSAGE, "%s: x of %lld by %lld could not be described to the GPU: %s.",
                  ql_cuda_kernel_name(v->kernel), (long long)p->m, (long long)p->k,

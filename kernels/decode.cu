@@ -181,6 +181,19 @@ static __device__ __forceinline__ uint32_t x_at_anew(const ql_decode_params *p, 
          ? 2                                                                                                           \
          : QL_MOST_HELD)
 
+/* Of 16 tokens: whether two groups are multiplied by turns, so that a product seldom waits for the one before; of 4 bit that
+ * gains nothing, of bf16 it wants registers. Whether what is asked for early is, as with fewer tokens: it costs the loop registers,
+ * which not all of these can spare. */
+#if __CUDA_ARCH__ == 900
+#define PAIRED_GROUPS(code, type, tokens, groups)                                                                      \
+    ((tokens) == 16 && (code) == QL_CODE_INT8 && (type) == QL_VALUE_F16 && (groups) >= 2 &&                            \
+     !QL_DECODE_HALVES(code, tokens, groups))
+#define EARLY_OF_16(code, type, groups) ((groups) < 8 && ((type) == QL_VALUE_F16 || (code) == QL_CODE_INT3))
+#else
+#define PAIRED_GROUPS(code, type, tokens, groups) false
+#define EARLY_OF_16(code, type, groups) false
+#endif
+
 /* Half of a block, steps `step` and step + 1, of all strips of a band: sum += W x, of odd steps `odd`: chains of products half as
  * long. 16 tokens, and two strips, have two chains as it is. x: the lane's place in the batch's first line; of four rows none changes
  * places with the second half of a line. */
@@ -302,6 +315,7 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     const int span = part_k * sides / unit_k;                           /* units that such groups have */
     const int pairs = groups >= 2 ? groups / 2 : groups;
     const bool both = sides == 1 && groups >= 2;
+    const bool paired = PAIRED_GROUPS(code, type, tokens, groups);
     /* A batch's entries come by `loads` loads, each of `spread` pairs and asked for `kept` loads before its own turn. */
     const int spread = sides == 4 ? 2 : 1, loads = pairs / spread;
     const int most = MOST_AHEAD(code, type, tokens, groups), kept = loads > most ? most : loads;
@@ -362,9 +376,9 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     /* What is asked for after the codes comes after them, 64 KB a multiprocessor later, so what the first of them meet goes
      * before. x may have to wait for the kernel before: some of the codes are on their way then, half where little else is
      * waited for; more would hold up x in a launch by itself. */
-    const int early = groups == QL_DECODE_CHANNEL || code == QL_CODE_TABLE4 ? tiles / 2
-                      : roomy && tokens != 16                               ? tiles / 4
-                                                                            : 0;
+    const int early = groups == QL_DECODE_CHANNEL || code == QL_CODE_TABLE4        ? tiles / 2
+                      : roomy && (tokens != 16 || EARLY_OF_16(code, type, groups)) ? tiles / 4
+                                                                                   : 0;
 #pragma unroll
     for (int i = 0; i < early; i++)
         if (i < have) load_band_tile(codes, code, abreast, at, at + to_high, at_beside, i);
@@ -415,7 +429,7 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     int sums = p->sums_at + (groups ? (team * p->block_batches + own) * groups : warp) * tokens * 4;
     sums += lane % 4 * 8;
     /* The first batch's while its codes are on their way, but where registers are few. */
-    const bool sums_ahead = code != QL_CODE_TABLE4 && tokens != 16 &&
+    const bool sums_ahead = code != QL_CODE_TABLE4 && (tokens != 16 || (EARLY_OF_16(code, type, groups) && !paired)) &&
                             !(halves && (QL_TILE_K(code) == 128 || (code == QL_CODE_INT8 && !roomy)));
     if (sums_ahead && band < p->bands && count > 0) sum_x(p, code, type, tokens, groups, true, lane, x_at, sums);
     int partials = p->partials_at;
@@ -472,7 +486,8 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                         entry += entry_hop;
                     if (starts)
 #pragma unroll
-                        for (int j = 0; j < 8; j++) sum[j] = odd[j] = 0.0f;
+                        for (int j = 0; j < 8; j++)
+                            if (!paired || set % 2 == 0) sum[j] = odd[j] = 0.0f;
                     if (one) {
                         if (b % 4 == 0) load_matrices(x_of_256[0], x_of_256[1], x.row + (uint32_t)(b * 128));
                         multiply_block_of_one(sum, codes, type, b, x_of_256, is_step, shared, (uint32_t)lane * 4);
@@ -481,6 +496,15 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                             multiply_both_blocks(sum, TWO_CHAINS(code, type, tokens, groups) ? odd : sum, codes, type,
                                                  b, part_k / QL_DECODE_BLOCK, x.row, is_side, shared,
                                                  (uint32_t)lane * 4);
+                    } else if (paired) {
+                        /* The second group's sums are where others have those of odd steps. */
+#pragma unroll
+                        for (int k = 0; set % 2 == 0 && k < QL_DECODE_BLOCK; k += 32) {
+                            multiply_half(sum, NULL, codes, code, type, tokens, groups, b, k / 16, x.row,
+                                          (uint32_t)lane * 4);
+                            multiply_half(odd, NULL, codes, code, type, tokens, groups, b + span, k / 16, x.row,
+                                          (uint32_t)lane * 4);
+                        }
                     } else {
 #pragma unroll
                         for (int k = begin_k; k < end_k; k += 32) {
@@ -516,11 +540,12 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                                 e = entry_of(p, code, type, PARTED(code, type, tokens, groups), absmax_kind, both,
                                              &raw[s], both ? slot * 2 + set % 2 : slot, set * sides, divided, shared,
                                              (uint32_t)lane * 4);
-                            complete_sums(sum + s * 4, odd + s * 4, e.zero, code, type, tokens, groups,
+                            float *part = paired && set % 2 ? odd : sum + s * 4;
+                            complete_sums(part, odd + s * 4, e.zero, code, type, tokens, groups,
                                           sums + set * slots * tokens * 4);
 #pragma unroll
-                            for (int j = s * 4; j < s * 4 + width; j++)
-                                out[j] = fmaf(e.scale[j % 4 / 2], sum[j], out[j]);
+                            for (int j = 0; j < width; j++)
+                                out[s * 4 + j] = fmaf(e.scale[j % 4 / 2], part[j], out[s * 4 + j]);
                             if (!in_turns && ahead && (!both || set % 2)) {
                                 const int batch = here ? first + count - to_go : next;
                                 if ((here || have) &&

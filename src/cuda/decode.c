@@ -142,11 +142,12 @@ static int cut(ql_decode_params *p, const ql_packed_params *product, const ql_cu
     p->exchange_at =
         take(&at, cluster > 1 ? ql_ceil_div(p->rounds, cluster) * p->teams * cluster * m * 64 * abreast : 0);
     /* As many rounds as there is room for; if not all, half of that in each of two buffers: one is filled while the other is
-     * added up. */
+     * added up. Where that makes warps of more than 8 tokens meet two times more often, one buffer. */
     const int64_t round_bytes = (int64_t)p->teams * warps * m * 64 * abreast;
     const int64_t fit = at < gpu->shared_bytes ? (gpu->shared_bytes - at) / round_bytes : 0;
-    const bool two = fit >= 2 && fit < p->rounds;
-    const int64_t rounds = fit >= p->rounds ? p->rounds : two ? fit / 2 : 1;
+    const int64_t flushes = fit >= 1 ? ql_ceil_div(p->rounds, fit) : p->rounds;
+    const bool two = fit >= 2 && fit < p->rounds && (m <= 8 || ql_ceil_div(p->rounds, fit / 2) <= flushes + 1);
+    const int64_t rounds = two ? fit / 2 : ql_ceil_div(p->rounds, flushes);
     p->flush_rounds = (int32_t)rounds;
     p->partials_bytes = two ? (int32_t)(rounds * round_bytes) : 0;
     p->partials_at = take(&at, rounds * round_bytes * (two ? 2 : 1));

@@ -93,10 +93,11 @@ static double common_bytes(const cut *c, const ql_w8a8_params *p) {
  * for all of them, ns that it takes to give sums to another. */
 typedef struct pace {
     double plain, narrow, wide, tall; /* in groups: tiles of up to 64 tokens, of more, of two blocks' rows */
-    double cached, exchange;
+    double cached, exchange[2];       /* exchange: plain, in groups */
 } pace;
 
-static const pace few_tokens = {3.9, 7.6, 6.6, 6.6, 7600, 13000}, many_tokens = {3.0, 3.6, 3.15, 3.05, 10000, 4500};
+static const pace few_tokens = {3.9, 7.6, 6.6, 6.6, 7600, {13000, 13000}},
+                  many_tokens = {3.0, 3.6, 3.15, 3.05, 10000, {6000, 4500}};
 enum { FEW_TOKENS = 128 };
 
 /* What a cut takes, in ns: tells cuts from each other, without the time that all of them take. A thread block is given at most
@@ -118,7 +119,7 @@ static double cost(const cut *c, const ql_w8a8_params *p) {
     if (v->meets) exchange += 1350 + c->members * tokens * 7.3;
     if (is_split(c)) {
         const double apart = fmax(0, common_bytes(c, p) - 30e6) / 130e6;
-        exchange += is->exchange + outputs * 9 * ceil((double)c->clusters / tiles);
+        exchange += is->exchange[v->grouped] + outputs * 9 * ceil((double)c->clusters / tiles);
         exchange += (v->pair ? fmin(0.15, 0.35 * apart) : apart) * multiply * (double)(split_tiles(c) * c->k_blocks) /
                     (double)c->clusters;
     }

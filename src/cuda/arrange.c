@@ -34,10 +34,11 @@ static bool lay_many(ql_cuda_grid *grid, const ql_arrange_params *p, const ql_cu
 static bool lay_ordered(ql_cuda_grid *grid, const ql_arrange_params *p, const ql_cuda_properties *gpu) {
     const int64_t parts = ql_ceil_div(p->out_stride / PIECE, QL_ARRANGE_THREADS), bytes = p->out_stride * 2;
     if (p->m > MOST_PARTS / parts || bytes > gpu->shared_bytes) return false;
-    /* Few blocks are quicker if no more than two have room on a multiprocessor. */
-    const bool few = p->m * parts <= 2 * (int64_t)gpu->multiprocessors;
-    const int64_t near_half = gpu->shared_bytes * 7 / 16;
-    grid->shared_bytes = (int)(few && bytes < near_half ? near_half : bytes);
+    /* Few blocks are quicker if a multiprocessor has room for one, or two, as each asks for more than half of its shared memory, or
+     * near half. */
+    const int64_t blocks = p->m * parts, all = gpu->multiprocessors, sixteenth = gpu->shared_bytes / 16;
+    const int64_t asked = blocks <= all && parts <= 2 ? 9 * sixteenth : blocks <= 2 * all ? 7 * sixteenth : 0;
+    grid->shared_bytes = (int)(bytes < asked ? asked : bytes);
     grid->x = p->m;
     grid->y = parts;
     return true;

@@ -218,7 +218,7 @@ static __device__ __forceinline__ void ask_for_x(const ql_streamk_params *q, uin
 
 /* The first stages, ahead of those threads: codes by the one that made the barriers, x before any branch, as the instructions
  * of what runs later are not there yet. With more tokens nothing is gained. */
-#define HAS_EARLY_STAGES(k) ((k).tokens == 32)
+#define HAS_EARLY_STAGES(k) ((k).tokens <= 32)
 
 static __device__ __forceinline__ int early_stages(const ql_streamk_params *q, walk w, shape k) {
     return HAS_EARLY_STAGES(k) ? min(min(EARLY_BLOCKS, w.end - w.first), q->stages - 1) : 0;

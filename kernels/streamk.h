@@ -83,7 +83,8 @@ typedef struct ql_streamk_params {
  * a fourth stage has no room else; the other tiles' threads store theirs, in pieces of two buffers that take turns. */
 #define QL_STREAMK_HAS_BOXES(tokens) ((tokens) == 256)
 #define QL_STREAMK_OUTPUT_TOKENS(code, tokens, groups)                                                                 \
-    (!QL_STREAMK_HAS_BOXES(tokens)                                          ? 32                                       \
+    ((tokens) < 32                                                          ? (tokens)                                 \
+     : !QL_STREAMK_HAS_BOXES(tokens)                                        ? 32                                       \
      : (code) == QL_CODE_TABLE4 || ((code) == QL_CODE_INT8 && (groups) > 0) ? 128                                      \
                                                                             : 256)
 #define QL_STREAMK_OUTPUT_BYTES(code, tokens, groups) (64 * QL_STREAMK_OUTPUT_TOKENS(code, tokens, groups) * 2)

@@ -70,6 +70,9 @@
     QL_WGMMA_SCALES(X, code, name, 256_halves, 128, 256, 64, 2)                                                        \
     QL_WGMMA_TYPES(X, code, name, 256_rows, 128, 256, 64, 0)
 #define QL_WGMMA_TABLE(X, code, name)                                                                                  \
+    QL_WGMMA_TYPES(X, code, name, 16, 128, 16, 128, 1)                                                                 \
+    QL_WGMMA_TYPES(X, code, name, 16_halves, 128, 16, 128, 2)                                                          \
+    QL_WGMMA_TYPES(X, code, name, 16_quarters, 128, 16, 128, 4)                                                        \
     QL_WGMMA_TYPES(X, code, name, 32, 128, 32, 128, 1)                                                                 \
     QL_WGMMA_TYPES(X, code, name, 32_halves, 128, 32, 128, 2)                                                          \
     QL_WGMMA_TYPES(X, code, name, 32_quarters, 128, 32, 128, 4)                                                        \

@@ -84,6 +84,7 @@ static __device__ __forceinline__ uint64_t columns_descriptor(uint32_t address) 
 #define MULTIPLY_TYPES(n, sums, a0, a1, a2, a3, b_at, add_at)                                                          \
     MULTIPLY(multiply_half_##n, f16, n, sums, a0, a1, a2, a3, b_at, add_at)                                            \
     MULTIPLY(multiply_bf16_##n, bf16, n, sums, a0, a1, a2, a3, b_at, add_at)
+MULTIPLY_TYPES(16, 8, 8, 9, 10, 11, 12, 13)
 MULTIPLY_TYPES(32, 16, 16, 17, 18, 19, 20, 21)
 MULTIPLY_TYPES(64, 32, 32, 33, 34, 35, 36, 37)
 MULTIPLY_TYPES(128, 64, 64, 65, 66, 67, 68, 69)
@@ -91,15 +92,17 @@ MULTIPLY_TYPES(256, 128, 128, 129, 130, 131, 132, 133)
 #undef MULTIPLY_TYPES
 #undef MULTIPLY
 
-/* 16 columns. n: 32, 64, 128 or 256; D is 0 before where `add` is 0. */
+/* 16 columns. n: 16, 32, 64, 128 or 256; D is 0 before where `add` is 0. */
 static __device__ __forceinline__ void multiply_warpgroup(float *d, const uint32_t *a, uint64_t b, int add, int n,
                                                           int type) {
     if (type == QL_VALUE_F16) {
+        if (n == 16) multiply_half_16(d, a, b, add);
         if (n == 32) multiply_half_32(d, a, b, add);
         if (n == 64) multiply_half_64(d, a, b, add);
         if (n == 128) multiply_half_128(d, a, b, add);
         if (n == 256) multiply_half_256(d, a, b, add);
     } else {
+        if (n == 16) multiply_bf16_16(d, a, b, add);
         if (n == 32) multiply_bf16_32(d, a, b, add);
         if (n == 64) multiply_bf16_64(d, a, b, add);
         if (n == 128) multiply_bf16_128(d, a, b, add);

@@ -159,13 +159,16 @@ static __device__ __forceinline__ uint32_t x_at_anew(const ql_decode_params *p, 
 #if __CUDA_ARCH__ == 900
 #define ROOMY(code) ((code) != QL_CODE_INT2)
 #define HALVES_AHEAD(code, type, tokens)                                                                               \
-    ((code) == QL_CODE_INT2 ? (type) == QL_VALUE_BF16 : (tokens) != 16 || (code) == QL_CODE_TABLE4)
+    ((code) == QL_CODE_INT2   ? (type) == QL_VALUE_BF16                                                                \
+     : (code) == QL_CODE_INT3 ? (tokens) == 4                                                                          \
+                              : (tokens) != 16 || (code) == QL_CODE_TABLE4)
 #else
 #define ROOMY(code) false
 #define HALVES_AHEAD(code, type, tokens)                                                                               \
-    ((code) == QL_CODE_INT2                                                                                            \
-         ? (type) == QL_VALUE_BF16 && (tokens) == 4                                                                    \
-         : (tokens) != 16 && ((code) == QL_CODE_INT4 || ((code) == QL_CODE_TABLE4 && (tokens) != 8)))
+    ((code) == QL_CODE_INT2 ? (type) == QL_VALUE_BF16 && (tokens) == 4                                                 \
+     : (code) == QL_CODE_TABLE4                                                                                        \
+         ? (tokens) == 4                                                                                               \
+         : (code) == QL_CODE_INT4 && ((tokens) == 4 || ((tokens) == 16 && __CUDA_ARCH__ < 900)))
 #endif
 #define AHEAD(code, type, tokens, groups)                                                                              \
     ((groups) < 2                             ? true                                                                   \
@@ -328,9 +331,9 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     const int lane = (int)(threadIdx.x & 31), warp = (int)(threadIdx.x >> 5), g = lane >> 2;
     /* Half of the warps fill the table, while the others ask for x, which may have to wait for the kernel before. */
     const bool divides = code == QL_CODE_TABLE4 && (tokens == 1 || abreast == 2);
-    const int warps = (int)(blockDim.x >> 5), idle = divides ? warps / 2 : 0;
-    const int fillers = divides ? idle : warps, pieces = divides ? 4 : 2;
-    const bool fills = code == QL_CODE_TABLE4 && (!divides || warp < fillers);
+    const int idle = divides ? (int)(blockDim.x >> 6) : 0, pieces = divides ? 4 : 2;
+    const int fillers = divides ? idle * 32 : (int)blockDim.x; /* threads */
+    const bool fills = code == QL_CODE_TABLE4 && (!divides || warp < idle);
     const int team = warp * p->warp_team >> 16, member = warp - team * p->team_warps;
     const int rank = (int)blockIdx.x & (1 << p->cluster_shift) - 1, block = (int)blockIdx.x >> p->cluster_shift;
     const int first_batch = rank * p->block_batches, own = member * p->share + min(member, p->rest);
@@ -356,7 +359,7 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     ql_raw_entries raw[2];
     ql_nested_entries nested_raw[2];
     ql_table_part table = {{0}, {0}, {0}};
-    if (fills) table = load_table(&p->product, fillers * 32, pieces);
+    if (fills) table = load_table(&p->product, fillers, pieces);
 #pragma unroll
     for (int i = 0; i < kept; i++) {
 #pragma unroll
@@ -383,16 +386,17 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     for (int i = 0; i < early; i++)
         if (i < have) load_band_tile(codes, code, abreast, at, at + to_high, at_beside, i);
     start_next_kernel();
-    if (fills) store_table(shared, &p->product, &table, type, fillers * 32, pieces);
+    if (fills) store_table(shared, &p->product, &table, type, fillers, pieces);
     if (p->cluster_shift) arrive_cluster_started();
     const uint32_t x_at = shared_address(shared) + (uint32_t)(p->x_at + own * batch_k * 2);
     if (p->x_aligned) {
-        if (warp >= idle) wait_for_previous_kernel();
-        if (!shared_start)
-            copy_x(p, zeros, tokens, first * batch_k, count * batch_k, x_at, 0, 1, team, p->teams, lane);
-        else if (warp >= idle)
+        const bool copies = !divides || warp >= idle;
+        if (copies) wait_for_previous_kernel();
+        if (shared_start && copies)
             copy_x(p, zeros, tokens, first_batch * batch_k, p->block_batches * batch_k,
-                   shared_address(shared) + (uint32_t)p->x_at, warp - idle, warps - idle, 0, 1, lane);
+                   shared_address(shared) + (uint32_t)p->x_at, warp - idle, (int)(blockDim.x >> 5) - idle, 0, 1, lane);
+        else if (!shared_start)
+            copy_x(p, zeros, tokens, first * batch_k, count * batch_k, x_at, 0, 1, team, p->teams, lane);
     } else if (ordered && p->stage_columns) {
         ask_for_columns(p, shared_address(shared));
     }

@@ -37,8 +37,8 @@ static __device__ __forceinline__ void leave_sums(const ql_decode_params *p, flo
         for (int j = 0; j < width; j++) {
             float mine = sum[strip * 4 + j];
             if (slots == 2) mine += __shfl_xor_sync(ALL_LANES, mine, 2);
-            if (j / 4 * 8 + j % 2 + token < p->m)
-                *(float *)(to + (j / 4 * 8 + j % 2) * line + (row ^ (strip * 64 + j % 4 / 2 * 32))) = mine;
+            const int eighth = strip * 64 + j % 4 / 2 * 32, at = abreast == 2 ? row ^ eighth : row + eighth;
+            if (j / 4 * 8 + j % 2 + token < p->m) *(float *)(to + (j / 4 * 8 + j % 2) * line + at) = mine;
         }
 }
 

@@ -20,6 +20,10 @@ static __device__ __forceinline__ void load_places(int places[PIECE], const int3
     for (int i = 0; i < PIECE; i++) places[i] = col + i < k ? __ldg(order + col + i) : instead[i];
 }
 
+/* Where a column of a row lies in shared memory: pieces of a line change places by the line, as those columns that a warp wants at
+ * once are of one class (QL_ORDER_CLASS). */
+static __device__ __forceinline__ int cell_of(int col) { return col ^ (col >> 3 & 7 * PIECE); }
+
 static __device__ __forceinline__ bool has_pieces(const ql_arrange_params *p) {
     return (uintptr_t)p->x % 16 == 0 && p->x_stride % PIECE == 0;
 }
@@ -40,14 +44,14 @@ extern "C" __global__ void __launch_bounds__(QL_ARRANGE_THREADS)
     const uint16_t *x = (const uint16_t *)p.x + blockIdx.x * p.x_stride;
 #pragma unroll 1
     for (int i = (int)threadIdx.x * PIECE; i < whole; i += QL_ARRANGE_THREADS * PIECE)
-        *(uint4 *)(row + i) = *(const uint4 *)(x + i);
+        *(uint4 *)(row + cell_of(i)) = *(const uint4 *)(x + i);
 #pragma unroll 1
-    for (int i = whole + (int)threadIdx.x; i < k; i += QL_ARRANGE_THREADS) row[i] = x[i];
+    for (int i = whole + (int)threadIdx.x; i < k; i += QL_ARRANGE_THREADS) row[cell_of(i)] = x[i];
     __syncthreads();
     if (col >= p.out_stride) return;
     __align__(16) uint16_t piece[PIECE];
 #pragma unroll
-    for (int i = 0; i < PIECE; i++) piece[i] = places[i] >= 0 ? row[places[i]] : (uint16_t)0;
+    for (int i = 0; i < PIECE; i++) piece[i] = places[i] >= 0 ? row[cell_of(places[i])] : (uint16_t)0;
     *(uint4 *)((uint16_t *)p.out + blockIdx.x * p.out_stride + col) = *(const uint4 *)piece;
 }
 
@@ -61,11 +65,11 @@ static __device__ __forceinline__ void ask_for_row(const ql_arrange_params *p, u
         if (has_pieces(p))
 #pragma unroll 4
             for (int col = (int)threadIdx.x * PIECE; col < width; col += QL_ARRANGE_THREADS * PIECE)
-                cp_async_16(to + (uint32_t)(col * 2), x + col, min(16, (k - col) * 2));
+                cp_async_16(to + (uint32_t)(cell_of(col) * 2), x + col, min(16, (k - col) * 2));
         else
 #pragma unroll 4
             for (int col = (int)threadIdx.x; col < width; col += QL_ARRANGE_THREADS)
-                store_shared_2(to + (uint32_t)(col * 2), col < k ? x[col] : (uint16_t)0);
+                store_shared_2(to + (uint32_t)(cell_of(col) * 2), col < k ? x[col] : (uint16_t)0);
     }
     cp_async_commit();
 }
@@ -88,11 +92,12 @@ extern "C" __global__ void __launch_bounds__(QL_ARRANGE_THREADS)
         uint32_t pairs[PIECE / 2];
         load_places(places, p.order, col, k, beyond);
 #pragma unroll
-        for (int i = 0; i < PIECE / 2; i++) pairs[i] = (uint32_t)(places[2 * i] | places[2 * i + 1] << 16);
+        for (int i = 0; i < PIECE / 2; i++)
+            pairs[i] = (uint32_t)(cell_of(places[2 * i]) | cell_of(places[2 * i + 1]) << 16);
         store_shared_16(at, make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]));
     }
     wait_for_previous_kernel();
-    uint32_t here = rows, next = rows + (p.two_rows ? (uint32_t)(width * 2) : 0);
+    uint32_t here = rows, next = rows + (p.two_rows ? (uint32_t)QL_ARRANGED_ROW_BYTES(width) : 0);
     ask_for_row(&p, here, blockIdx.x);
     start_next_kernel();
 #pragma unroll 1

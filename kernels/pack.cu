@@ -209,7 +209,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) ql_pack_entries(const __gr
     }
 }
 
-/* The place of each column among those sorted by their groups: after all of smaller groups and those of its own group
+/* The columns sorted by their groups, where codes will be: a column comes after all of smaller groups and those of its own group
  * that come before it. A block's threads count together, as each group is read by all: of a column that comes before all
  * of the block's, a group up to the own counts, of one that comes after, a smaller one. */
 extern "C" __global__ void __launch_bounds__(THREADS) ql_pack_order(const __grid_constant__ ql_pack_params p) {
@@ -233,9 +233,44 @@ extern "C" __global__ void __launch_bounds__(THREADS) ql_pack_order(const __grid
             rank += (four.x < bound) + (four.y < bound) + (four.z < bound) + (four.w < bound);
         }
     }
-    if (col >= p.k) return;
-    p.order[rank] = (int32_t)col;
-    p.inverse[col] = rank;
+    if (col < p.k) ((int32_t *)p.codes)[rank] = (int32_t)col;
+}
+
+/* Where the packed weight has them, by QL_ORDER_CLASS: a warp a group. */
+extern "C" __global__ void __launch_bounds__(THREADS) ql_pack_places(const __grid_constant__ ql_pack_params p) {
+    __shared__ int64_t next[THREADS / 32][QL_ORDER_CLASSES];
+    const int lane = (int)threadIdx.x % 32;
+    int64_t *own = next[threadIdx.x / 32];
+    const int32_t *sorted = (const int32_t *)p.codes;
+    for (int64_t group = first_item() / 32; group < p.groups; group += item_step() / 32) {
+        const int64_t first = group * p.group_size, end = min(first + p.group_size, p.k);
+        for (int64_t at = first + lane; at < end; at += 32) p.order[at] = -1;
+        __syncwarp();
+        if (lane < QL_ORDER_CLASSES) {
+            int64_t at = first + lane;
+            for (int64_t i = first; i < end && at < end; i++) {
+                if (QL_ORDER_CLASS(sorted[i]) != lane) continue;
+                p.order[at] = sorted[i];
+                p.inverse[sorted[i]] = (int32_t)at;
+                at += QL_ORDER_CLASSES;
+            }
+            own[lane] = first + lane;
+        }
+        __syncwarp();
+        if (lane == 0) {
+            int64_t bare = first;
+            for (int64_t i = first; i < end; i++) {
+                int64_t *at = &own[QL_ORDER_CLASS(sorted[i])];
+                if (*at >= end) {
+                    while (p.order[bare] >= 0) bare++;
+                    p.order[bare] = sorted[i];
+                    p.inverse[sorted[i]] = (int32_t)bare;
+                }
+                *at += QL_ORDER_CLASSES;
+            }
+        }
+        __syncwarp();
+    }
 }
 
 /* The codes that the checkpoint calls (row, col), even, and (row, col + 1), the second 16 bits up. */

@@ -57,6 +57,12 @@ enum { QL_STRIP = 16, QL_STEP = 16 };
 #define QL_PACKED_HIGH_BIT(row, col)                                                                                   \
     ((int)((col) % 2 * 16 + (col) / 8 % 2 * 8 + (col) / 16 % 2 * 4 + (col) / 32 % 2 * 2 + (row) / 8 % 2))
 
+/* Columns in another order: those of a group go, as they come, to those of its places whose number is that of their piece of 8
+ * columns, mod 8; where a class has no place left, as they come to the places that are left. So neighbouring pieces of x are stored
+ * to different banks of shared memory (order.cuh). */
+enum { QL_ORDER_CLASSES = 8 };
+#define QL_ORDER_CLASS(col) ((int)((col) / 8 % QL_ORDER_CLASSES))
+
 /* Bits of a code; 3 bit keeps two of them in its first 512 bytes. */
 #define QL_CODE_BITS(code)                                                                                             \
     ((code) == QL_CODE_INT2                               ? 2                                                          \

@@ -105,6 +105,9 @@ typedef struct ql_pack_params {
 /* ROWS: at a time, of ql_arrange_many. */
 enum { QL_ARRANGE_THREADS = 512, QL_ARRANGE_ALIGNMENT = 256, QL_ARRANGE_ROWS = 4 };
 
+/* What a row of x takes in shared memory: whole lines. */
+#define QL_ARRANGED_ROW_BYTES(columns) (((columns) + 63) / 64 * 128)
+
 /* x of 16 bit in the columns' order of a packed weight: out[m][j] = x[m][order[j]], or x[m][j] without an order; zeros from
  * k up to out_stride, a multiple of 8. Grid and shared memory: src/cuda/arrange.c. ql_arrange_rows takes k of 16 bits. */
 typedef struct ql_arrange_params {

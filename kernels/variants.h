@@ -202,6 +202,7 @@
     X(ql_pack_codes, pack)                                                                                             \
     X(ql_pack_entries, pack)                                                                                           \
     X(ql_pack_order, pack)                                                                                             \
+    X(ql_pack_places, pack)                                                                                            \
     X(ql_unpack_words, pack)                                                                                           \
     X(ql_unpack_entries, pack)
 

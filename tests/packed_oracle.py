@@ -77,6 +77,24 @@ def nibbles(values):
     return (values[::2] | values[1::2] << 4).astype(np.uint8)
 
 
+def order(g_idx):
+    """The columns by their groups. In a group, place p takes the next column of class p % 8, a column's being that of
+    its piece of 8; those that find no place of their class take the places that are left."""
+    found = []
+    for group in range(g_idx.max() + 1):
+        columns = np.flatnonzero(g_idx == group)
+        places = np.full(len(columns), -1)
+        others = np.zeros(len(columns), bool)
+        for which in range(8):
+            own = np.flatnonzero(columns // 8 % 8 == which)
+            room = len(places[which::8])
+            places[which::8][: len(own)] = columns[own[:room]]
+            others[own[room:]] = True
+        places[places < 0] = columns[others]
+        found.append(places)
+    return np.concatenate(found)
+
+
 def sections(spec, packed):
     """The bytes of each section, by name: what lies between them is nobody's."""
     spec = named(spec)

@@ -32,7 +32,8 @@ static bool lay_many(ql_cuda_grid *grid, const ql_arrange_params *p, const ql_cu
 
 /* A row a block, or several blocks; false where there are too many of them, or a row does not fit. */
 static bool lay_ordered(ql_cuda_grid *grid, const ql_arrange_params *p, const ql_cuda_properties *gpu) {
-    const int64_t parts = ql_ceil_div(p->out_stride / PIECE, QL_ARRANGE_THREADS), bytes = p->out_stride * 2;
+    const int64_t parts = ql_ceil_div(p->out_stride / PIECE, QL_ARRANGE_THREADS),
+                  bytes = QL_ARRANGED_ROW_BYTES(p->out_stride);
     if (p->m > MOST_PARTS / parts || bytes > gpu->shared_bytes) return false;
     /* Few blocks are quicker if a multiprocessor has room for one, or two, as each asks for more than half of its shared memory, or
      * near half. */
@@ -46,7 +47,7 @@ static bool lay_ordered(ql_cuda_grid *grid, const ql_arrange_params *p, const ql
 
 /* Some rows a block, of which two lie in shared memory if there is room; false where none does. */
 static bool lay_rows(ql_cuda_grid *grid, ql_arrange_params *p, const ql_cuda_properties *gpu) {
-    const int64_t row = p->out_stride * 2, room = gpu->shared_bytes;
+    const int64_t row = QL_ARRANGED_ROW_BYTES(p->out_stride), room = gpu->shared_bytes;
     const int64_t places = ql_ceil_div(p->out_stride / PIECE, QL_ARRANGE_THREADS) * QL_ARRANGE_THREADS * PIECE_BYTES;
     p->two_rows = places + 2 * row <= room;
     const int64_t bytes = places + (p->two_rows + 1) * row;

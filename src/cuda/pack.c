@@ -92,6 +92,8 @@ static int launch_pack(const ql_cuda_place *place, const ql_pack_params *p, char
     int64_t places = QL_GROUP_PLACES(p->n, p->groups);
     int result = 0;
     if (p->order) result = launch(&guard, place->stream, QL_KERNEL_ql_pack_order, p->k, p, message);
+    if (p->order && result == 0)
+        result = launch(&guard, place->stream, QL_KERNEL_ql_pack_places, 32 * p->groups, p, message);
     if (result == 0) result = launch(&guard, place->stream, QL_KERNEL_ql_pack_codes, 32 * warps, p, message);
     if (result == 0) result = launch(&guard, place->stream, QL_KERNEL_ql_pack_entries, places / 2, p, message);
     ql_cuda_leave(&guard);

@@ -396,15 +396,34 @@ static size_t scale_size(const ql_packed_spec *spec) {
     return spec->nested_blocksize ? 1 : ql_dtype_size(spec->scales_dtype);
 }
 
-/* order: the columns by their groups, those of a group as they come. */
-static void sort_columns(int32_t *order, int32_t *inverse, const int32_t *g_idx, int64_t k, int64_t groups) {
-    int64_t at = 0;
-    for (int64_t group = 0; group < groups; group++) {
+/* The columns of a group, which has places `first` to `end` - 1, by QL_ORDER_CLASS: first those that have places of their class,
+ * then the others. */
+static void place_columns(int32_t *order, int32_t *inverse, const int32_t *g_idx, int64_t k, int32_t group,
+                          int64_t first, int64_t end) {
+    for (int64_t at = first; at < end; at++) order[at] = -1;
+    int64_t bare = first;
+    for (int others = 0; others < 2; others++) {
+        int64_t next[QL_ORDER_CLASSES];
+        for (int i = 0; i < QL_ORDER_CLASSES; i++) next[i] = first + i;
         for (int64_t col = 0; col < k; col++) {
             if (g_idx[col] != group) continue;
+            int64_t at = next[QL_ORDER_CLASS(col)];
+            next[QL_ORDER_CLASS(col)] += QL_ORDER_CLASSES;
+            if ((at >= end) != (others == 1)) continue;
+            if (others == 1) {
+                while (order[bare] >= 0) bare++;
+                at = bare;
+            }
             order[at] = (int32_t)col;
-            inverse[col] = (int32_t)at++;
+            inverse[col] = (int32_t)at;
         }
+    }
+}
+
+static void sort_columns(int32_t *order, int32_t *inverse, const int32_t *g_idx, const ql_packed_spec *spec) {
+    for (int64_t group = 0; group < spec->groups; group++) {
+        const int64_t first = group * spec->group_size, end = first + spec->group_size;
+        place_columns(order, inverse, g_idx, spec->k, (int32_t)group, first, end < spec->k ? end : spec->k);
     }
 }
 
@@ -431,8 +450,7 @@ void ql_packed_pack(uint8_t *data, const ql_packed_spec *spec, const ql_packed_l
     const int32_t *order = NULL;
     if (spec->has_order) {
         int32_t *made = (int32_t *)(void *)(data + layout->offset[QL_SECTION_ORDER]);
-        sort_columns(made, (int32_t *)(void *)(data + layout->offset[QL_SECTION_INVERSE]), weight->gptq.g_idx, spec->k,
-                     spec->groups);
+        sort_columns(made, (int32_t *)(void *)(data + layout->offset[QL_SECTION_INVERSE]), weight->gptq.g_idx, spec);
         order = made;
     }
     uint8_t *zeros = data + layout->offset[QL_SECTION_ZEROS], *scales = data + layout->offset[QL_SECTION_SCALES];

@@ -23,6 +23,12 @@ static __device__ __forceinline__ float over_448(float a) {
     return __fmaf_rn(__fmaf_rn(-quotient, 448.0f, a), 1.0f / 448.0f, quotient);
 }
 
+/* e4m3_scale of a group's magnitude. */
+static __device__ __forceinline__ float group_scale(uint32_t most) {
+    const float scale = over_448(__uint_as_float(most));
+    return scale == 0.0f ? 1.0f : scale;
+}
+
 static __device__ __forceinline__ float token_scale(uint32_t most, float upper_bound, float least) {
     const float absmax = __uint_as_float(most);
     const float scale = over_448(absmax > upper_bound ? upper_bound : absmax);
@@ -101,6 +107,17 @@ static __device__ __forceinline__ uint2 int8_run(const float *run, const ql_enco
     for (int i = 0; i < QL_RUN; i++)
         code[i] = __float_as_uint(__fadd_rn(__fmul_rn(__fmul_rn(run[i], e->factor), e->scale), 0x1.8p23f));
     return make_uint2(low_bytes(code) & ~bytes_of_bits(zeros), low_bytes(code + 4) & ~bytes_of_bits(zeros >> 4));
+}
+
+/* The next piece of a value, which becomes what is left; of infinities and NaN nothing is. */
+static __device__ __forceinline__ uint32_t next_pieces(float value[2], int type) {
+    const uint32_t pair = round16_pair(value[0], value[1], type);
+#pragma unroll
+    for (int i = 0; type == QL_VALUE_BF16 && i < 2; i++) {
+        const float taken = __uint_as_float(pair >> 16 * i << 16);
+        value[i] = fabsf(taken) < __uint_as_float(INFINITY_BITS) ? __fsub_rn(value[i], taken) : 0.0f;
+    }
+    return pair;
 }
 
 /* The larger magnitudes of eight 16-bit values' even and of their odd ones, as bits. */

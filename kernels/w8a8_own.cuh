@@ -11,14 +11,15 @@ typedef struct ql_own_values {
 } ql_own_values;
 
 static __device__ __forceinline__ void hold_values(ql_own_values *held, const ql_w8a8_decode_params *p) {
-    const ql_w8a8_quantize_params *q = &p->quantize;
+    const char *x = (const char *)p->quantize.x;
+    const int m = (int)p->product.m, pieces = (int)p->product.k / QL_RUN;
 #pragma unroll
     for (int i = 0; i < QL_W8A8_OWN_HELD; i++) {
         const ql_held_place at = held_place(p, i);
-        if (at.token >= (int)q->m) break; /* so has the whole warp */
+        if (at.token >= m) break; /* so has the whole warp */
         held->bytes[i] = make_uint4(0, 0, 0, 0);
-        if (at.piece * QL_RUN < q->k)
-            held->bytes[i] = *(const uint4 *)((const uint16_t *)q->x + at.token * q->x_stride + at.piece * QL_RUN);
+        if (at.piece < pieces)
+            held->bytes[i] = *(const uint4 *)(x + (int64_t)at.token * p->x_row_bytes + at.piece * (QL_RUN * 2));
     }
 }
 
@@ -53,6 +54,7 @@ static __device__ __forceinline__ void store_own_int8(const ql_w8a8_decode_param
 static __device__ __forceinline__ void quantize_own_groups(const ql_own_values *held, const ql_w8a8_decode_params *p,
                                                            int tokens) {
     const int m = (int)p->product.m;
+#pragma unroll 1
     for (int i = (int)threadIdx.x; i < p->span / COLUMNS * tokens; i += (int)blockDim.x)
         if (i % tokens >= m) scales_of(p)[i] = 0.0f;
 #pragma unroll
@@ -61,7 +63,7 @@ static __device__ __forceinline__ void quantize_own_groups(const ql_own_values *
         if (at.token >= m) break;
         const uint32_t most =
             lanes_max(widened(larger_of(pair_magnitude(held->bytes[i])), p->quantize.x_type), COLUMNS / QL_RUN);
-        const float scale = e4m3_scale(__uint_as_float(most));
+        const float scale = group_scale(most);
         const ql_encoder e = e4m3_encoder(scale, most, false);
         if (at.piece >= p->span / QL_RUN) continue;
         store_own_e4m3(p, at, own_e4m3(held->bytes[i], p->quantize.x_type, &e));
@@ -76,6 +78,7 @@ static __device__ __forceinline__ uint32_t *magnitudes_of(const ql_w8a8_decode_p
 
 static __device__ __forceinline__ void clear_own_mask(const ql_w8a8_decode_params *p) {
     uint32_t *mask = (uint32_t *)(shared + p->mask_at);
+#pragma unroll 1
     for (int i = (int)threadIdx.x; i < p->span / 32; i += (int)blockDim.x) mask[i] = 0;
 }
 
@@ -109,24 +112,28 @@ static __device__ __forceinline__ ql_encoder *encoders_of(const ql_w8a8_decode_p
     return (ql_encoder *)(shared + p->encoders_at);
 }
 
-/* The encoder of each row and its scale: by one warp, whose lanes share the rows, as it would be no sooner by all. */
+/* The encoder of each row and its scale, by a warp each. */
 static __device__ __forceinline__ void make_encoders(const ql_w8a8_decode_params *p, int code) {
     const ql_w8a8_quantize_params *q = &p->quantize;
-    const int lane = (int)threadIdx.x, m = (int)q->m;
+    const int lane = (int)threadIdx.x % 32, m = (int)q->m;
     const bool tensor = q->mode == QL_W8A8_TENSOR;
-    const int shift = m > 4 ? 2 : m > 2 ? 3 : m > 1 ? 4 : 5, lanes = 1 << shift, token = lane >> shift;
-    const int each = p->row_pieces / 32, first = tensor ? 0 : token * each, count = tensor ? m * each : each;
-    uint32_t most = 0;
-    for (int i = lane & (lanes - 1); i < count && token < m; i += lanes) most = max(most, magnitudes_of(p)[first + i]);
-    most = lanes_max(most, lanes);
-    const float scale = code == QL_W8A8_INT8        ? __uint_as_float(most)
-                        : q->mode == QL_W8A8_STATIC ? q->input_scale
-                        : tensor                    ? e4m3_scale(__uint_as_float(most))
-                                                    : token_scale(most, q->upper_bound, q->least_scale);
-    if ((lane & (lanes - 1)) != 0 || token >= m) return;
-    scales_of(p)[token] = scale;
-    encoders_of(p)[token] =
-        code == QL_W8A8_INT8 ? int8_encoder(most) : e4m3_encoder(scale, most, q->mode != QL_W8A8_TOKEN);
+    const int each = p->row_pieces / 32, count = tensor ? m * each : each;
+    for (int token = (int)threadIdx.x / 32; token < m; token += (int)blockDim.x / 32) {
+        const uint32_t *magnitudes = magnitudes_of(p) + (tensor ? 0 : token * each);
+        uint32_t most = 0;
+#pragma unroll 1
+        for (int i = lane; i < count; i += 32) most = max(most, magnitudes[i]);
+        most = __reduce_max_sync(ALL_LANES, most);
+        const float scale = code == QL_W8A8_INT8        ? __uint_as_float(most)
+                            : q->mode == QL_W8A8_STATIC ? q->input_scale
+                            : tensor                    ? e4m3_scale(__uint_as_float(most))
+                                                        : token_scale(most, q->upper_bound, q->least_scale);
+        const ql_encoder e =
+            code == QL_W8A8_INT8 ? int8_encoder(most) : e4m3_encoder(scale, most, q->mode != QL_W8A8_TOKEN);
+        if (lane != 0) continue;
+        scales_of(p)[token] = scale;
+        encoders_of(p)[token] = e;
+    }
 }
 
 /* What outliers of a piece were, if the chunk is one of those kept. */
@@ -148,7 +155,7 @@ static __device__ __forceinline__ bool quantize_own_rows(const ql_own_values *he
         __syncthreads();
     }
     const bool found = __syncthreads_or(leave_magnitudes(held, p, code));
-    if (threadIdx.x < 32) make_encoders(p, code);
+    make_encoders(p, code);
     if (code == QL_W8A8_INT8 && found && threadIdx.x + 32 >= blockDim.x) place_chunks(p);
     __syncthreads();
 #pragma unroll

@@ -5,7 +5,7 @@
 #include "variants.h"
 #include "w8a8_activation.cuh"
 
-enum { WARP = 32, HELD = QL_W8A8_ROW_RUNS };
+enum { WARP = 32, HELD = QL_W8A8_ROW_RUNS, FEW_ROWS = 64 };
 
 /* What a thread holds of its row: runs that are blockDim.x apart, zeros from k on. */
 typedef struct row {
@@ -74,7 +74,7 @@ static __device__ __forceinline__ void quantize_groups(const ql_w8a8_quantize_pa
     for (int i = 0; i < HELD; i++) {
         if (i * (int)blockDim.x * QL_RUN >= (int)p->pitch) break;
         const uint32_t most = widened(lanes_max(larger_of(pair_magnitude(r->run[i])), LANES), type);
-        const float scale = e4m3_scale(__uint_as_float(most));
+        const float scale = group_scale(most);
         const ql_encoder e = e4m3_encoder(scale, most, false);
         store_run(p, index, i, encode_e4m3(r->run[i], type, &e));
         if (threadIdx.x % LANES == 0 && column_of(i) < (int)p->pitch)
@@ -94,11 +94,11 @@ static __device__ __forceinline__ void clear_mask(const ql_w8a8_quantize_params 
     if (threadIdx.x == 0) store_release(mark_of_mask(p), p->nonce);
 }
 
-/* Sets the bits of eight columns; most find them set by another row. */
+/* Sets the bits of eight columns; of many rows most find them set by another. */
 static __device__ __forceinline__ void mark_columns(const ql_w8a8_quantize_params *p, int col, uint32_t marked) {
     uint32_t *word = p->outliers + col / 32;
     marked <<= col % 32;
-    if (marked & ~*(volatile uint32_t *)word) atomicOr(word, marked);
+    if (p->m <= FEW_ROWS || marked & ~*(volatile uint32_t *)word) atomicOr(word, marked);
 }
 
 /* Bit i: value i of the run is an outlier. *most: of the run's others. */

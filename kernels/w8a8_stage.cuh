@@ -133,17 +133,6 @@ static __device__ __forceinline__ int place_outliers(const ql_w8a8_decode_params
 /* Pieces of 16 bit that a value is the sum of. */
 static __device__ __forceinline__ int pieces_of(int x_type) { return x_type == QL_VALUE_F32 ? 3 : 1; }
 
-/* The next piece of a value, which becomes what is left; of infinities and NaN nothing is. */
-static __device__ __forceinline__ uint32_t next_pieces(float value[2], int type) {
-    const uint32_t pair = round16_pair(value[0], value[1], type);
-#pragma unroll
-    for (int i = 0; type == QL_VALUE_BF16 && i < 2; i++) {
-        const float taken = __uint_as_float(pair >> 16 * i << 16);
-        value[i] = fabsf(taken) < __uint_as_float(INFINITY_BITS) ? __fsub_rn(value[i], taken) : 0.0f;
-    }
-    return pair;
-}
-
 /* 0 where it is not marked. */
 static __device__ __forceinline__ float outlier_at(const ql_w8a8_params *p, int token, int64_t col, bool marked) {
     return marked ? load_value(p->x, p->x_type, token * p->x_stride + col) : 0.0f;

@@ -187,7 +187,8 @@ static int32_t take(int64_t *at, int64_t bytes) {
  * time, with scales of the kind that the product wants. */
 static bool may_hold(const ql_cuda_w8a8 *product) {
     const ql_w8a8_params *w = &product->params;
-    const bool vector = (uintptr_t)w->x % 16 == 0 && (w->x_stride % 8 == 0 || w->m == 1);
+    const bool vector = (uintptr_t)w->x % 16 == 0 &&
+                        ((w->x_stride % 8 == 0 && w->x_stride >= 0 && w->x_stride <= INT32_MAX / 2) || w->m == 1);
     return w->x_type != QL_VALUE_F32 && vector && w->m <= QL_W8A8_OWN_TOKENS &&
            by_groups(product) == (product->mode == QL_W8A8_GROUPS);
 }
@@ -313,6 +314,7 @@ static int launch_decode(const ql_cuda_guard *guard, void *stream, const ql_cuda
     /* Where each block quantizes x, the mask is in its shared memory; only whether there is one is asked for here. */
     if (plan->own) {
         p.quantize = quantizer_of(product);
+        p.x_row_bytes = product->params.m > 1 ? (int32_t)(product->params.x_stride * 2) : 0;
         p.product.outliers = has_mask(product) ? (const uint32_t *)(const void *)filled->codes : NULL;
     }
     const ql_cuda_grid grid = {.x = (int64_t)p.blocks * p.cluster,

@@ -4,6 +4,7 @@
  * A block makes 64 outputs of 4 * tokens tokens. It walks the inner dimension 32 at a time: the weight is decoded into
  * shared memory once, the activations beside it, and each thread sums `tokens` tokens of one output in registers, in the
  * order of the inner dimension, so that the same call gives the same bits. */
+#include "int8_output.cuh"
 #include "params.h"
 #include "ptx.cuh"
 #include "variants.h"
@@ -123,7 +124,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) ql_linear_int8(const __gri
     for (int t = 0; t < TOKENS; t++) {
         int64_t m = token + lane * TOKENS + t;
         if (m >= p->m) continue;
-        float value = (float)sum[t] * (1.0f / 127.0f) * scale * p->row_absmax[m] + outlier_sum[t] * scale;
-        store_value(p->out, p->out_type, m * p->n + first + o, value + bias);
+        float value = int8_by_token((float)sum[t], p->row_absmax[m]) + outlier_sum[t];
+        store_value(p->out, p->out_type, m * p->n + first + o, int8_by_row(value, scale, bias));
     }
 }

@@ -161,10 +161,6 @@ static __device__ __forceinline__ void store_shared_2(uint32_t address, uint32_t
     asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"((uint16_t)v) : "memory");
 }
 
-static __device__ __forceinline__ void store_shared_1(uint32_t address, uint32_t v) {
-    asm volatile("st.shared.u8 [%0], %1;" ::"r"(address), "r"(v) : "memory");
-}
-
 static __device__ __forceinline__ void store_shared_4(uint32_t address, uint32_t v) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
 }

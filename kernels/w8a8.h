@@ -7,15 +7,13 @@
  *                           * x_scales[m * x_token_stride + g * x_group_stride]
  *                           * w_scales[row / w_rows * w_row_stride + g * w_group_stride]
  *                       + bias[row]
- *   int8: out[m][row] = (float)(sum over col of x_codes[m][col] * codes[row][col])
- *                           * (1 / 127) * (w_scales[row] * (1 / 127)) * x_scales[m]
- *                       + outlier[m][row] + bias[row]
+ *   int8: out[m][row] = ((float)(sum over col of x_codes[m][col] * codes[row][col]) * (1 / 127) * x_scales[m]
+ *                        + outlier[m][row]) * (w_scales[row] * (1 / 127)) + bias[row], factors in this order
  *
  * Sums are fp32 and int32; scales of int8 are the rows' absmax. The columns that `outliers` marks count in all rows by the
  * original activations, and no longer by their codes, which need not be zero there:
  *
- *   outlier[m][row] = (w_scales[row] * (1 / 127)) * sum over marked col of
- *                         (x[m][col] - x_codes[m][col] * (x_scales[m] * (1 / 127))) * codes[row][col]
+ *   outlier[m][row] = sum over marked col of (x[m][col] - x_codes[m][col] * (x_scales[m] * (1 / 127))) * codes[row][col]
  *
  * Overlap: a product may read codes, w_scales and bias before griddepcontrol.wait, everything else after it. Whoever
  * writes weights in the same stream just before must launch without overlap. */

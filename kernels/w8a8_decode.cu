@@ -12,6 +12,7 @@
  *
  * Grid: blocks * cluster, blockDim.x = 32 * teams * warps. */
 #include "cluster.cuh"
+#include "int8_output.cuh"
 #include "ptx.cuh"
 #include "variants.h"
 #include "w8a8_own.cuh"
@@ -75,6 +76,7 @@ static __device__ __forceinline__ int output_row(const ql_w8a8_decode_params *p,
 static __device__ __forceinline__ void load_row_scales(const ql_w8a8_decode_params *p, int team) {
     const ql_w8a8_params *w = &p->product;
     const int thread = (int)threadIdx.x - team * p->warps * 32;
+#pragma unroll 1
     for (int at = (thread / STRIP * p->teams + team) * STRIP + thread % STRIP; at < p->outputs;
          at += p->teams * p->warps * 32) {
         const int row = min(output_row(p, at), (int)w->n - 1), place = w->w_rows == 1 ? row : row / (int)w->w_rows;
@@ -108,6 +110,7 @@ static __device__ __forceinline__ void store_biases(const ql_held_biases *held, 
         const int at = i * (int)blockDim.x + (int)threadIdx.x;
         if (at < p->outputs) to[at] = held->bias[i];
     }
+#pragma unroll 1
     for (int at = HELD_BIASES * (int)blockDim.x + (int)threadIdx.x; at < p->outputs; at += (int)blockDim.x)
         to[at] = bias_at(&p->product, output_row(p, at));
 }
@@ -264,20 +267,22 @@ static __device__ __forceinline__ int exchange_at(const ql_w8a8_decode_params *p
     return p->exchange_at + ((round / p->cluster * p->teams + team) * p->cluster + from) * (int)p->product.m * 64;
 }
 
-static __device__ __forceinline__ void store_output(const ql_w8a8_params *p, int token, int64_t row, float value,
-                                                    float bias) {
-    if (row < p->n) store_value(p->out, p->out_type, token * p->n + row, value + bias);
+static __device__ __forceinline__ void store_output(const ql_w8a8_params *p, int code, int token, int64_t row,
+                                                    float value, float row_scale, float bias) {
+    value = code == QL_W8A8_INT8 ? int8_by_row(value, row_scale * (1.0f / 127.0f), bias) : value + bias;
+    if (row < p->n) store_value(p->out, p->out_type, token * p->n + row, value);
 }
 
-/* The warp's sums of int8 become fp32 in the units of outliers, with these on top. */
+/* The warp's sums of int8 become fp32 in the units of outliers, with these on top: one sum of a warp to add in place of two.
+ * So where there are outliers the last bits of fp32 are not those of a sum of all codes. */
 static __device__ __forceinline__ void add_outliers(ql_w8a8_sums *s, const ql_w8a8_decode_params *p, int tiles) {
     const int token = (int)threadIdx.x % 4 * 2;
 #pragma unroll
     for (int tile = 0; tile < tiles; tile++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const float scale = scales_of(p)[tile * 8 + token + i % 2] * (1.0f / 127.0f);
-            s->whole[tile][i] = __float_as_int(__fmaf_rn((float)s->whole[tile][i], scale, s->outliers[tile][i]));
+            const float by_token = int8_by_token((float)s->whole[tile][i], scales_of(p)[tile * 8 + token + i % 2]);
+            s->whole[tile][i] = __float_as_int(by_token + s->outliers[tile][i]);
         }
 }
 
@@ -288,18 +293,17 @@ static __device__ __forceinline__ float sum_of_warps(const uint32_t *from, int w
     return sum;
 }
 
-/* The sum of a token and row over the team's warps, scaled. */
+/* The sum of a token and row over the team's warps, scaled; of int8 without the row's scale. */
 static __device__ __forceinline__ float output_of(const ql_w8a8_decode_params *p, int code, bool groups, int at,
                                                   int token, float row_scale, bool has_outliers) {
     const uint32_t *from = (const uint32_t *)(shared + p->sums_at) + at + token * QL_W8A8_SUMS_PITCH;
     const int step = (int)p->product.m * QL_W8A8_SUMS_PITCH;
     if (code == QL_W8A8_INT8) {
-        const float scale = row_scale * (1.0f / 127.0f);
-        if (has_outliers) return sum_of_warps(from, p->warps, step) * scale;
+        if (has_outliers) return sum_of_warps(from, p->warps, step);
         int64_t whole = 0;
 #pragma unroll 8
         for (int warp = 0; warp < p->warps; warp++) whole += (int32_t)from[warp * step];
-        return (float)whole * (1.0f / 127.0f) * scale * scales_of(p)[token];
+        return int8_by_token((float)whole, scales_of(p)[token]);
     }
     const float sum = sum_of_warps(from, p->warps, step);
     return groups ? sum : sum * scales_of(p)[token] * row_scale;
@@ -383,7 +387,7 @@ static __device__ __forceinline__ void multiply_slot(ql_w8a8_sums *s, const ql_w
 }
 
 /* Adds the sums of a cluster's blocks, in order, for the rounds that this block owns. */
-static __device__ __forceinline__ void finish_cluster(const ql_w8a8_decode_params *p, int team, int rank) {
+static __device__ __forceinline__ void finish_cluster(const ql_w8a8_decode_params *p, int code, int team, int rank) {
     const int hop = p->blocks * p->teams, m = (int)p->product.m;
     int strip = ((int)blockIdx.x >> p->cluster_shift) + team * p->blocks + rank * hop;
     meet_cluster();
@@ -393,7 +397,9 @@ static __device__ __forceinline__ void finish_cluster(const ql_w8a8_decode_param
             float value = 0.0f;
             for (int from = 0; from < p->cluster; from++)
                 value += *(const float *)(shared + exchange_at(p, round, team, from) + i * 4);
-            store_output(&p->product, i / 16, row, value, bias_at(&p->product, row));
+            const float *outputs = outputs_of(p) + (round * p->teams + team) * STRIP + i % 16;
+            store_output(&p->product, code, i / 16, row, value, outputs[0],
+                         p->product.bias ? outputs[p->outputs] : 0.0f);
         }
 }
 
@@ -507,7 +513,7 @@ static __device__ __forceinline__ void product(const ql_w8a8_decode_params *p, i
         for (int token = output / 16; token < m; token += p->warps * 2) {
             const float value = output_of(p, code, groups, at + output % 16, token, row_scale, has_outliers);
             if (own || p->cluster == 1) {
-                store_output(product, token, row, value, bias);
+                store_output(product, code, token, row, value, row_scale, bias);
                 continue;
             }
             const int to = exchange_at(p, round, team, rank) + (token * 16 + output % 16) * 4;
@@ -516,7 +522,7 @@ static __device__ __forceinline__ void product(const ql_w8a8_decode_params *p, i
     }
 #undef LOAD_AHEAD
 #undef LOAD_SLOTS
-    if (!own && p->cluster > 1) finish_cluster(p, team, rank);
+    if (!own && p->cluster > 1) finish_cluster(p, code, team, rank);
 }
 
 #define KERNEL(name, source, code, groups, tokens)                                                                     \

@@ -176,19 +176,21 @@ static __device__ __forceinline__ void scale_stages(const ql_w8a8_wgmma_params *
     }
 }
 
-/* What the end of a segment takes: its tokens' scales, and outliers, whose mask's mark is set to 0 for the quantizer. Two
- * warps. */
+/* What the end of a tile takes: its tokens' scales, and outliers, whose mask's mark is set to 0 for the quantizer. Members of
+ * a cluster end a warpgroup's rows each. */
 static __device__ __forceinline__ void help_segments(const ql_w8a8_wgmma_params *q, const layout *l, shape k) {
     const ql_w8a8_params *p = &q->product;
-    const int thread = (int)threadIdx.x % (HELPERS * WARP);
+    const int thread = (int)threadIdx.x % (HELPERS * WARP), rank = k.meets ? (int)blockIdx.x % q->members : 0;
     const bool outliers = k.code == QL_W8A8_INT8 && p->outliers;
-    ring r = {0, 1}, slots = {0, 1};
+    ring r = {0, 1};
+    uint32_t slots = ~0u;
     segment s;
     wait_for_previous_kernel();
+    if (outliers && thread < WARP) list_columns(p, l);
     if (outliers && blockIdx.x == 0 && thread == 0) *(uint64_t *)(p->outliers + p->x_pitch / 32) = 0;
 #pragma unroll 1
     for (int index = 0; segment_at(&s, index, q, k); index++) {
-        if (s.first > 0 && !outliers && !k.meets) continue;
+        if (k.meets ? rank >= 2 : s.first > 0) continue;
         int row, token;
         place_tile(q, s.tile, &row, &token, k);
         barrier_wait(l->scales_empty + 8 * r.slot, r.parity);
@@ -199,7 +201,7 @@ static __device__ __forceinline__ void help_segments(const ql_w8a8_wgmma_params 
         __syncwarp();
         if (thread % WARP == 0) barrier_arrive(l->scales_full + 8 * r.slot);
         advance(&r, 2);
-        if (outliers) fill_slots(p, l, &slots, row, token, &s, k);
+        if (outliers) fill_slots(p, l, &slots, row, token, rank, &s, k);
     }
 }
 

@@ -8,7 +8,7 @@
 #include "w8a8_wgmma.h"
 #include "warpgroup.cuh"
 
-enum { WARP = 32, FEEDERS = 128, K = QL_W8A8_K, SCALERS = 3, HELPERS = 2, SLOTS = QL_W8A8_OUTLIER_SLOTS };
+enum { WARP = 32, FEEDERS = 128, K = QL_W8A8_K, SCALERS = 3, HELPERS = 3, SLOTS = QL_W8A8_OUTLIER_SLOTS };
 
 typedef struct shape {
     int code, grouped, rows, tokens, pair, meets, turned;
@@ -91,10 +91,10 @@ static __device__ __forceinline__ void place_tile(const ql_w8a8_wgmma_params *q,
 /* ---- shared memory: addresses; barriers are 8 bytes each ---- */
 
 typedef struct layout {
-    uint32_t full, ready, empty;        /* of stages; ready: full, and outlier columns of x are cleared */
+    uint32_t full, empty;               /* of stages */
     uint32_t scales_full, scales_empty; /* of a tile's scales, two */
     uint32_t slot_full, slot_empty;     /* of outlier slots, two */
-    uint32_t last;                      /* of outlier slots, a word each: bit 0: the last of its pass; bit 1: empty */
+    uint32_t list_full, list;           /* the columns of the first outlier slots, and how many there are, words */
     uint32_t met;                       /* the sums of a cluster's other members are there */
     uint32_t outputs, tile_scales, more, stages;
 } layout;
@@ -107,8 +107,8 @@ static __device__ __forceinline__ layout layout_of(uint32_t base, shape k) {
     l.scales_empty = base + 272;
     l.slot_full = base + 288;
     l.slot_empty = base + 304;
-    l.last = base + 320;
-    l.ready = base + 384;
+    l.list_full = base + 336;
+    l.list = base + 384;
     l.met = base + 512;
     l.outputs = base + QL_W8A8_BARRIER_BYTES;
     l.tile_scales = l.outputs + QL_W8A8_OUTPUT_BYTES(k.grouped, k.tokens);
@@ -123,15 +123,15 @@ static __device__ __forceinline__ void init_barriers(const ql_w8a8_wgmma_params 
     for (int i = 0; i < q->stages; i++) {
         barrier_init(l->full + 8 * i, k.grouped ? 2 : 1);
         barrier_init(l->empty + 8 * i, QL_W8A8_WARPS * (k.pair + 1));
-        if (k.code == QL_W8A8_INT8) barrier_init(l->ready + 8 * i, 1);
     }
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         barrier_init(l->scales_full + 8 * i, HELPERS);
         barrier_init(l->scales_empty + 8 * i, QL_W8A8_WARPS);
-        if (k.code == QL_W8A8_INT8) barrier_init(l->slot_full + 8 * i, HELPERS + 1);
-        if (k.code == QL_W8A8_INT8) barrier_init(l->slot_empty + 8 * i, QL_W8A8_WARPS);
+        if (k.code == QL_W8A8_INT8) barrier_init(l->slot_full + 8 * i, HELPERS);
+        if (k.code == QL_W8A8_INT8) barrier_init(l->slot_empty + 8 * i, QL_W8A8_WARPS / (k.meets ? 2 : 1));
     }
+    if (k.code == QL_W8A8_INT8) barrier_init(l->list_full, 1);
     if (k.meets) barrier_init(l->met, (q->members - 1) * QL_W8A8_WARPS / 2);
     barrier_init_done();
 }

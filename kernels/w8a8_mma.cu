@@ -6,6 +6,7 @@
  * their codes gave.
  *
  * Grid: ceil(n / QL_W8A8_MMA_ROWS) by ceil(m / QL_W8A8_MMA_TOKENS). */
+#include "int8_output.cuh"
 #include "variants.h"
 #include "w8a8_activation.cuh"
 #include "w8a8_mma.h"
@@ -199,10 +200,10 @@ static __device__ __forceinline__ void store_outputs(const ql_w8a8_params *p, co
             float value = out->value[i / 2][j / 2][e];
             const float by_token = groups ? 1.0f : p->x_scales[t * p->x_token_stride];
             if (code == QL_W8A8_INT8)
-                value = (float)whole[i / 2][j / 2][e] * (1.0f / 127.0f) * by_row * by_token + value * by_row;
+                value = int8_by_row(int8_by_token((float)whole[i / 2][j / 2][e], by_token) + value, by_row, bias);
             else
-                value = value * by_token * by_row;
-            store_value(p->out, p->out_type, t * p->n + r, value + bias);
+                value = value * by_token * by_row + bias;
+            store_value(p->out, p->out_type, t * p->n + r, value);
         }
     }
 }

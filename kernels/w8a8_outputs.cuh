@@ -2,6 +2,7 @@
 #ifndef QL_KERNELS_W8A8_OUTPUTS_CUH
 #define QL_KERNELS_W8A8_OUTPUTS_CUH
 
+#include "int8_output.cuh"
 #include "w8a8_frame.cuh"
 
 enum {
@@ -15,12 +16,12 @@ enum {
 typedef struct reader {
     const ql_w8a8_wgmma_params *q;
     const layout *l;
-    ring stage, scales, slots;
-    uint32_t ready;       /* barriers of stages that may be multiplied */
+    ring stage, scales;
+    uint32_t slots;       /* parities of outlier slots */
     uint32_t rows, width; /* descriptors in the first stage: the warpgroup's rows, and what they are multiplied with */
     uint32_t pair;        /* turned: scales of the lane's tokens in the first stage */
-    bool outliers;
-    int turn; /* which of the two buffers of outputs is next: its place */
+    int turn;             /* which of the two buffers of outputs is next: its place */
+    int column;           /* the lane's of the listed outlier columns */
 } reader;
 
 static __device__ __forceinline__ int lane_of(void) { return (int)threadIdx.x % WARP; }
@@ -36,8 +37,8 @@ static __device__ __forceinline__ float load_row_scale(const ql_w8a8_params *p, 
     const int64_t index = p->w_rows == 1 ? row : p->w_rows == QL_W8A8_GROUP ? row / QL_W8A8_GROUP : 0;
     /* Those of blocks come with the stages. */
     if (row >= p->n || (k.grouped && p->w_rows == QL_W8A8_GROUP)) return 1.0f;
-    return k.code == QL_W8A8_INT8 ? p->w_scales[index * p->w_row_stride] * (1.0f / 127.0f)
-                                  : p->w_scales[index * p->w_row_stride];
+    const float scale = p->w_scales[index * p->w_row_stride];
+    return k.code == QL_W8A8_INT8 ? scale * (1.0f / 127.0f) : scale;
 }
 
 static __device__ __forceinline__ float load_row_bias(const ql_w8a8_params *p, int64_t row) {
@@ -76,8 +77,8 @@ static __device__ __forceinline__ void leave_scales(reader *d) {
     advance(&d->scales, 2);
 }
 
-/* Sums become fp32, times the tokens' scales; those of int8 times `first` before, by the lane's rows, as in w8a8.h. */
-static __device__ __forceinline__ void scale_by_tokens(uint32_t *sums, reader *d, const float first[2], shape k) {
+/* Sums become fp32, times the tokens' scales, in the order of w8a8.h. */
+static __device__ __forceinline__ void scale_by_tokens(uint32_t *sums, reader *d, shape k) {
     await_scales(d);
 #pragma unroll
     for (int j = 0; j < k.tokens / 16; j++) {
@@ -85,17 +86,19 @@ static __device__ __forceinline__ void scale_by_tokens(uint32_t *sums, reader *d
 #pragma unroll
         for (int c = 0; c < 8; c++) {
             uint32_t *sum = sums + 8 * j + c;
-            const float value = k.code == QL_W8A8_INT8 ? (float)(int32_t)*sum * (1.0f / 127.0f) * first[c / 2 % 2]
-                                                       : __uint_as_float(*sum);
-            *sum = __float_as_uint(value * tokens.scale[c / 4 * 2 + c % 2]);
+            const float scale = tokens.scale[c / 4 * 2 + c % 2];
+            *sum = __float_as_uint(k.code == QL_W8A8_INT8 ? int8_by_token((float)(int32_t)*sum, scale)
+                                                          : __uint_as_float(*sum) * scale);
         }
     }
     leave_scales(d);
 }
 
-/* A sum of row g + 8 * h, times the tokens' scales, as an output. */
-static __device__ __forceinline__ float finished(uint32_t sum, const row_terms *rows, int h) {
-    return __fmaf_rn(__uint_as_float(sum), rows->scale[h], rows->bias[h]);
+/* A sum of row g + 8 * h, times its token's scale, as an output. */
+static __device__ __forceinline__ float finished(uint32_t sum, const row_terms *rows, int h, shape k) {
+    const float value = __uint_as_float(sum);
+    return k.code == QL_W8A8_INT8 ? int8_by_row(value, rows->scale[h], rows->bias[h])
+                                  : __fmaf_rn(value, rows->scale[h], rows->bias[h]);
 }
 
 /* 64 rows as they are in registers: 32 bytes along a row of out. */
@@ -104,21 +107,21 @@ static __device__ __forceinline__ void store_wide(const uint32_t *sums, const ql
 #pragma unroll
     for (int c = 0; c < k.tokens / 2; c++) {
         const int64_t m = token + c / 4 * 8 + lane_of() % 4 * 2 + c % 2, at = row + c / 2 % 2 * 8;
-        if (m < p->m && at < p->n) ((float *)p->out)[m * p->n + at] = finished(sums[c], rows, c / 2 % 2);
+        if (m < p->m && at < p->n) ((float *)p->out)[m * p->n + at] = finished(sums[c], rows, c / 2 % 2, k);
     }
 }
 
 /* A warp's 16 rows, OUTPUT_TOKENS tokens, as a quarter of each of the buffer's lines of 128 bytes; their pieces of 16 bytes
  * are swizzled by the token. */
-static __device__ __forceinline__ void turn_over(const uint32_t *sums, uint32_t buffer, const row_terms *rows,
-                                                 int type) {
+static __device__ __forceinline__ void turn_over(const uint32_t *sums, uint32_t buffer, const row_terms *rows, int type,
+                                                 shape k) {
     const int lane = lane_of(), warp = (int)threadIdx.x / WARP % 4;
     const int token = lane / 16 * 8 + lane % 8, piece = (2 * warp + lane / 8 % 2) ^ lane % 8;
     uint32_t m[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const uint32_t *s = sums + 4 * (i / 2) + 2 * (i % 2);
-        m[i] = round16_pair(finished(s[0], rows, i % 2), finished(s[1], rows, i % 2), type);
+        m[i] = round16_pair(finished(s[0], rows, i % 2, k), finished(s[1], rows, i % 2, k), type);
     }
     store_matrices_transposed(buffer + token * 128 + piece * 16, m);
 }
@@ -156,7 +159,7 @@ static __device__ __forceinline__ void store_narrow(const uint32_t *sums, reader
             v = load_shared_16(from + d->turn);
             d->turn ^= OUTPUT_BYTES;
         }
-        if (more) turn_over(sums + first / 2, buffers + d->turn, rows, p->out_type);
+        if (more) turn_over(sums + first / 2, buffers + d->turn, rows, p->out_type, k);
         if (first > 0) {
             if (before < own_tokens && whole) store_global_16(to, v);
             if (before < own_tokens && !whole) store_ragged(to, v, columns);
@@ -235,7 +238,7 @@ static __device__ __forceinline__ void finish_turned(uint32_t *sums, const reade
     const ql_w8a8_params *p = &d->q->product;
     const int wg = (int)threadIdx.x / 128, warp = (int)threadIdx.x / WARP % 4;
     const int first = token + wg * 64 + warp * 16;
-    if (__all_sync(ALL_LANES, first >= p->m)) return; /* by all lanes at once, as the compiler sees then */
+    if (first >= p->m) return;
     finish_columns(sums, p, row, k);
     if (p->out_type == QL_VALUE_F32)
         store_wide_turned(sums, p, row, first, k);
@@ -243,14 +246,10 @@ static __device__ __forceinline__ void finish_turned(uint32_t *sums, const reade
         store_narrow_turned(sums, p, d->l->outputs + (wg * 4 + warp) * QL_W8A8_TURNED_BYTES, row, first, k);
 }
 
-static __device__ __forceinline__ void finish_tile(uint32_t *sums, reader *d, row_terms *rows, int row, int token,
-                                                   shape k) {
+static __device__ __forceinline__ void finish_tile(const uint32_t *sums, reader *d, const row_terms *rows, int row,
+                                                   int token, shape k) {
     const ql_w8a8_params *p = &d->q->product;
     const int warp = (int)threadIdx.x / WARP, first = row + warp * 16;
-    if (!k.grouped && !d->outliers) {
-        scale_by_tokens(sums, d, rows->scale, k);
-        if (k.code == QL_W8A8_INT8) rows->scale[0] = rows->scale[1] = 1.0f;
-    }
     if (p->out_type == QL_VALUE_F32)
         store_wide(sums, p, rows, first + lane_of() / 4, token, k);
     else

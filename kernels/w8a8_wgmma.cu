@@ -36,12 +36,14 @@ static __device__ __forceinline__ void multiply_stage(uint32_t *sums, const read
     warpgroup_commit();
 }
 
-static __device__ __forceinline__ void sum_plain(uint32_t *sums, reader *d, int blocks, shape k) {
+/* column: the lane's of those that this warpgroup wants of the stages. */
+static __device__ __forceinline__ void sum_plain(uint32_t *sums, reader *d, const segment *s, int column, shape k) {
     int before = -1; /* the stage whose products may still run */
 #pragma unroll 1
-    for (; blocks > 0; blocks--) {
-        barrier_wait(d->ready + 8 * d->stage.slot, d->stage.parity);
+    for (int block = s->first; block < s->end; block++) {
+        barrier_wait(d->l->full + 8 * d->stage.slot, d->stage.parity);
         multiply_stage(sums, d, 1, 0, WIDTH(k), k);
+        if (k.code == QL_W8A8_INT8) take_columns(d->l, stage_at(d->l, d->stage.slot, k), block, column, k);
         WARPGROUP_WAIT(1);
         if (before >= 0) release_stage(d, before, k);
         before = d->stage.slot;
@@ -93,7 +95,7 @@ typedef struct turn {
 
 static __device__ __forceinline__ void begin_turn(turn *t, reader *d, shape k) {
     t->slot = d->stage.slot;
-    barrier_wait(d->ready + 8 * t->slot, d->stage.parity);
+    barrier_wait(d->l->full + 8 * t->slot, d->stage.parity);
     if (k.turned) load_token_pair(t->scale, d, 0, k);
     multiply_stage(t->part, d, 0, 0, WIDTH(k), k);
     advance(&d->stage, d->q->stages);
@@ -139,7 +141,7 @@ static __device__ __forceinline__ void sum_tall(uint32_t *sums, reader *d, int b
     enum { WIDE = QL_W8A8_GROUP };
     uint32_t part[WIDE / 2];
     float scale[2][2], next[2][2];
-    barrier_wait(d->ready + 8 * d->stage.slot, d->stage.parity);
+    barrier_wait(d->l->full + 8 * d->stage.slot, d->stage.parity);
 #pragma unroll
     for (int i = 0; i < 2; i++) load_token_pair(next[i], d, i, k);
 #pragma unroll 1
@@ -155,7 +157,7 @@ static __device__ __forceinline__ void sum_tall(uint32_t *sums, reader *d, int b
         multiply_stage(part, d, 0, WIDE * K, WIDE, k);
         advance(&d->stage, d->q->stages);
         if (blocks > 1) {
-            barrier_wait(d->ready + 8 * d->stage.slot, d->stage.parity);
+            barrier_wait(d->l->full + 8 * d->stage.slot, d->stage.parity);
 #pragma unroll
             for (int i = 0; i < 2; i++) load_token_pair(next[i], d, i, k);
         }
@@ -175,22 +177,23 @@ static __device__ __forceinline__ uint4 quad_of(const uint32_t *sums) {
     return make_uint4(sums[1], sums[0], sums[3], sums[2]);
 }
 
-static __device__ __forceinline__ void add_four(uint32_t *sums, uint4 v, bool integers) {
+static __device__ __forceinline__ void add_four(uint32_t *sums, uint4 v, shape k) {
     const uint32_t four[4] = {v.y, v.x, v.w, v.z};
 #pragma unroll
     for (int c = 0; c < 4; c++)
-        sums[c] = integers ? sums[c] + four[c] : __float_as_uint(__uint_as_float(sums[c]) + __uint_as_float(four[c]));
+        sums[c] = k.code == QL_W8A8_INT8 ? sums[c] + four[c]
+                                         : __float_as_uint(__uint_as_float(sums[c]) + __uint_as_float(four[c]));
 }
 
 /* Adds what a range left, as it comes through the ring. */
-static __device__ __forceinline__ void add_partial(uint32_t *sums, reader *d, bool integers, shape k) {
+static __device__ __forceinline__ void add_partial(uint32_t *sums, reader *d, shape k) {
 #pragma unroll
     for (int first = 0; first < SLICES(k); first += SLICES_A_STAGE(k)) {
         const uint32_t from = stage_at(d->l, d->stage.slot, k) + threadIdx.x * 16;
-        barrier_wait(d->ready + 8 * d->stage.slot, d->stage.parity);
+        barrier_wait(d->l->full + 8 * d->stage.slot, d->stage.parity);
 #pragma unroll
         for (int i = 0; i < SLICES_A_STAGE(k) && first + i < SLICES(k); i++)
-            add_four(sums + 4 * (first + i), load_shared_16(from + i * QL_W8A8_SLICE_BYTES), integers);
+            add_four(sums + 4 * (first + i), load_shared_16(from + i * QL_W8A8_SLICE_BYTES), k);
         fence_shared();
         __syncwarp();
         release_stage(d, d->stage.slot, k);
@@ -200,11 +203,7 @@ static __device__ __forceinline__ void add_partial(uint32_t *sums, reader *d, bo
 
 static __device__ __forceinline__ void add_partials(uint32_t *sums, reader *d, int partials, shape k) {
 #pragma unroll 1
-    for (; partials > 0; partials--)
-        if (k.code == QL_W8A8_INT8 && !d->outliers)
-            add_partial(sums, d, true, k);
-        else
-            add_partial(sums, d, false, k);
+    for (; partials > 0; partials--) add_partial(sums, d, k);
 }
 
 static __device__ __forceinline__ void leave_partials(const uint32_t *sums, const ql_w8a8_wgmma_params *q, shape k) {
@@ -219,7 +218,6 @@ static __device__ __forceinline__ void leave_partials(const uint32_t *sums, cons
 /* Members of a cluster have a part of the columns each. The sums of warpgroup w meet in member w, where they become
  * outputs: false in all others. */
 static __device__ __forceinline__ bool meet(uint32_t *sums, const reader *d, shape k) {
-    const bool integers = k.code == QL_W8A8_INT8 && !d->outliers;
     const int wg = (int)threadIdx.x / 128, thread = (int)threadIdx.x % 128, members = d->q->members;
     const int rank = cluster_rank();
     const uint32_t room = stage_at(d->l, d->q->stages, k) + thread * 16;
@@ -237,33 +235,38 @@ static __device__ __forceinline__ bool meet(uint32_t *sums, const reader *d, sha
     for (int place = 0; place < members - 1; place++)
 #pragma unroll
         for (int i = 0; i < SLICES(k); i++)
-            add_four(sums + 4 * i, load_shared_16(room + place * QL_W8A8_MEETING_BYTES(k.tokens) + i * 2048), integers);
+            add_four(sums + 4 * i, load_shared_16(room + place * QL_W8A8_MEETING_BYTES(k.tokens) + i * 2048), k);
     return true;
 }
 
-/* Adds the segment's outlier columns. */
+/* Adds what outlier columns give beyond their codes. */
 static __device__ __forceinline__ void add_slots(uint32_t *sums, reader *d, shape k) {
-    const int type = d->q->product.x_type, rows = (int)threadIdx.x / 128 * 64;
-    uint32_t last;
-    do {
-        const uint32_t slot = slot_at(d->l, d->slots.slot, k);
-        barrier_wait(d->l->slot_full + 8 * d->slots.slot, d->slots.parity);
-        last = load_shared_4(d->l->last + 4 * d->slots.slot);
-        if (last < 2) {
-            const uint32_t weights = slot + k.tokens * QL_W8A8_OUTLIERS * 2 + rows * QL_W8A8_OUTLIERS * 2;
-            warpgroup_fence();
-            multiply_columns(sums, columns_descriptor(weights), columns_descriptor(slot), k.tokens, type);
-            warpgroup_commit();
-            WARPGROUP_WAIT(0);
-            settle_bits(sums, k.tokens / 2);
-        }
+    const int wg = (int)threadIdx.x / 128, all = (int)load_shared_4(d->l->list + 4 * LISTED);
+    fence_shared(); /* columns that were taken from stages */
+    named_barrier(OUTPUT_BARRIER + wg, 128);
+#pragma unroll 1
+    for (int index = 0; index * SLOT_COLUMNS < all; index++) {
+        const int place = index % SLOTS;
+        const uint32_t slot = slot_at(d->l, place, k);
+        barrier_wait(d->l->slot_full + 8 * place, d->slots >> place & 1);
+        d->slots ^= 1u << place;
+        const uint32_t weights = slot + (k.tokens + wg * 64) * QL_W8A8_OUTLIERS * 2;
+        warpgroup_fence();
+        multiply_columns(sums, columns_descriptor(weights), columns_descriptor(slot), k.tokens);
+        warpgroup_commit();
+        WARPGROUP_WAIT(0);
+        settle_bits(sums, k.tokens / 2);
         __syncwarp();
-        if (lane_of() == 0) barrier_arrive(d->l->slot_empty + 8 * d->slots.slot);
-        advance(&d->slots, SLOTS);
-    } while (!(last & 1));
+        if (lane_of() == 0) barrier_arrive(d->l->slot_empty + 8 * place);
+    }
 }
 
 /* ---- all of a thread block ---- */
+
+/* Whether this thread block makes outputs of a warpgroup's sums. */
+static __device__ __forceinline__ bool ends_here(const segment *s, int wg, const ql_w8a8_wgmma_params *q, shape k) {
+    return k.meets ? (int)blockIdx.x % q->members == wg : s->first == 0;
+}
 
 static __device__ __forceinline__ void multiply_all(const ql_w8a8_wgmma_params *q, const layout *l, shape k) {
     const int wg = (int)threadIdx.x / 128;
@@ -271,8 +274,9 @@ static __device__ __forceinline__ void multiply_all(const ql_w8a8_wgmma_params *
     reader d;
     d.q = q;
     d.l = l;
-    d.stage.slot = d.scales.slot = d.slots.slot = 0;
-    d.stage.parity = d.scales.parity = d.slots.parity = 0;
+    d.stage.slot = d.scales.slot = 0;
+    d.stage.parity = d.scales.parity = 0;
+    d.slots = 0;
     d.rows = rows_descriptor(l->stages + (uint32_t)((k.turned ? k.rows : 0) + wg * 64) * K);
     d.width = rows_descriptor(l->stages + (k.turned ? 0 : k.rows * K));
     d.pair = l->more + ((int)threadIdx.x / WARP * 16 + lane_of() / 4) * 4;
@@ -282,9 +286,8 @@ static __device__ __forceinline__ void multiply_all(const ql_w8a8_wgmma_params *
     d.rows = __shfl_sync(ALL_LANES, d.rows, 0);
     d.width = __shfl_sync(ALL_LANES, d.width, 0);
     if (k.turned) d.pair = __shfl_sync(ALL_LANES, d.pair, lane_of());
-    d.outliers = k.code == QL_W8A8_INT8 && q->product.outliers;
     d.turn = 0;
-    d.ready = d.outliers ? l->ready : l->full;
+    const bool outliers = k.code == QL_W8A8_INT8 && q->product.outliers;
     segment s;
 #pragma unroll 1
     for (int index = 0; segment_at(&s, index, q, k); index++) {
@@ -292,6 +295,8 @@ static __device__ __forceinline__ void multiply_all(const ql_w8a8_wgmma_params *
         place_tile(q, s.tile, &row, &token, k);
         row_terms rows;
         if (!k.turned) rows = load_row_terms(&q->product, row + (int)threadIdx.x / WARP * 16 + lane_of() / 4, k);
+        /* After the rows' terms were asked for, which are as long on their way. */
+        if (index == 0) d.column = outliers ? listed_column(l) : (int)NO_COLUMN;
 #pragma unroll
         for (int i = 0; i < SUMS(k); i++) sums[i] = 0;
         if (k.grouped && k.rows > QL_W8A8_GROUP)
@@ -299,12 +304,7 @@ static __device__ __forceinline__ void multiply_all(const ql_w8a8_wgmma_params *
         else if (k.grouped)
             sum_grouped(sums, &d, s.end - s.first, k);
         else
-            sum_plain(sums, &d, s.end - s.first, k);
-        if (d.outliers) {
-            const float none[2] = {1.0f, 1.0f}; /* rows scale outliers as well: last */
-            scale_by_tokens(sums, &d, none, k);
-            add_slots(sums, &d, k);
-        }
+            sum_plain(sums, &d, &s, ends_here(&s, wg, q, k) ? d.column : (int)NO_COLUMN, k);
         if (k.meets) {
             if (!meet(sums, &d, k)) return;
         } else if (s.first > 0) {
@@ -313,6 +313,8 @@ static __device__ __forceinline__ void multiply_all(const ql_w8a8_wgmma_params *
             add_partials(sums, &d, count_partials(q, &s, k), k);
         }
         if (s.first == 0 || k.meets) {
+            if (!k.grouped) scale_by_tokens(sums, &d, k);
+            if (outliers) add_slots(sums, &d, k);
             if (k.turned)
                 finish_turned(sums, &d, row, token, k);
             else
@@ -332,6 +334,7 @@ static __device__ __forceinline__ void product(const ql_w8a8_wgmma_params *q, sh
         prefetch_map(q->w_map);
         prefetch_map(q->x_map);
     }
+    if (k.code == QL_W8A8_INT8 && feeder < 0) clear_slots(&l, k);
     __syncthreads();
     if (k.meets || k.pair) meet_cluster();
     /* Nothing stands before the registers' change in a branch: it would have to fit in fewer. */
@@ -345,10 +348,8 @@ static __device__ __forceinline__ void product(const ql_w8a8_wgmma_params *q, sh
         } else {
             if (k.grouped)
                 scale_stages(q, &l, k);
-            else if (feeder >= 2)
+            else
                 help_segments(q, &l, k);
-            else if (k.code == QL_W8A8_INT8 && q->product.outliers)
-                clear_stages(q, &l, k);
         }
         __syncwarp();
     } else {

@@ -31,7 +31,7 @@ enum {
     QL_W8A8_WARP_BYTES = 1024,   /* of outputs: two buffers of 64 rows by 16 tokens a warpgroup */
     QL_W8A8_TURNED_BYTES = 2048, /* the same where scales have groups: 64 rows by 16 tokens a warp */
     QL_W8A8_SLICE_BYTES = 4096,  /* of sums left in scratch: 16 of each thread that multiplies */
-    QL_W8A8_OUTLIERS = 16,       /* columns of an outlier slot */
+    QL_W8A8_OUTLIERS = 16,       /* 16-bit columns of an outlier slot: two of each marked one */
     QL_W8A8_OUTLIER_SLOTS = 2
 };
 

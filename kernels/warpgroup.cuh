@@ -123,8 +123,7 @@ static __device__ __forceinline__ void multiply_warpgroup(float *d, const uint32
 #define MULTIPLY_FORMS(n, sums, a_at, b_at, add_at)                                                                    \
     MULTIPLY(multiply_e4m3, n, "k32.f32.e4m3.e4m3", ", 1, 1", sums, a_at, b_at, add_at)                                \
     MULTIPLY(multiply_int8, n, "k32.s32.s8.s8", "", sums, a_at, b_at, add_at)                                          \
-    MULTIPLY(multiply_shared_f16, n, "k16.f32.f16.f16", ", 1, 1, 0, 0", sums, a_at, b_at, add_at)                      \
-    MULTIPLY(multiply_shared_bf16, n, "k16.f32.bf16.bf16", ", 1, 1, 0, 0", sums, a_at, b_at, add_at)
+    MULTIPLY(multiply_columns, n, "k16.f32.bf16.bf16", ", 1, 1, 0, 0", sums, a_at, b_at, add_at)
 MULTIPLY_FORMS(32, 16, 16, 17, 18)
 MULTIPLY_FORMS(64, 32, 32, 33, 34)
 MULTIPLY_FORMS(128, 64, 64, 65, 66)
@@ -147,19 +146,12 @@ static __device__ __forceinline__ void multiply_codes(uint32_t *d, uint64_t a, u
     }
 }
 
-/* 16 columns of 16 bit, added to fp32. type: QL_VALUE_F16 or QL_VALUE_BF16, one branch for all threads. */
-static __device__ __forceinline__ void multiply_columns(uint32_t *d, uint64_t a, uint64_t b, int n, int type) {
-    if (type == QL_VALUE_F16) {
-        if (n == 32) multiply_shared_f16_32(d, a, b, 1);
-        if (n == 64) multiply_shared_f16_64(d, a, b, 1);
-        if (n == 128) multiply_shared_f16_128(d, a, b, 1);
-        if (n == 256) multiply_shared_f16_256(d, a, b, 1);
-    } else {
-        if (n == 32) multiply_shared_bf16_32(d, a, b, 1);
-        if (n == 64) multiply_shared_bf16_64(d, a, b, 1);
-        if (n == 128) multiply_shared_bf16_128(d, a, b, 1);
-        if (n == 256) multiply_shared_bf16_256(d, a, b, 1);
-    }
+/* 16 columns of bf16, added to fp32. */
+static __device__ __forceinline__ void multiply_columns(uint32_t *d, uint64_t a, uint64_t b, int n) {
+    if (n == 32) multiply_columns_32(d, a, b, 1);
+    if (n == 64) multiply_columns_64(d, a, b, 1);
+    if (n == 128) multiply_columns_128(d, a, b, 1);
+    if (n == 256) multiply_columns_256(d, a, b, 1);
 }
 
 #endif

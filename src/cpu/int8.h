@@ -64,7 +64,7 @@ typedef struct int8_work {
     int64_t segments;
 } int8_work;
 
-/* sums[m * LANES + r] for rows [row, row + n_count) of W and [m, m + m_count) of x. */
+/* sums[m * LANES + r] for rows [row, row + n_count) of W and [m, m + m_count) of x, without the scales of W's rows. */
 INLINE void int8_tile(const int8_work *work, float *sums, int64_t row, int64_t m, const int n_count,
                       const int m_count) {
     const ql_int8_product *product = work->product;
@@ -104,12 +104,10 @@ INLINE void int8_tile(const int8_work *work, float *sums, int64_t row, int64_t m
     }
     for (int i = 0; i < m_count; i++)
         for (int r = 0; r < n_count; r++)
-            /* In this order no factor is denormal before the last: a row's absmax may be as small as it likes. */
-            sums[i * LANES + r] = (float)total[i][r] * (1.0f / 127.0f) *
-                                  (weight->int8.absmax[row + r] * (1.0f / 127.0f)) * product->x_absmax[m + i];
+            /* No factor is denormal before it meets the sum: a token's absmax may be as small as it likes. */
+            sums[i * LANES + r] = (float)total[i][r] * (1.0f / 127.0f) * product->x_absmax[m + i];
 }
 
-/* A NaN absmax makes the row NaN in any product with it; an infinite one has to be told. */
 static void int8_outliers(const ql_int8_product *product, float *sums, int64_t row, int64_t count, int64_t m) {
     const ql_weight *weight = product->weight;
     const float *x = product->outliers + m * product->outlier_count;
@@ -117,7 +115,7 @@ static void int8_outliers(const ql_int8_product *product, float *sums, int64_t r
         const int8_t *codes = weight->int8.codes + (row + r) * weight->k;
         float sum = 0.0f;
         for (int64_t j = 0; j < product->outlier_count; j++) sum += x[j] * (float)codes[product->columns[j]];
-        sums[r] += sum * (weight->int8.absmax[row + r] * (1.0f / 127.0f));
+        sums[r] += sum;
     }
 }
 
@@ -130,12 +128,14 @@ INLINE void int8_rows(const int8_work *work, int64_t row, int64_t m, const int m
         1) /* one row of W after the other is the order of memory, and with one row of x there is nothing to share */
         for (; r + INT8_TILE_N <= count; r += INT8_TILE_N) int8_tile(work, sums + r, row + r, m, INT8_TILE_N, m_count);
     for (; r < count; r++) int8_tile(work, sums + r, row + r, m, 1, m_count);
+    const vf row_scale = vf_convert(weight->int8.absmax, QL_F32, row, count) * vf_set(1.0f / 127.0f);
     for (int i = 0; i < m_count; i++) {
         float *own = sums + i * LANES;
         if (product->outlier_count) int8_outliers(product, own, row, count, m + i);
+        /* A NaN absmax makes the row NaN in any product with it; an infinite one has to be told. */
         if (!isfinite(product->x_absmax[m + i]))
             for (int64_t j = 0; j < count; j++) own[j] = NAN;
-        vf sum = vf_load(own);
+        vf sum = vf_load(own) * row_scale;
         if (product->bias) sum = sum + vf_convert(product->bias, QL_F32, row, count);
         vf_store_as(product->out, product->dtype, (m + i) * weight->n + row, sum, count);
     }

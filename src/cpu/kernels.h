@@ -30,8 +30,8 @@ typedef struct ql_product {
 } ql_product;
 
 /* One product of quantized activations with an INT8 weight:
- * out[m][n] = x_absmax[m] * absmax[n] / 127^2 * sum_k codes[m][k] * W.codes[n][k]
- *           + absmax[n] / 127 * sum_j outliers[m][j] * W.codes[n][columns[j]] + bias[n]. */
+ * out[m][n] = ((sum_k codes[m][k] * W.codes[n][k]) / 127 * x_absmax[m] + sum_j outliers[m][j] * W.codes[n][columns[j]])
+ *           * (absmax[n] / 127) + bias[n], in this order. */
 typedef struct ql_int8_product {
     void *out;
     ql_dtype dtype;

@@ -78,7 +78,7 @@ static __device__ __forceinline__ int await_partials(const ql_streamk_params *q,
 static __device__ __forceinline__ void add_partials(float *sums, const ql_streamk_params *q, int ranges, shape k) {
     const int count = k.rows * k.tokens / MULTIPLIERS, together = count <= 16 ? 4 : count <= 32 ? 2 : 1;
     const int pieces = together * count / 4, next = k.rows * k.tokens / 4 * (PAIRED(k) + 1);
-    const int ahead = PAIRED(k) ? 10 : count == MOST_SUMS || k.code == QL_CODE_TABLE4 ? 8 : pieces;
+    const int ahead = PAIRED(k) ? 10 : k.code == QL_CODE_TABLE4 ? 8 : pieces;
     const float4 *from = partials_of(q, own_range(k) + 1, k);
 #pragma unroll 1
     for (; ranges > 0; ranges -= together, from += together * next) {

@@ -28,25 +28,19 @@ typedef struct reader {
     uint32_t codes, high, scales, seconds; /* high: of 3 bit */
     int scales_type, scale_shift;          /* scale_shift: 1 where a scale has 32 bits, else 0 */
     bool has_seconds;
-    entry rows[2]; /* of both sub-tiles, where a group is all of K */
+    entry row; /* where a group is all of K */
 } reader;
 
-/* A lane's share of a stage, of both sub-tiles. */
+/* A lane's share of a stage. */
 typedef struct stage_words {
-    uint32_t words[2][16], high[2][2]; /* high: of 3 bit */
-    raw_entry entries[2][MOST_GROUPS];
+    uint32_t words[16], high[2]; /* high: of 3 bit */
+    raw_entry entries[MOST_GROUPS];
     planes products; /* of a table */
 } stage_words;
 
-/* The strip of a warp's first sub-tile within the tile; the second's is four further on. */
-static __device__ __forceinline__ int strip_of(int rows) {
-    const int warp = (int)threadIdx.x / WARP;
-    return warp / 4 * 4 * (rows / 128) + warp % 4;
-}
-
 static __device__ __forceinline__ reader make_reader(const ql_streamk_params *q, uint32_t base, shape k) {
     const ql_packed_params *p = &q->product;
-    const int lane = (int)threadIdx.x % WARP, g = lane / 4, strip = strip_of(k.rows);
+    const int lane = (int)threadIdx.x % WARP, g = lane / 4, strip = (int)threadIdx.x / WARP;
     const bool table = k.code == QL_CODE_TABLE4;
     const uint32_t stage = stages_at(base, k);
     const uint32_t entries = stage + QL_STREAMK_ENTRIES_AT(k.code, k.rows, k.tokens, k.stage_k);
@@ -77,12 +71,12 @@ static __device__ __forceinline__ void flip_group(reader *r, shape k) {
     r->seconds ^= k.code == QL_CODE_INT8 ? 2 : 1;
 }
 
-static __device__ __forceinline__ raw_entry read_entry(const reader *r, uint32_t at, int strip, int group, shape k) {
+static __device__ __forceinline__ raw_entry read_entry(const reader *r, uint32_t at, int group, shape k) {
     const bool bytes = k.code == QL_CODE_INT8;
     raw_entry raw = {{0, 0}, 0};
     const int pair = group / 2 * QL_STREAMK_PAIR_BYTES(k.code, k.rows), second = group % 2;
-    const uint32_t scales = r->scales + at + (pair + ((strip * 64 + second * 4) << r->scale_shift));
-    const uint32_t seconds = r->seconds + at + (pair + (bytes ? strip * 32 + second * 2 : strip * 16 + second));
+    const uint32_t scales = r->scales + at + (pair + (second * 4 << r->scale_shift));
+    const uint32_t seconds = r->seconds + at + (pair + (bytes ? second * 2 : second));
     if (k.code == QL_CODE_TABLE4 || (k.wide && r->scales_type == QL_VALUE_F32)) {
         const uint2 v = load_shared_8(scales);
         raw.scales[0] = v.x;
@@ -96,34 +90,29 @@ static __device__ __forceinline__ raw_entry read_entry(const reader *r, uint32_t
 
 /* at: bytes from the first stage. */
 static __device__ __forceinline__ void read_stage(stage_words *d, const reader *r, uint32_t at, shape k) {
-    const int strip_bytes = QL_STREAMK_STRIP_BYTES(k.code, k.stage_k);
 #pragma unroll
-    for (int i = 0; i < k.rows / 128; i++) {
-#pragma unroll
-        for (int tile = 0; tile < k.stage_k / QL_TILE_K(k.code); tile++) {
-            const uint32_t from = at + i * 4 * strip_bytes + tile * QL_TILE_BYTES(k.code);
-            const uint4 v = load_shared_16(r->codes + from);
-            d->words[i][4 * tile] = v.x;
-            d->words[i][4 * tile + 1] = v.y;
-            d->words[i][4 * tile + 2] = v.z;
-            d->words[i][4 * tile + 3] = v.w;
-            if (k.code == QL_CODE_INT3) {
-                const uint2 h = load_shared_8(r->high + from);
-                d->high[i][0] = h.x;
-                d->high[i][1] = h.y;
-            }
+    for (int tile = 0; tile < k.stage_k / QL_TILE_K(k.code); tile++) {
+        const uint32_t from = at + tile * QL_TILE_BYTES(k.code);
+        const uint4 v = load_shared_16(r->codes + from);
+        d->words[4 * tile] = v.x;
+        d->words[4 * tile + 1] = v.y;
+        d->words[4 * tile + 2] = v.z;
+        d->words[4 * tile + 3] = v.w;
+        if (k.code == QL_CODE_INT3) {
+            const uint2 h = load_shared_8(r->high + from);
+            d->high[0] = h.x;
+            d->high[1] = h.y;
         }
-        if (HAS_HALVES(k)) {
-            const uint32_t from = at + i * 4 * strip_bytes;
-            const uint2 v = load_shared_8(r->codes + from);
-            d->words[i][0] = v.x;
-            d->words[i][1] = v.y;
-            if (k.code == QL_CODE_INT3) d->high[i][0] = load_shared_4(r->high + from);
-        }
-#pragma unroll
-        for (int group = 0; group < k.groups; group++)
-            if (!HAS_PLANES(k)) d->entries[i][group] = read_entry(r, at, 4 * i, group, k);
     }
+    if (HAS_HALVES(k)) {
+        const uint2 v = load_shared_8(r->codes + at);
+        d->words[0] = v.x;
+        d->words[1] = v.y;
+        if (k.code == QL_CODE_INT3) d->high[0] = load_shared_4(r->high + at);
+    }
+#pragma unroll
+    for (int group = 0; group < k.groups; group++)
+        if (!HAS_PLANES(k)) d->entries[group] = read_entry(r, at, group, k);
     if (HAS_PLANES(k)) read_planes(&d->products, r->scales + at, k);
 }
 
@@ -198,9 +187,9 @@ static __device__ __forceinline__ void look_up(uint32_t a[4], uint32_t word, uin
 
 /* a[4 * steps]: `steps` steps from step `from` of the stage. entries: of the stage's groups. */
 static __device__ __forceinline__ void decode(uint32_t *a, const stage_words *d, const entry *entries, bool has_zeros,
-                                              int sub_tile, int from, int steps, shape k) {
+                                              int from, int steps, shape k) {
     const int tile_steps = QL_TILE_K(k.code) / 16;
-    const uint32_t *words = d->words[sub_tile];
+    const uint32_t *words = d->words;
 #pragma unroll
     for (int i = 0; i < steps; i++) {
         const int at = from + i;
@@ -209,7 +198,7 @@ static __device__ __forceinline__ void decode(uint32_t *a, const stage_words *d,
         else if (k.code == QL_CODE_TABLE4)
             look_up(a + 4 * i, words[at], (threadIdx.x & 31) * 4, k);
         else
-            exact_step(a + 4 * i, words + at / tile_steps * 4, d->high[sub_tile], at % tile_steps,
+            exact_step(a + 4 * i, words + at / tile_steps * 4, d->high, at % tile_steps,
                        entries[group_of_step(at, k)].zero, has_zeros, k.code, k.type);
     }
     if (k.code != QL_CODE_TABLE4 && k.groups) scale_codes(a, entries, from, steps, k);

@@ -3,7 +3,7 @@
  *
  * A thread block has two warpgroups that multiply and four warps that feed them (streamk.cuh): a stage of their ring is
  * some columns of x, the codes of the tile's strips, and their scales and zeros as they lie in memory. A warp decodes
- * some steps of its 16 rows (twice 16 in tiles of 256 rows) while the product of the steps before them runs. Scales are
+ * some steps of its 16 rows while the product of the steps before them runs. Scales are
  * applied to weights, which are rounded once to 16 bit: so nothing but products touches the sums; to outputs, where a
  * group is all of K: codes stay exact; to the sums of 64 columns, or of a group of 32, with codes of a table: a table of
  * its products would be dear to read, or rounded twice. With 256 tokens there are no registers for such sums, and half the
@@ -208,7 +208,7 @@ static __device__ __forceinline__ uint64_t descriptor_of(const place *c, shape k
  * before the last product of a stage, whose issue hides their way. */
 static __device__ __forceinline__ uint32_t sum_blocks(float *sums, reader *reads, place *c, const ql_streamk_params *q,
                                                       int blocks, shape k) {
-    const int sub_tiles = k.rows / 128, count = k.tokens / 2, batches = k.stage_k / 16 / STEPS(k) * sub_tiles;
+    const int batches = k.stage_k / 16 / STEPS(k);
     uint32_t a[2][4 * MOST_STEPS], before = c->base + SPARE;
     int add = !HAS_BOXES(k);
     stage_words d;
@@ -218,26 +218,23 @@ static __device__ __forceinline__ uint32_t sum_blocks(float *sums, reader *reads
     for (; blocks > 0; blocks--) {
         const uint64_t x = descriptor_of(c, k);
         const uint32_t empty = c->base + 8 * c->slot + EMPTY;
-        entry e[2][MOST_GROUPS];
+        entry e[MOST_GROUPS];
         bool ready = false;
+        if (k.groups == 0) e[0] = reads->row;
 #pragma unroll
-        for (int i = 0; i < sub_tiles; i++) {
-            if (k.groups == 0) e[i][0] = reads->rows[i];
-#pragma unroll
-            for (int group = 0; group < k.groups; group++)
-                if (!HAS_PLANES(k)) e[i][group] = make_entry(reads, &d.entries[i][group], k);
-        }
+        for (int group = 0; group < k.groups; group++)
+            if (!HAS_PLANES(k)) e[group] = make_entry(reads, &d.entries[group], k);
         step_on(c, reads, q, k);
 #pragma unroll
         for (int batch = 0; batch < batches; batch++) {
-            const int i = batch % sub_tiles, from = batch / sub_tiles * STEPS(k);
+            const int from = batch * STEPS(k);
             uint32_t *to = a[batch & 1];
-            decode(to, &d, e[i], reads->has_seconds, i, from, STEPS(k), k);
+            decode(to, &d, e, reads->has_seconds, from, STEPS(k), k);
             if (batch == batches - 1 && blocks > 1) {
                 if (!ready) await_stage(c);
                 read_stage(&d, reads, c->at, k);
             }
-            multiply_steps(sums + i * count, to, x, from, k.tokens, add || batch, k);
+            multiply_steps(sums, to, x, from, k.tokens, add || batch, k);
             WARPGROUP_WAIT(1);
             if (batch == 0) {
                 release_stage(before, k);
@@ -253,7 +250,7 @@ static __device__ __forceinline__ uint32_t sum_blocks(float *sums, reader *reads
 /* Its end: the products that still run, and the stage that they read. */
 static __device__ __forceinline__ void finish_blocks(float *sums, uint32_t last_empty, shape k) {
     WARPGROUP_WAIT(0);
-    settle(sums, k.rows / 128 * (k.tokens / 2));
+    settle(sums, k.tokens / 2);
     release_stage(last_empty, k);
 }
 
@@ -276,7 +273,7 @@ static __device__ __forceinline__ void sum_batches(float *sums, reader *reads, p
     entry e[MOST_GROUPS];
     await_stage(c);
     read_stage(&d, reads, c->at, k);
-    decode(a[0], &d, e, false, 0, 0, STEPS(k), k);
+    decode(a[0], &d, e, false, 0, STEPS(k), k);
 #pragma unroll
     for (int i = 0; i < count; i++) part[0][i] = part[1][i] = 0.0f;
 #pragma unroll 1
@@ -288,8 +285,8 @@ static __device__ __forceinline__ void sum_batches(float *sums, reader *reads, p
             const int batch = i / halves, half = i % halves, next = batch + 1, before = (i - 1) / halves;
             multiply_steps(part[i & 1], a[batch & 1], x + half * (tokens * BOX_K * 2 / 16), batch * STEPS(k), tokens, 0,
                            k);
-            if (i == 0) absmax_entries(e, d.entries[0], k.groups);
-            if (half == 1 && batch < last) decode(a[next & 1], &d, e, false, 0, next * STEPS(k), STEPS(k), k);
+            if (i == 0) absmax_entries(e, d.entries, k.groups);
+            if (half == 1 && batch < last) decode(a[next & 1], &d, e, false, next * STEPS(k), STEPS(k), k);
             if (i == products - 1) {
                 step_on(c, reads, q, k);
                 if (blocks > 1) {
@@ -302,9 +299,9 @@ static __device__ __forceinline__ void sum_batches(float *sums, reader *reads, p
                 add_scaled(sums + (i - 1) % halves * count, part[(i - 1) & 1], &e[group_of_step(before * STEPS(k), k)],
                            count);
             }
-            if (halves == 1 && batch < last) decode(a[next & 1], &d, e, false, 0, next * STEPS(k), STEPS(k), k);
+            if (halves == 1 && batch < last) decode(a[next & 1], &d, e, false, next * STEPS(k), STEPS(k), k);
         }
-        if (blocks > 1) decode(a[0], &d, e, false, 0, 0, STEPS(k), k);
+        if (blocks > 1) decode(a[0], &d, e, false, 0, STEPS(k), k);
         WARPGROUP_WAIT(0);
         release_stage(empty, k);
         add_scaled(sums + (halves - 1) * count, part[(products - 1) & 1], &e[group_of_step(last * STEPS(k), k)], count);
@@ -312,24 +309,22 @@ static __device__ __forceinline__ void sum_batches(float *sums, reader *reads, p
 }
 
 /* Of rows that are one group: zeros before the sums; scales after them, so that nothing waits for these here. */
-static __device__ __forceinline__ void read_rows(uint32_t scale_words[2][2], reader *r, const ql_packed_params *p,
+static __device__ __forceinline__ void read_rows(uint32_t scale_words[2], reader *r, const ql_packed_params *p,
                                                  int first_row, shape k) {
     const int g = (int)threadIdx.x % WARP / 4;
 #pragma unroll
-    for (int i = 0; i < k.rows / 128; i++)
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            const int row = min(first_row + i * 64 + h * 8 + g, (int)p->n - 1);
-            scale_words[i][h] = load_scale_word(p, row);
-            uint32_t zeros = 0;
-            if (p->zeros) zeros = k.code == QL_CODE_INT8 ? p->zeros[row] : p->zeros[row / 2] >> row % 2 * 4;
-            r->rows[i].zero[h] = zero_word(stored_zero(zeros, 0, p->zeros != NULL, k.code), k.code, k.type);
-        }
+    for (int h = 0; h < 2; h++) {
+        const int row = min(first_row + h * 8 + g, (int)p->n - 1);
+        scale_words[h] = load_scale_word(p, row);
+        uint32_t zeros = 0;
+        if (p->zeros) zeros = k.code == QL_CODE_INT8 ? p->zeros[row] : p->zeros[row / 2] >> row % 2 * 4;
+        r->row.zero[h] = zero_word(stored_zero(zeros, 0, p->zeros != NULL, k.code), k.code, k.type);
+    }
 }
 
 static __device__ __forceinline__ void multiply_all(const ql_streamk_params *q, uint32_t base, walk w, shape k) {
     const ql_packed_params *p = &q->product;
-    const int strip = strip_of(k.rows), sub_tiles = k.rows / 128;
+    const int strip = (int)threadIdx.x / WARP;
     const reader first_group = make_reader(q, base, k);
     float sums[MOST_SUMS];
     /* The first products of a tile with 256 tokens leave out what was before: zeros for each would take 300 cycles. */
@@ -346,11 +341,11 @@ static __device__ __forceinline__ void multiply_all(const ql_streamk_params *q, 
         const int row = row_tile * k.rows + strip * 16, token = first_token(q, token_tile, k);
         const int skipped = token_tile * k.tokens - token;
         reader reads = first_group;
-        uint32_t scale_words[2][2], last_empty = 0;
+        uint32_t scale_words[2], last_empty = 0;
         if (k.groups == 0) read_rows(scale_words, &reads, p, row, k);
         if (!HAS_BOXES(k)) {
 #pragma unroll
-            for (int i = 0; i < sub_tiles * k.tokens / 2; i++) sums[i] = 0.0f;
+            for (int i = 0; i < k.tokens / 2; i++) sums[i] = 0.0f;
         }
         find_group(&c, &reads, q, w.first, k);
         if (HAS_SUMS_OF_GROUPS(k))
@@ -371,16 +366,12 @@ static __device__ __forceinline__ void multiply_all(const ql_streamk_params *q, 
             leave_partials(sums, q, k);
         } else {
             if (ranges > 0) add_partials(sums, q, ranges, k);
-#pragma unroll
-            for (int i = 0; i < sub_tiles; i++) {
-                float *own = sums + i * k.tokens / 2;
-                const int first = row - strip % 4 * 16 + i * 64;
-                const uint32_t buffers = base + QL_STREAMK_BARRIER_BYTES;
-                if (HAS_BOXES(k))
-                    store_boxes(own, q, buffers, first, token, skipped, scale_words[i], k);
-                else
-                    store_rows(own, &turn, p, buffers, first, token, skipped, scale_words[i], k);
-            }
+            const int first = row - strip % 4 * 16;
+            const uint32_t buffers = base + QL_STREAMK_BARRIER_BYTES;
+            if (HAS_BOXES(k))
+                store_boxes(sums, q, buffers, first, token, skipped, scale_words, k);
+            else
+                store_rows(sums, &turn, p, buffers, first, token, skipped, scale_words, k);
         }
         w = next;
     } while (goes_on);

@@ -6,9 +6,11 @@
 #   sh tests/cuda_sanitize.sh racecheck     one of them
 #
 # initcheck watches torch's kernels too, as it must see them write what is read. Products that blocks share meet by marks in
-# scratch, which holds anything before: those run with scratch that was written first.
-# racecheck does not see wgmma's kernels for 8-bit activations, nor those for a table's codes and 256 tokens: it does not know
-# that what a warp writes before __syncwarp is ordered by the one lane that then arrives on an mbarrier, and reports it.
+# scratch, which holds anything before: those run with scratch that was written first. What decode does not take of fp32
+# scales goes to what the rules choose, which may be shared: decode is not asked for there.
+# racecheck does not see wgmma's kernels for 8-bit activations, nor for a table's codes those of 256 tokens and those that make
+# nested absmax: it does not know that what a warp writes before __syncwarp is ordered by the one lane that then arrives on an
+# mbarrier, and reports it.
 # Products with 8-bit activations run on the kernels of GPUs without wgmma there.
 # shellcheck disable=SC2086
 set -eu
@@ -18,8 +20,10 @@ cd "$(dirname "$0")"
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 reports=$(mktemp -d)
 trap 'rm -rf "$reports"' EXIT
-exact="gptq2-g64 gptq3-g128 gptq4-g128 gptq4-g32-fp32 gptq4-g48-bf16 gptq4-order awq-g64"
-bytes="gptq8-one gptq8-g128 eetq nf4 fp4-b32"
+exact="gptq2-g64 gptq3-g128 gptq4-g128 gptq4-g48-bf16 gptq4-order awq-g64 gptq2-g32 gptq3-g32 gptq4-g32"
+wide="gptq4-g32-fp32"
+bytes="gptq8-one gptq8-g128 gptq8-g32 eetq fp4-b32"
+nested="nf4 nf4-b32"
 
 # One of a tool's parts, which run side by side: its name, then what cuda_small.py takes.
 part() {
@@ -35,14 +39,15 @@ for tool in "$@"; do
     options="--kernel-name kns=ql_"
     case $tool in
     memcheck)
-        part packed --subjects packed --formats $exact
-        part bytes --subjects packed --formats $bytes
+        part packed --subjects packed --formats $exact $wide
+        part bytes --subjects packed --formats $bytes $nested
         part w8a8 --subjects w8a8
         part quantize --subjects quantize
         ;;
     racecheck)
-        part packed --subjects packed --once --formats $exact
+        part packed --subjects packed --once --formats $exact $wide
         part bytes --subjects packed --once --formats $bytes --skip ql_wgmma_table4_f16_256
+        part nested --subjects packed --once --engines decode mma --formats $nested
         export QLINEAR_KERNELS=mma
         part w8a8 --subjects w8a8 --once --most 100000000
         unset QLINEAR_KERNELS
@@ -51,7 +56,8 @@ for tool in "$@"; do
     initcheck)
         options=
         part packed --subjects packed --once --unchecked --unsplit --formats $exact
-        part bytes --subjects packed --once --unchecked --unsplit --formats $bytes
+        part wide --subjects packed --once --unchecked --unsplit --engines wgmma mma --formats $wide
+        part bytes --subjects packed --once --unchecked --unsplit --formats $bytes $nested
         part w8a8 --subjects w8a8 --once --unchecked --unsplit
         part quantize --subjects quantize
         part filled --subjects packed w8a8 --once --unchecked --filled --formats gptq4-g128 eetq nf4
@@ -59,8 +65,8 @@ for tool in "$@"; do
     synccheck)
         # Each stage of each block is a barrier to keep track of.
         options="$options --num-cuda-barriers 65536"
-        part packed --subjects packed --once --formats $exact
-        part bytes --subjects packed --once --formats $bytes
+        part packed --subjects packed --once --formats $exact $wide
+        part bytes --subjects packed --once --formats $bytes $nested
         part w8a8 --subjects w8a8 --once
         part quantize --subjects quantize
         ;;

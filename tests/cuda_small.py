@@ -41,7 +41,7 @@ def candidates(layer, dtype, m, options):
 def packed(name, options):
     form = FORMATS[name]
     # Nested absmax is for decode where K is whole batches of its blocks.
-    N, K = fitting(form, 144, 512 if name == "nf4" else 400)
+    N, K = fitting(form, 144, 512 if name.startswith("nf4") else 400)
     layer = form[0](N, K)
     check = (lambda x, out: None) if options.unchecked else Oracle(layer).check
     count, seen = 0, set()

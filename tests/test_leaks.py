@@ -167,13 +167,14 @@ ENTRIES = [
 ]
 # Their arguments are other projects' layouts; the errors below go through them all the same.
 ONLY_ERRORS = ["awq_from_gemv", "awq_from_gemv_fast", "awq_from_marlin"]
-# Positional numbers and no tensor; without a GPU the last two have nothing but an error.
+# Positional numbers and no tensor; without a GPU the last three have nothing but an error.
 PROBLEM = (0, "int4", 256, 256, 128, "float16", 4)
 NUMBERS = [
     ("choice_bucket", (7,)),
     ("set_cuda_overlap", (True,)),
     ("candidates", PROBLEM),
     ("set_choice", (*PROBLEM, None, 0)),
+    ("AllReduce", (0, 0, 2)),
 ]
 LAYERS = [entry for entry in ENTRIES if entry[0][0].isupper()]
 

@@ -28,6 +28,9 @@ static int log2_of(int64_t value) {
     return shift;
 }
 
+/* The columns of a group, all where there is one. */
+static int64_t group_columns(const ql_packed_params *p) { return p->groups == 1 ? p->k : p->group_size; }
+
 /* How groups lie in batches of a kernel of `tokens`: the groups of a batch, 0 for one group, or -1 for what none knows. */
 static int groups_of_batch(int code, int tokens, int64_t k, int64_t group_size) {
     const int64_t batch = QL_DECODE_BATCH_K(code, tokens);
@@ -36,20 +39,28 @@ static int groups_of_batch(int code, int tokens, int64_t k, int64_t group_size) 
     return batch % group_size == 0 && batch / group_size <= MOST_GROUPS ? (int)(batch / group_size) : -1;
 }
 
-/* The tokens of the kernel. Two groups side by side want four tokens at most, and two groups. One token of double quantization has
- * kernels of its own where a batch has many groups. */
-static int tokens_of(int code, int64_t m, int64_t k, int64_t group_size, bool nested) {
+/* What tells a code's kernels from each other: the most tokens, and the groups of a batch (groups_of_batch). */
+typedef struct form {
+    int tokens, groups;
+} form;
+
+/* Two groups side by side want four tokens at most, and two groups. One token of double quantization has kernels of its own where a
+ * batch has many groups. */
+static form form_of(int code, int64_t m, int64_t k, int64_t group_size, bool nested) {
     const int groups = groups_of_batch(code, 4, k, group_size);
-    if (m == 1 && nested && groups >= 8) return 1;
-    return m > 8 ? 16 : m <= 4 && groups >= 2 ? 4 : 8;
+    const int tokens = m == 1 && nested && groups >= 8 ? 1 : m > 8 ? 16 : m <= 4 && groups >= 2 ? 4 : 8;
+    return (form){tokens, groups_of_batch(code, tokens, k, group_size)};
+}
+
+static form form_of_product(const ql_packed_params *p) {
+    return form_of(p->code, p->m, p->k, group_columns(p), p->nested_table != NULL);
 }
 
 /* The kernel, or UNWANTED. Whether absmax is quantized is no part of a problem, nor of a choice. */
 static int kernel_of(const ql_cuda_problem *problem, bool nested) {
-    const int tokens = tokens_of(problem->code, problem->m, problem->k, problem->group_size, nested);
-    const int groups = groups_of_batch(problem->code, tokens, problem->k, problem->group_size);
-    if (groups < 0 || problem->m < 1 || problem->m > MOST_ROWS) return UNWANTED;
-    return kernels[problem->code][problem->x_type == QL_VALUE_BF16][TOKEN_TILE(tokens)][groups] - 1;
+    const form is = form_of(problem->code, problem->m, problem->k, problem->group_size, nested);
+    if (is.groups < 0 || problem->m < 1 || problem->m > MOST_ROWS) return UNWANTED;
+    return kernels[problem->code][problem->x_type == QL_VALUE_BF16][TOKEN_TILE(is.tokens)][is.groups] - 1;
 }
 
 /* Whether pieces of 16 bytes of x can be copied. */
@@ -84,9 +95,8 @@ static int cut(ql_decode_params *p, const ql_packed_params *product, const ql_cu
     const int code = product->code, cluster = 1 << cluster_shift;
     const bool table = code == QL_CODE_TABLE4, nested = product->nested_table != NULL;
     const int64_t k = product->k, m = product->m, tiles = ql_ceil_div(k, QL_TILE_K(code));
-    const int64_t group_size = product->groups == 1 ? k : product->group_size;
-    const int tokens = tokens_of(code, m, k, group_size, nested);
-    const int groups = groups_of_batch(code, tokens, k, group_size), abreast = QL_DECODE_ABREAST(code, tokens);
+    const form is = form_of_product(product);
+    const int tokens = is.tokens, groups = is.groups, abreast = QL_DECODE_ABREAST(code, tokens);
     const int batch_k = QL_DECODE_BATCH_K(code, tokens), batch_tiles = QL_DECODE_BATCH_TILES(code, tokens);
     const bool zeros = QL_DECODE_ZEROS(code, tokens, groups);
     *p = (ql_decode_params){.codes = product->codes,
@@ -182,8 +192,7 @@ enum { WIDTHS = 7, CLUSTERS = 2 };
 /* Inserts into ways, which are sorted, those of a cluster size that fit; how many there are then. */
 static int add_ways(way ways[WIDTHS * CLUSTERS], int count, const ql_cuda_device *device,
                     const ql_packed_params *product, int cluster_shift) {
-    const int64_t group_size = product->groups == 1 ? product->k : product->group_size;
-    const int tokens = tokens_of(product->code, product->m, product->k, group_size, false);
+    const int tokens = form_of_product(product).tokens;
     const int all = QL_DECODE_THREADS / 32, weight = count ? 9 : 8, cluster = 1 << cluster_shift;
     const int64_t whole = ql_ceil_div(product->k, QL_DECODE_BATCH_K(product->code, tokens)),
                   batches = ql_ceil_div(whole, cluster);
@@ -231,16 +240,15 @@ static int candidates(ql_cuda_choice *out, int room, const ql_cuda_device *devic
 }
 
 /* Whether the kernels know scales like these. */
-static bool scales_fit(const ql_packed_params *p, int64_t group_size) {
-    const int tokens = tokens_of(p->code, p->m, p->k, group_size, p->nested_table != NULL);
-    const int groups = groups_of_batch(p->code, tokens, p->k, group_size);
-    if (p->code != QL_CODE_TABLE4) return !groups || p->scales_type != QL_VALUE_F32;
+static bool scales_fit(const ql_packed_params *p) {
+    const form is = form_of_product(p);
+    if (p->code != QL_CODE_TABLE4) return !is.groups || p->scales_type != QL_VALUE_F32;
     if (!p->nested_table) return true;
     if (log2_of(p->nested_blocksize) < 0) return false;
     /* Lanes find the block of each group (nested.cuh), or of a batch's first and last one. */
-    if (QL_DECODE_ABREAST(p->code, tokens) == 2) return true;
-    return p->nested_blocksize >= groups &&
-           (QL_DECODE_DIVIDED(tokens, groups) > 1 || p->groups % (groups ? groups : 1) == 0);
+    if (QL_DECODE_ABREAST(p->code, is.tokens) == 2) return true;
+    return p->nested_blocksize >= is.groups &&
+           (QL_DECODE_DIVIDED(is.tokens, is.groups) > 1 || p->groups % (is.groups ? is.groups : 1) == 0);
 }
 
 static bool prepare(ql_cuda_prepared *prepared, const ql_cuda_device *device, const ql_packed_params *p,
@@ -249,14 +257,10 @@ static bool prepare(ql_cuda_prepared *prepared, const ql_cuda_device *device, co
     if (warps < 1 || warps > QL_DECODE_THREADS / 32 || cluster_shift < 0 || cluster_shift > MOST_CLUSTER_SHIFT ||
         !sizes_fit(p))
         return false;
-    const ql_cuda_problem problem = {.n = p->n,
-                                     .k = p->k,
-                                     .group_size = p->groups == 1 ? p->k : p->group_size,
-                                     .m = p->m,
-                                     .code = p->code,
-                                     .x_type = p->x_type};
+    const ql_cuda_problem problem = {
+        .n = p->n, .k = p->k, .group_size = group_columns(p), .m = p->m, .code = p->code, .x_type = p->x_type};
     if (kernel_of(&problem, false) != (int)choice.kernel) return false;
-    if (!scales_fit(p, problem.group_size)) return false;
+    if (!scales_fit(p)) return false;
     ql_decode_params *params = &prepared->decode;
     const int bytes = cut(params, p, &device->properties, warps, cluster_shift);
     if (bytes > device->properties.shared_bytes) return false;

@@ -124,12 +124,7 @@ static __device__ __forceinline__ void make_entries(const ql_streamk_params *q, 
             __syncwarp();
             if (lane % WARP == 0) barrier_arrive(full);
             advance(&r, q->stages);
-            if (k.groups == 1) {
-                const bool is_over = --left == 0;
-                if (is_over) left = q->group_blocks;
-                group += is_over;
-                is_next = is_over && !(group & 1);
-            }
+            if (k.groups == 1) is_next = next_group(&group, &left, q);
         }
         cp_async_wait(0);
         if (flags_in >= 0) raise_flags(q, k);

@@ -144,10 +144,7 @@ static __device__ __forceinline__ void feed_planes(const ql_streamk_params *q, u
             __syncwarp();
             if (thread % WARP == 0) barrier_arrive(full);
             advance(&r, q->stages);
-            const bool is_over = --left == 0;
-            if (is_over) left = q->group_blocks;
-            group += is_over;
-            is_next = is_over && !(group & 1);
+            is_next = next_group(&group, &left, q);
         }
         cp_async_wait(0);
         if (flags_in >= 0) raise_flags(q, k);

@@ -289,6 +289,11 @@ static __device__ __forceinline__ float2 half2_values(uint32_t pair) {
     return __half22float2(__half2(raw));
 }
 
+/* The value of the low 16 bits. */
+static __device__ __forceinline__ float value_of16(uint32_t bits, int type) {
+    return type == QL_VALUE_F16 ? __half2float(__ushort_as_half((uint16_t)bits)) : __uint_as_float(bits << 16);
+}
+
 /* To nearest even. */
 static __device__ __forceinline__ uint32_t round16_pair(float first, float second, int type) {
     uint32_t result;

@@ -118,8 +118,7 @@ static __device__ __forceinline__ void read_stage(stage_words *d, const reader *
 
 static __device__ __forceinline__ float scale_value(const raw_entry *raw, int h, int type) {
     if (type == QL_VALUE_F32) return __uint_as_float(raw->scales[h]);
-    const uint32_t bits = h ? raw->scales[0] >> 16 : raw->scales[0] & 0xffffu;
-    return type == QL_VALUE_F16 ? __half2float(__ushort_as_half((uint16_t)bits)) : __uint_as_float(bits << 16);
+    return value_of16(h ? raw->scales[0] >> 16 : raw->scales[0] & 0xffffu, type);
 }
 
 /* Zeros as they are stored: of 8 bit a byte a row, else a nibble. */

@@ -105,6 +105,15 @@ static __device__ __forceinline__ int group_of(const ql_streamk_params *q, int b
     return groups > 1 ? groups * block : divide(block, q->group_blocks, q->group_blocks_inverse);
 }
 
+/* Goes on by a block where a group is some of them; left: blocks of the group, that one included. Whether the first group of
+ * a pair begins then. */
+static __device__ __forceinline__ bool next_group(int *group, int *left, const ql_streamk_params *q) {
+    const bool is_over = --*left == 0;
+    if (is_over) *left = q->group_blocks;
+    *group += is_over;
+    return is_over && !(*group & 1);
+}
+
 /* ---- shared memory: addresses; barriers are 8 bytes each ---- */
 
 enum { EMPTY = 256, SPARE = 1016 }; /* from a stage's full barrier to its empty one; a barrier that nobody waits for */

@@ -32,8 +32,7 @@ static __device__ __forceinline__ uint32_t load_scale_word(const ql_packed_param
 
 static __device__ __forceinline__ float scale_of_word(uint32_t word, int row, int type) {
     if (type == QL_VALUE_F32) return __uint_as_float(word);
-    const uint32_t bits = row & 1 ? word >> 16 : word & 0xffffu;
-    return type == QL_VALUE_F16 ? __half2float(__ushort_as_half((uint16_t)bits)) : __uint_as_float(bits << 16);
+    return value_of16(row & 1 ? word >> 16 : word & 0xffffu, type);
 }
 
 /* Of all tokens, what a row has for all of K: its scale, its bias. own: the first of the lane's rows. */

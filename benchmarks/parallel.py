@@ -132,12 +132,6 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-def _tell(said: object) -> list:
-    heard: list = [None] * dist.get_world_size()
-    dist.all_gather_object(heard, said)
-    return heard
-
-
 def _rows_of(name: str, options: Options, mesh: DeviceMesh) -> list[dict]:
     """A format's, in process 0."""
     rows, alone, whole_bytes, first = [], [], 0, None

@@ -8,7 +8,7 @@
 #include "w8a8_wgmma.h"
 #include "warpgroup.cuh"
 
-enum { WARP = 32, FEEDERS = 128, K = QL_W8A8_K, SCALERS = 3, HELPERS = 3, SLOTS = QL_W8A8_OUTLIER_SLOTS };
+enum { WARP = 32, K = QL_W8A8_K, SCALERS = 3, HELPERS = 3, SLOTS = QL_W8A8_OUTLIER_SLOTS };
 
 typedef struct shape {
     int code, grouped, rows, tokens, pair, meets, turned;

@@ -9,7 +9,7 @@
 #include "variants.h"
 #include "weight16.cuh"
 
-enum { WARPS = 8, THREADS = QL_MMA_THREADS, ROWS = QL_MMA_ROWS, MOST_FRAGMENTS = 8, PANEL_K = 64, PANEL_PITCH = 128 };
+enum { WARPS = 8, THREADS = QL_MMA_THREADS, ROWS = QL_MMA_ROWS, MOST_FRAGMENTS = 8, PANEL_PITCH = 128 };
 
 #define STAGE_K(code) QL_MMA_STAGE_K(code)
 

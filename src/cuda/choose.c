@@ -48,15 +48,6 @@ bool ql_cuda_base_wanted(void) {
     return base_wanted;
 }
 
-static ql_cuda_problem problem_of(const ql_packed_params *params) {
-    return (ql_cuda_problem){.n = params->n,
-                             .k = params->k,
-                             .group_size = params->groups == 1 ? params->k : params->group_size,
-                             .m = params->m,
-                             .code = params->code,
-                             .x_type = params->x_type};
-}
-
 /* Whether the engine can run the problem by its own rule, and with what. */
 static bool preferred(ql_cuda_choice *choice, int engine, const ql_cuda_device *device,
                       const ql_cuda_problem *problem) {
@@ -93,7 +84,7 @@ static bool plan_with(ql_cuda_plan *plan, const ql_cuda_product_engine *engine, 
 void ql_cuda_choose(ql_cuda_plan *plan, const ql_cuda_device *device, const ql_packed_params *params) {
     plan->engine = NULL;
     if (ql_cuda_base_wanted() || params->x_type == QL_VALUE_F32) return;
-    const ql_cuda_problem problem = problem_of(params);
+    const ql_cuda_problem problem = ql_cuda_problem_of(params);
     ql_cuda_choice choice = {0};
     if (ql_cuda_choice_find(&choice, device->ordinal, &problem))
         for (int i = 0; engines[i]; i++)

@@ -12,6 +12,16 @@
 #include "choices.h"
 #include "launch.h"
 
+/* What choices know a product by. */
+static inline ql_cuda_problem ql_cuda_problem_of(const ql_packed_params *params) {
+    return (ql_cuda_problem){.n = params->n,
+                             .k = params->k,
+                             .group_size = params->groups == 1 ? params->k : params->group_size,
+                             .m = params->m,
+                             .code = params->code,
+                             .x_type = params->x_type};
+}
+
 /* A product that an engine took: all of its launch but where x and scratch are. */
 typedef struct ql_cuda_prepared {
     ql_cuda_kernel kernel;

@@ -257,8 +257,7 @@ static bool prepare(ql_cuda_prepared *prepared, const ql_cuda_device *device, co
     if (warps < 1 || warps > QL_DECODE_THREADS / 32 || cluster_shift < 0 || cluster_shift > MOST_CLUSTER_SHIFT ||
         !sizes_fit(p))
         return false;
-    const ql_cuda_problem problem = {
-        .n = p->n, .k = p->k, .group_size = group_columns(p), .m = p->m, .code = p->code, .x_type = p->x_type};
+    const ql_cuda_problem problem = ql_cuda_problem_of(p);
     if (kernel_of(&problem, false) != (int)choice.kernel) return false;
     if (!scales_fit(p)) return false;
     ql_decode_params *params = &prepared->decode;

@@ -67,21 +67,32 @@ static __device__ __forceinline__ void turn_over(const float *sums, uint32_t buf
     }
 }
 
+enum { MOST_RAGGED_LINES = 4 };
+#define RAGGED_LINES(k) (HAS_BOXES(k) ? MOST_RAGGED_LINES : 2)
+
 /* As store_buffer, where rows of out begin anywhere: a warp has every fourth line, consecutive lanes consecutive columns, so
- * that all but the ends of a line are whole sectors. */
+ * that all but the ends of a line are whole sectors. Some lines at once, as each comes from shared memory first; no more than
+ * the many copies of this are worth. */
 static __device__ __forceinline__ void store_ragged(const ql_packed_params *p, uint32_t buffer, int row, int token,
                                                     int skipped, int thread, shape k) {
     const int lane = thread % WARP;
     const int columns = (int)p->n - row, tokens = min(OUTPUT_TOKENS(k), (int)p->m - token);
-    int line = thread / WARP % 4;
-    uint16_t *out = (uint16_t *)p->out + (int64_t)(token + line) * p->n + row;
+    int first = thread / WARP % 4;
+    uint16_t *out = (uint16_t *)p->out + (int64_t)(token + first) * p->n + row + lane;
 #pragma unroll 1
-    for (; line < tokens; line += 4, out += 4 * p->n)
+    for (; first < tokens; first += 4 * RAGGED_LINES(k), out += 4 * RAGGED_LINES(k) * p->n) {
+        uint16_t values[2 * MOST_RAGGED_LINES];
 #pragma unroll
-        for (int column = lane; column < 64; column += WARP) {
-            const uint32_t from = buffer + line * 128 + (column / 8 ^ line % 8) * 16 + column % 8 * 2;
-            if (column < columns && line >= skipped) out[column] = load_shared_2(from);
+        for (int i = 0; i < 2 * RAGGED_LINES(k); i++) {
+            const int line = first + i / 2 * 4, column = lane + i % 2 * WARP;
+            values[i] = load_shared_2(buffer + line * 128 + (column / 8 ^ line % 8) * 16 + column % 8 * 2);
         }
+#pragma unroll
+        for (int i = 0; i < 2 * RAGGED_LINES(k); i++) {
+            const int line = first + i / 2 * 4, column = lane + i % 2 * WARP;
+            if (column < columns && line < tokens && line >= skipped) out[i / 2 * 4 * p->n + i % 2 * WARP] = values[i];
+        }
+    }
 }
 
 /* A warpgroup's buffer of 64 rows from `row` on and 32 tokens from `token` on, but the first `skipped`: eight lanes a line. */

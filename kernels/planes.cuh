@@ -80,7 +80,7 @@ static __device__ __forceinline__ absmax_source first_absmax(const ql_streamk_pa
     return s;
 }
 
-/* Both planes of a row. low_plane: address; the high one is `planes` bytes further on. */
+/* Both planes of a row in a group. low_plane: address; the high one is `planes` bytes further on. */
 static __device__ __forceinline__ void store_planes(uint32_t low_plane, int planes, const float *table, float absmax,
                                                     int type) {
     uint32_t low[4], high[4];
@@ -139,12 +139,14 @@ static __device__ __forceinline__ void feed_planes(const ql_streamk_params *q, u
                 copy_absmax(&s, nested);
                 read_absmax(&next, &s, h, q);
             }
-            store_planes(to + r.slot * stage_bytes(k), k.rows * PLANE, table, group & 1 ? absmax[1] : absmax[0],
-                         k.type);
+            const uint32_t low_plane = to + r.slot * stage_bytes(k);
+            const bool is_second = k.groups == 1 && (group & 1);
+            store_planes(low_plane, k.rows * PLANE, table, is_second ? absmax[1] : absmax[0], k.type);
+            if (k.groups == 2) store_planes(low_plane + 2 * k.rows * PLANE, k.rows * PLANE, table, absmax[1], k.type);
             __syncwarp();
             if (thread % WARP == 0) barrier_arrive(full);
             advance(&r, q->stages);
-            is_next = next_group(&group, &left, q);
+            if (k.groups == 1) is_next = next_group(&group, &left, q);
         }
         cp_async_wait(0);
         if (flags_in >= 0) raise_flags(q, k);

@@ -35,7 +35,7 @@ typedef struct reader {
 typedef struct stage_words {
     uint32_t words[16], high[2]; /* high: of 3 bit */
     raw_entry entries[MOST_GROUPS];
-    planes products; /* of a table */
+    planes products; /* of a table, in the group at hand */
 } stage_words;
 
 static __device__ __forceinline__ reader make_reader(const ql_streamk_params *q, uint32_t base, shape k) {

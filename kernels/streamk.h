@@ -53,7 +53,7 @@ typedef struct ql_streamk_params {
 #define QL_STREAMK_PAIRED(tokens) ((tokens) == 256)
 
 /* Sums of 256 tokens leave no registers for a group's own beside them: there codes of a table become its products with
- * absmax, from planes of bytes (planes.cuh) that a stage has 32 bytes a row of. */
+ * absmax, from planes of bytes (planes.cuh) that a stage has 32 bytes a row and group of. */
 #define QL_STREAMK_HAS_PLANES(code, tokens) ((code) == QL_CODE_TABLE4 && (tokens) == 256)
 
 /* Bytes of a stage: x in boxes, the codes of the tile's strips, then what groups have (entries): of a strip and a pair
@@ -70,7 +70,7 @@ typedef struct ql_streamk_params {
 #define QL_STREAMK_PAIR_BYTES(code, rows) ((rows) / 16 * ((code) == QL_CODE_TABLE4 ? 128 : 160))
 #define QL_STREAMK_ENTRIES_BYTES(code, rows, tokens, groups)                                                           \
     (QL_STREAMK_HAS_PLANES(code, tokens)                                                                               \
-         ? (rows) * 32                                                                                                 \
+         ? (rows) * 32 * (groups)                                                                                      \
          : (QL_STREAMK_PAIRS(groups) * QL_STREAMK_PAIR_BYTES(code, rows) + 1023) / 1024 * 1024)
 #define QL_STREAMK_STAGE_BYTES(code, rows, tokens, stage_k, groups)                                                    \
     (QL_STREAMK_ENTRIES_AT(code, rows, tokens, stage_k) +                                                              \

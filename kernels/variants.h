@@ -82,7 +82,8 @@
     QL_WGMMA_TYPES(X, code, name, 128, 128, 128, 128, 1)                                                               \
     QL_WGMMA_TYPES(X, code, name, 128_halves, 128, 128, 128, 2)                                                        \
     QL_WGMMA_TYPES(X, code, name, 128_quarters, 128, 128, 128, 4)                                                      \
-    QL_WGMMA_TYPES(X, code, name, 256, 128, 256, 64, 1)
+    QL_WGMMA_TYPES(X, code, name, 256, 128, 256, 64, 1)                                                                \
+    QL_WGMMA_TYPES(X, code, name, 256_halves, 128, 256, 64, 2)
 #define QL_WGMMA_VARIANTS(X)                                                                                           \
     QL_WGMMA_INTEGERS(X, QL_CODE_INT2, int2)                                                                           \
     QL_WGMMA_INTEGERS(X, QL_CODE_INT3, int3)                                                                           \

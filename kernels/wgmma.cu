@@ -158,7 +158,8 @@ static __device__ __forceinline__ void store_boxes(float *sums, const ql_streamk
 }
 
 /* Steps of 16 columns that are decoded at once. A stage is two batches of them at least, which take turns: the products of
- * 256 tokens take twice as long, so half as many steps are enough. A table's batch is in one group, whose sums it has. */
+ * 256 tokens take twice as long, so half as many steps are enough. A table's batch is in one group, whose sums or planes it
+ * has. */
 #define HAS_SUMS_OF_GROUPS(k) ((k).code == QL_CODE_TABLE4 && !HAS_PLANES(k))
 #define STEPS(k) ((k).stage_k * (k).rows < 128 * 128 || (HAS_SUMS_OF_GROUPS(k) && (k).groups == 4) ? 2 : MOST_STEPS)
 
@@ -227,7 +228,7 @@ static __device__ __forceinline__ uint32_t sum_blocks(float *sums, reader *reads
 #pragma unroll 1
     for (; blocks > 0; blocks--) {
         const uint64_t x = descriptor_of(c, k);
-        const uint32_t empty = c->base + 8 * c->slot + EMPTY;
+        const uint32_t empty = c->base + 8 * c->slot + EMPTY, planes_at = reads->scales + (uint32_t)c->at;
         entry e[MOST_GROUPS];
         bool ready = false;
         if (k.groups == 0) e[0] = reads->row;
@@ -237,13 +238,15 @@ static __device__ __forceinline__ uint32_t sum_blocks(float *sums, reader *reads
         step_on(c, reads, q, k);
 #pragma unroll
         for (int batch = 0; batch < batches; batch++) {
-            const int from = batch * STEPS(k);
+            const int from = batch * STEPS(k), next_group = group_of_step(from + STEPS(k), k);
             uint32_t *to = a[batch & 1];
             decode(to, &d, e, reads->has_seconds, from, STEPS(k), k);
             if (batch == batches - 1 && blocks > 1) {
                 if (!ready) await_stage(c);
                 read_stage(&d, reads, c->at, k);
             }
+            if (HAS_PLANES(k) && batch < batches - 1 && next_group > group_of_step(from, k))
+                read_planes(&d.products, planes_at + next_group * 2 * k.rows * PLANE, k);
             multiply_steps(sums, to, x, from, k.tokens, add || batch, k);
             WARPGROUP_WAIT(1);
             if (batch == 0) {

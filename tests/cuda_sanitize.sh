@@ -46,7 +46,7 @@ for tool in "$@"; do
         ;;
     racecheck)
         part packed --subjects packed --once --formats $exact $wide
-        part bytes --subjects packed --once --formats $bytes --skip ql_wgmma_table4_f16_256
+        part bytes --subjects packed --once --formats $bytes --skip ql_wgmma_table4_f16_256 ql_wgmma_table4_f16_256_halves
         part nested --subjects packed --once --engines decode mma --formats $nested
         export QLINEAR_KERNELS=mma
         part w8a8 --subjects w8a8 --once --most 100000000

@@ -69,7 +69,8 @@ static double pace(const variant *v) {
                      : v->code == QL_CODE_INT8 ? 3 + (v->groups != 0)
                                                : 5;
     const int tile = v->tokens <= 32 ? 0 : v->tokens == 64 ? 1 : v->tokens == 128 ? 2 : 3;
-    const double more = v->groups != 4 ? 1 : v->code == QL_CODE_TABLE4 ? 1.2 : 1.14;
+    const bool table = v->code == QL_CODE_TABLE4, two_planes = table && v->groups == 2 && v->tokens == 256;
+    const double more = v->groups == 4 ? (table ? 1.2 : 1.14) : two_planes ? 1.07 : 1;
     return paces[kind][tile] * more * (v->tokens == 16 ? 0.89 : 1);
 }
 

@@ -40,18 +40,24 @@ extern "C" __global__ void __launch_bounds__(QL_ARRANGE_THREADS)
     __align__(16) int places[PIECE];
     start_next_kernel();
     load_places(places, p.order, col, k, none);
-    wait_for_previous_kernel();
+#pragma unroll
+    for (int i = 0; i < PIECE; i++) places[i] = places[i] >= 0 ? cell_of(places[i]) : -1;
     const uint16_t *x = (const uint16_t *)p.x + blockIdx.x * p.x_stride;
+    const uint32_t to = shared_address(row);
+    wait_for_previous_kernel();
+    /* Nothing waits for a piece before all are on their way. */
 #pragma unroll 1
     for (int i = (int)threadIdx.x * PIECE; i < whole; i += QL_ARRANGE_THREADS * PIECE)
-        *(uint4 *)(row + cell_of(i)) = *(const uint4 *)(x + i);
+        cp_async_16(to + (uint32_t)(cell_of(i) * 2), x + i, 16);
 #pragma unroll 1
     for (int i = whole + (int)threadIdx.x; i < k; i += QL_ARRANGE_THREADS) row[cell_of(i)] = x[i];
+    cp_async_commit();
+    cp_async_wait(0);
     __syncthreads();
     if (col >= p.out_stride) return;
     __align__(16) uint16_t piece[PIECE];
 #pragma unroll
-    for (int i = 0; i < PIECE; i++) piece[i] = places[i] >= 0 ? row[cell_of(places[i])] : (uint16_t)0;
+    for (int i = 0; i < PIECE; i++) piece[i] = places[i] >= 0 ? row[places[i]] : (uint16_t)0;
     *(uint4 *)((uint16_t *)p.out + blockIdx.x * p.out_stride + col) = *(const uint4 *)piece;
 }
 

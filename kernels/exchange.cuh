@@ -1,19 +1,15 @@
 /* Partial sums of the stream-K product between thread blocks (streamk.h): left by a range that starts inside a tile,
- * added by the block that has the tile's first columns, in the order of K.
+ * added by the block that has the tile's first columns, in the order of K; here, or as they come by the ring (streamk.cuh).
  *
- * Each warp's sums have a flag, which a warp that has nothing else to do raises: no warp that multiplies waits for a
- * fence. A reader takes the flag away again, so that the launch may be repeated as it is, by a graph. */
+ * Each warp's sums have a flag, or all of them one that come by the ring, which a warp that has nothing else to do raises: no
+ * warp that multiplies waits for a fence. A reader takes the flag away again, so that the launch may be repeated as it is, by
+ * a graph. */
 #ifndef QL_KERNELS_EXCHANGE_CUH
 #define QL_KERNELS_EXCHANGE_CUH
 
 #include "streamk.cuh"
 
 enum { FLAGS_BARRIER = 2, MULTIPLIERS = WARPS * WARP };
-
-/* Thread blocks of a pair leave their sums beside each other. */
-static __device__ __forceinline__ int64_t place_of_partials(int range, shape k) {
-    return PAIRED(k) ? (int64_t)range * 2 + cluster_rank() : range;
-}
 
 /* This thread's first four sums; the next four are MULTIPLIERS further on. */
 static __device__ __forceinline__ float4 *partials_of(const ql_streamk_params *q, int range, shape k) {
@@ -41,7 +37,7 @@ static __device__ __forceinline__ float4 load_partials(const float4 *from) {
 static __device__ __forceinline__ void raise_flags(const ql_streamk_params *q, shape k) {
     wait_for_previous_kernel();
     named_barrier(FLAGS_BARRIER, MULTIPLIERS + WARP);
-    if (threadIdx.x % WARP < WARPS)
+    if (threadIdx.x % WARP < (HAS_PARTS(k) ? 1 : WARPS))
         store_release(q->flags + place_of_partials(own_range(k), k) * WARPS + threadIdx.x % WARP, q->nonce);
 }
 
@@ -64,13 +60,10 @@ static __device__ __forceinline__ void await_flags(const ql_streamk_params *q, i
     __syncwarp();
 }
 
-/* How many ranges have a part of the tile, once all of it is there. end: of the blocks that this thread block sums itself. */
-static __device__ __forceinline__ int await_partials(const ql_streamk_params *q, int end, shape k) {
-    const int first = own_range(k) + 1;
-    int ranges = 0;
-#pragma unroll 1
-    for (; end < q->k_blocks; ranges++) end += range_blocks(q, first + ranges);
-    await_flags(q, first, ranges, k);
+/* How many ranges have a part of the tile, once all of it is there. */
+static __device__ __forceinline__ int await_partials(const ql_streamk_params *q, const walk *w, shape k) {
+    const int ranges = ranges_after(q, w, k);
+    await_flags(q, own_range(k) + 1, ranges, k);
     return ranges;
 }
 

@@ -22,6 +22,7 @@ typedef struct shape {
 
 #define PAIRED(k) QL_STREAMK_PAIRED((k).tokens)
 #define HAS_PLANES(k) QL_STREAMK_HAS_PLANES((k).code, (k).tokens)
+#define HAS_PARTS(k) QL_STREAMK_HAS_PARTS((k).code, (k).tokens)
 #define HAS_HALVES(k) QL_STREAMK_HAS_HALVES((k).code, (k).stage_k)
 
 /* ---- tiles ---- */
@@ -199,6 +200,59 @@ static __device__ __forceinline__ void prefetch_first(const ql_streamk_params *q
         prefetch_section(p->zeros, 16 << (k.code == QL_CODE_INT8), row_tile * strips, strips, last_strip, pair, pairs);
 }
 
+/* ---- what other ranges have left of a tile ---- */
+
+/* How many ranges have a part of the tile after this one, which has its first blocks; else 0. */
+static __device__ __forceinline__ int ranges_after(const ql_streamk_params *q, const walk *w, shape k) {
+    int ranges = 0;
+    if (w->first > 0) return 0;
+#pragma unroll 1
+    for (int end = w->end; end < q->k_blocks; ranges++) end += range_blocks(q, own_range(k) + 1 + ranges);
+    return ranges;
+}
+
+/* Thread blocks of a pair leave their sums beside each other. */
+static __device__ __forceinline__ int64_t place_of_partials(int range, shape k) {
+    return PAIRED(k) ? (int64_t)range * 2 + cluster_rank() : range;
+}
+
+/* Parts that come by the ring after a tile's own stages: as far ahead of those that multiply as these, so that nobody waits
+ * for them. Each is as long as a stage's x, and lies there. */
+#define PART_BYTES(k) ((k).tokens * (k).stage_k * 2)
+#define PARTS(k) ((k).rows * (k).tokens * 4 / PART_BYTES(k))
+
+/* One thread asks for parts, of a range that has raised its flag, which it takes away again. What else brings something to
+ * a stage arrives alone. */
+static __device__ __forceinline__ void bring_parts(const ql_streamk_params *q, uint32_t base, ring *r, const walk *w,
+                                                   bool asks, shape k) {
+    if (!HAS_PARTS(k)) return;
+    const int ranges = ranges_after(q, w, k);
+#pragma unroll 1
+    for (int i = 0; i < ranges; i++) {
+        const int64_t place = place_of_partials(own_range(k) + 1 + i, k);
+        const uint8_t *from = (const uint8_t *)(q->partials + place * (k.rows * k.tokens));
+        if (asks) {
+            uint64_t *flag = q->flags + place * WARPS;
+            while (load_acquire(flag) != q->nonce) {
+            }
+            *flag = 0;
+            fence_for_copies();
+        }
+#pragma unroll 1
+        for (int part = 0; part < PARTS(k); part++) {
+            const uint32_t full = base + 8 * r->slot, to = stages_at(base, k) + r->slot * stage_bytes(k);
+            barrier_wait(full + EMPTY, r->parity);
+            if (asks) {
+                barrier_arrive_expect(full, PART_BYTES(k));
+                copy_bulk(to, from + part * PART_BYTES(k), PART_BYTES(k), full);
+            } else {
+                barrier_arrive(full);
+            }
+            advance(r, q->stages);
+        }
+    }
+}
+
 /* ---- the threads that copy codes and x, one each or one for both ---- */
 
 static __device__ __forceinline__ void ask_for_codes(const ql_streamk_params *q, uint32_t base, int slot, int row_tile,
@@ -263,6 +317,7 @@ static __device__ __forceinline__ void copy_stages(const ql_streamk_params *q, u
                 ask_for_codes(q, base, r.slot, row_tile, block, k);
             advance(&r, q->stages);
         }
+        bring_parts(q, base, &r, &w, x, k);
         skipped = 0;
     } while (next_tile(&w, q, k));
 }
@@ -334,6 +389,7 @@ static __device__ __forceinline__ void copy_entries(const ql_streamk_params *q, 
             }
             advance(&r, q->stages);
         }
+        bring_parts(q, base, &r, &w, false, k);
     } while (next_tile(&w, q, k));
 }
 

@@ -56,6 +56,10 @@ typedef struct ql_streamk_params {
  * absmax, from planes of bytes (planes.cuh) that a stage has 32 bytes a row and group of. */
 #define QL_STREAMK_HAS_PLANES(code, tokens) ((code) == QL_CODE_TABLE4 && (tokens) == 256)
 
+/* What other ranges have left of a tile comes by the ring of stages where a thread has many sums: mostly it is there by then,
+ * as tiles of 256 tokens are for products with more of them than thread blocks. */
+#define QL_STREAMK_HAS_PARTS(code, tokens) ((tokens) == 256 && (code) != QL_CODE_TABLE4)
+
 /* Bytes of a stage: x in boxes, the codes of the tile's strips, then what groups have (entries): of a strip and a pair
  * of groups up to 160, of a table 128, those of all strips of the first pair before those of the second; or planes. Where a
  * stage is half of a tile of codes, it has the whole tile: the halves of a lane's bytes do not lie together, and twice the

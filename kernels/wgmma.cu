@@ -188,13 +188,17 @@ typedef struct place {
 static __device__ __forceinline__ void await_stage(const place *c) { barrier_wait(c->base + 8 * c->slot, c->parity); }
 
 /* From one stage to the next. */
-static __device__ __forceinline__ void step_on(place *c, reader *reads, const ql_streamk_params *q, shape k) {
+static __device__ __forceinline__ void next_slot(place *c, const ql_streamk_params *q, shape k) {
     c->at += stage_bytes(k);
     if (++c->slot == q->stages) {
         c->slot = 0;
         c->parity ^= 1;
         c->at = 0;
     }
+}
+
+static __device__ __forceinline__ void step_on(place *c, reader *reads, const ql_streamk_params *q, shape k) {
+    next_slot(c, q, k);
     if (HAS_HALVES(k)) flip_half(reads);
     if (k.groups == 1 && --c->left == 0) {
         c->left = q->group_blocks;
@@ -321,6 +325,32 @@ static __device__ __forceinline__ void sum_batches(float *sums, reader *reads, p
     }
 }
 
+/* What other ranges have of the tile, in the order of K. */
+static __device__ __forceinline__ void add_parts(float *sums, place *c, const ql_streamk_params *q, int ranges,
+                                                 shape k) {
+    const int count = PART_BYTES(k) / 4 / MULTIPLIERS;
+#pragma unroll 1
+    for (; ranges > 0; ranges--)
+#pragma unroll
+        for (int part = 0; part < PARTS(k); part++) {
+            const uint32_t from = stages_at(c->base, k) + (uint32_t)c->at + threadIdx.x * 16;
+            await_stage(c);
+#pragma unroll
+            for (int i = 0; i < count; i += 4) {
+                const uint4 v = load_shared_16(from + i / 4 * (MULTIPLIERS * 16));
+                float *s = sums + part * count + i;
+                s[0] += __uint_as_float(v.x);
+                s[1] += __uint_as_float(v.y);
+                s[2] += __uint_as_float(v.z);
+                s[3] += __uint_as_float(v.w);
+            }
+            fence_shared();
+            __syncwarp();
+            release_stage(c->base + 8 * c->slot + EMPTY, k);
+            next_slot(c, q, k);
+        }
+}
+
 /* Of rows that are one group: zeros before the sums; scales after them, so that nothing waits for these here. */
 static __device__ __forceinline__ void read_rows(uint32_t scale_words[2], reader *r, const ql_packed_params *p,
                                                  int first_row, shape k) {
@@ -373,12 +403,15 @@ static __device__ __forceinline__ void multiply_all(const ql_streamk_params *q, 
             AWAIT_STORES(0);
             named_barrier(OUTPUT_BARRIER + (int)threadIdx.x / 128, 128);
         }
-        const int ranges = w.first > 0 || w.end == q->k_blocks ? 0 : await_partials(q, w.end, k);
+        const int ranges = HAS_PARTS(k) ? ranges_after(q, &w, k) : await_partials(q, &w, k);
         if (!HAS_SUMS_OF_GROUPS(k)) finish_blocks(sums, last_empty, k);
         if (w.first > 0) {
             leave_partials(sums, q, k);
         } else {
-            if (ranges > 0) add_partials(sums, q, ranges, k);
+            if (HAS_PARTS(k))
+                add_parts(sums, &c, q, ranges, k);
+            else if (ranges > 0)
+                add_partials(sums, q, ranges, k);
             const int first = row - strip % 4 * 16;
             const uint32_t buffers = base + QL_STREAMK_BARRIER_BYTES;
             if (HAS_BOXES(k))

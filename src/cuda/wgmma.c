@@ -82,7 +82,8 @@ static int64_t tiles_of(const variant *v, const ql_cuda_problem *p) {
  * them take, fitted to some 1400 products. The weight comes at 4200 bytes a ns; a tile ends in outputs. Ranges that share
  * a tile leave each other sums, which is dear; dearer where they do not begin and end with tiles: then thread blocks are at
  * different places of K as well, and where the second-level cache does not hold what they share, they read it again. Tiles of
- * 256 tokens leave outputs to copies, so that each takes less, have twice the sums to exchange, and read half of x. */
+ * 256 tokens leave outputs to copies, so that each takes less, have twice the sums to exchange, and read half of x; what others
+ * leave of them is mostly there when it is wanted, unless they are fewer than thread blocks. */
 static double cost(const variant *v, const ql_cuda_problem *p, int64_t blocks) {
     const int rows = v->rows * together(v);
     const int64_t tiles = tiles_of(v, p), walkers = blocks / together(v);
@@ -91,7 +92,11 @@ static double cost(const variant *v, const ql_cuda_problem *p, int64_t blocks) {
     const bool boxes = QL_STREAMK_HAS_BOXES(v->tokens);
     double loop = share * k / 128 * pace(v), exchange = 0;
     if (tiles % walkers != 0) {
-        exchange = (boxes ? 3000 : 1500) + 480 * size * fmax(1, 1 / share);
+        const double meeting = !boxes                                     ? 1500
+                               : tiles < walkers                          ? 4500
+                               : QL_STREAMK_HAS_PARTS(v->code, v->tokens) ? 1800
+                                                                          : 3000;
+        exchange = meeting + 480 * size * fmax(1, 1 / share);
         if (tiles > walkers || walkers % tiles != 0) {
             const double uncached = fmin(1, k * fmin((double)p->m, QL_STREAMK_TOKEN_GROUP) / 6e6);
             exchange += 710 + 1265 * size;

@@ -7,7 +7,10 @@
 
 /* ---- the thread that copies codes: what a pair has in common each of the two copies half of, into both ---- */
 
-enum { BOTH_BLOCKS = 3 };
+enum {
+    BOTH_BLOCKS = 3,
+    EARLY_STAGES = 2 /* filled before x is there, which comes after what was asked for before it */
+};
 
 static __device__ __forceinline__ void copy_w(const ql_w8a8_wgmma_params *q, const layout *l, int slot, int block,
                                               int row, shape k) {
@@ -90,9 +93,12 @@ static __device__ __forceinline__ void copy_codes(const ql_w8a8_wgmma_params *q,
     ring r = {0, 1};
     if (!at.any) return;
     /* Weights may be read before the kernel before is done. */
-    const int early = min(at.s.end - at.s.first, q->stages);
+    const int early = min(at.s.end - at.s.first, min(q->stages, (int)EARLY_STAGES));
 #pragma unroll 1
     for (int i = 0; i < early; i++) copy_w(q, l, i, at.s.first + i, at.row, k);
+    const int next = at.s.first + early;
+#pragma unroll 1
+    for (int block = next; block < min(at.s.end, next + q->ahead); block++) prefetch_box(q->w_map, block * K, at.row);
     wait_for_previous_kernel();
 #pragma unroll 1
     for (int i = 0; i < early; i++) {

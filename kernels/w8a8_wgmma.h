@@ -75,6 +75,8 @@ typedef struct ql_w8a8_wgmma_params {
     int32_t row_tiles, token_tiles, k_blocks, split_tiles;
     int32_t range, longer_ranges; /* blocks a range, and how many ranges have one more */
     int32_t stages;
+    int32_t
+        ahead; /* blocks that the second-level cache is asked for, after those of the first stages, before x is there */
     int32_t members; /* of a cluster, where they divide a tile's columns: 2 or more, no more than k_blocks */
 } ql_w8a8_wgmma_params;
 

@@ -237,6 +237,14 @@ static ql_cu_result map_operands(ql_w8a8_wgmma_params *params, const ql_cuda_dri
     return map_codes(params->x_map, driver, p->x_codes, p->m, p->k, p->x_pitch, x_box_rows(v));
 }
 
+/* While x is quantized memory has nothing to do once the first stages are full. Where a thread block has few blocks more, they
+ * are soon asked for anyway, and x comes before them. */
+static int blocks_ahead(const cut *c) {
+    enum { MANY_BLOCKS = 32, AHEAD = 8 };
+    const int64_t own = c->variant->meets ? c->k_blocks / c->members : c->k_blocks * tiles_of(c) / c->clusters;
+    return c->variant->tokens <= 64 && own >= MANY_BLOCKS ? AHEAD : 0;
+}
+
 int ql_cuda_w8a8_wgmma_launch(const ql_cuda_guard *guard, void *stream, const ql_w8a8_params *p, ql_cuda_choice choice,
                               void *scratch, char message[QL_CUDA_MESSAGE]) {
     const cut c = cut_of_choice(p, choice);
@@ -251,6 +259,7 @@ int ql_cuda_w8a8_wgmma_launch(const ql_cuda_guard *guard, void *stream, const ql
         .range = (int32_t)(split * c.k_blocks / c.clusters),
         .longer_ranges = (int32_t)(split * c.k_blocks % c.clusters),
         .stages = stages_of(&c, guard->properties),
+        .ahead = blocks_ahead(&c),
         .members = c.members,
     };
     if (is_split(&c)) {

@@ -23,10 +23,11 @@ static __device__ __forceinline__ float over_448(float a) {
     return __fmaf_rn(__fmaf_rn(-quotient, 448.0f, a), 1.0f / 448.0f, quotient);
 }
 
-/* e4m3_scale of a group's magnitude. */
-static __device__ __forceinline__ float group_scale(uint32_t most) {
-    const float scale = over_448(__uint_as_float(most));
-    return scale == 0.0f ? 1.0f : scale;
+/* 1 / a to nearest, as __frcp_rn has it where neither is near an end of the range. */
+static __device__ __forceinline__ float quick_reciprocal(float a) {
+    float near;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(near) : "f"(a));
+    return __fmaf_rn(near, __fmaf_rn(-a, near, 1.0f), near);
 }
 
 static __device__ __forceinline__ float token_scale(uint32_t most, float upper_bound, float least) {
@@ -86,6 +87,31 @@ static __device__ __forceinline__ uint2 e4m3_run(const float *run, const ql_enco
 #pragma unroll
     for (int i = 0; i < QL_RUN; i++) value[i] = exact_quotient(run[i], e->scale);
     return e4m3_of_values(value);
+}
+
+/* Of magnitudes that no formula below was made for: rare, and long. */
+static __device__ __noinline__ uint2 rare_group_codes(float scale, uint4 bits, uint32_t most, int type) {
+    const ql_encoder e = e4m3_encoder(scale, most, false);
+    float run[QL_RUN];
+    unpack_run(run, bits, type);
+    return e4m3_run(run, &e);
+}
+
+/* The scale of a group, whose largest magnitude is `most`, and codes of eight of its values: those of over_448 and
+ * e4m3_encoder, with one branch. */
+static __device__ __forceinline__ uint2 group_codes(float *scale, uint4 bits, uint32_t most, int type) {
+    const float absmax = most ? __uint_as_float(most) : 448.0f;
+    if (!(absmax > 0x1p-50f && absmax < 0x1p60f)) {
+        *scale = exact_quotient(absmax, 448.0f);
+        if (*scale == 0.0f) *scale = 1.0f;
+        return rare_group_codes(*scale, bits, most, type);
+    }
+    const float quotient = __fmul_rn(absmax, 1.0f / 448.0f);
+    *scale = __fmaf_rn(__fmaf_rn(-quotient, 448.0f, absmax), 1.0f / 448.0f, quotient);
+    const ql_encoder e = {*scale, quick_reciprocal(*scale), true, false};
+    float run[QL_RUN];
+    unpack_run(run, bits, type);
+    return e4m3_quick_run(run, &e);
 }
 
 /* 0xff in each of the bytes whose bit of four is set. */

@@ -117,8 +117,10 @@ static __device__ __forceinline__ void store_biases(const ql_held_biases *held, 
 
 /* ---- products ---- */
 
-/* Sums of a warp's products that do not wait for each other: sum[chain * tiles + tile]. */
+/* Sums of a warp's products that do not wait for each other: sum[chain * tiles + tile]. Half of them where they are added for
+ * each slot and other warps have time for the rest. */
 enum { CHAINED = 4 };
+#define CHAINS(groups, tokens) ((groups) && (tokens) == QL_W8A8_OWN_TOKENS ? CHAINED / 2 : CHAINED)
 
 /* sums += 16 rows by 8 tokens over 64 columns. */
 static __device__ __forceinline__ void multiply_e4m3(float (*sum)[4], const uint4 w[2], const uint4 *x, int tiles) {
@@ -136,13 +138,14 @@ static __device__ __forceinline__ void multiply_e4m3(float (*sum)[4], const uint
 }
 
 /* The same of 8 tokens, which are there as fp16. */
-static __device__ __forceinline__ void multiply_halves(float (*sum)[4], const uint4 w[2], const uint4 x[2]) {
+static __device__ __forceinline__ void multiply_halves(float (*sum)[4], const uint4 w[2], const uint4 x[2],
+                                                       int chains) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         uint32_t a[4];
         operand_of_e4m3(a, word_of(w[0], i), word_of(w[1], i));
         const uint32_t b[2] = {word_of(x[i / 2], i % 2 * 2), word_of(x[i / 2], i % 2 * 2 + 1)};
-        multiply_16816(sum[i], a, b, QL_VALUE_F16);
+        multiply_16816(sum[i % chains], a, b, QL_VALUE_F16);
     }
 }
 
@@ -159,9 +162,9 @@ static __device__ __forceinline__ void multiply_int8(int32_t (*sum)[4], const ui
 }
 
 /* Leaves the sums of all chains in the first. */
-static __device__ __forceinline__ void add_chains(float (*sum)[4], int tiles) {
+static __device__ __forceinline__ void add_chains(float (*sum)[4], int tiles, int sums) {
 #pragma unroll
-    for (int at = CHAINED / 2; at >= tiles; at /= 2)
+    for (int at = sums / 2; at >= tiles; at /= 2)
 #pragma unroll
         for (int i = 0; i < at; i++)
 #pragma unroll
@@ -348,7 +351,7 @@ static __device__ __forceinline__ void multiply_slot(ql_w8a8_sums *s, const ql_w
             const uint4 *from = (const uint4 *)(shared + min(lane / 4, m - 1) * p->x_pitch + own_col * 2);
             x[0] = from[0];
             x[1] = from[1];
-            multiply_halves(groups ? part : s->sum, w, x);
+            multiply_halves(groups ? part : s->sum, w, x, CHAINS(groups, tokens));
             continue;
         }
 #pragma unroll
@@ -377,7 +380,7 @@ static __device__ __forceinline__ void multiply_slot(ql_w8a8_sums *s, const ql_w
     }
     if (!groups) return;
     const float low = scales[lane / 4], high = scales[lane / 4 + 8];
-    add_chains(part, tiles);
+    add_chains(part, tiles, CHAINS(groups, tokens));
 #pragma unroll
     for (int tile = 0; tile < tiles; tile++) {
         const float2 by = *(const float2 *)(scales_of(p) + col / COLUMNS * tokens + tile * 8 + lane % 4 * 2);
@@ -448,7 +451,7 @@ static __device__ __forceinline__ void product(const ql_w8a8_decode_params *p, i
     bool has_outliers = code == QL_W8A8_INT8 && product->outliers;
     if (own) {
         ql_own_values held;
-        hold_values(&held, p);
+        hold_values(&held, p, code);
         hold_biases(&biases, p);
         if (!groups) load_row_scales(p, team);
         LOAD_SLOTS(p->early, p->slots);
@@ -498,7 +501,7 @@ static __device__ __forceinline__ void product(const ql_w8a8_decode_params *p, i
         const int size = m * QL_W8A8_SUMS_PITCH, all = p->teams * p->warps, buffers = QL_W8A8_SUMS_BUFFERS(tokens);
         const int at = (round % buffers * all + team * p->warps) * size;
         if (buffers == 1) meet_team(p, team + QL_W8A8_MOST_TEAMS);
-        if (code == QL_W8A8_E4M3 && !groups) add_chains(s.sum, tiles);
+        if (code == QL_W8A8_E4M3 && !groups) add_chains(s.sum, tiles, CHAINED);
 #pragma unroll
         for (int i = 0; i < tiles * 4; i++) s.whole[i / 4][i % 4] += s.whole[tiles + i / 4][i % 4];
         if (code == QL_W8A8_INT8 && has_outliers) add_outliers(&s, p, tiles);

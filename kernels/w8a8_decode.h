@@ -42,6 +42,7 @@ typedef struct ql_w8a8_decode_params {
     int32_t kept;          /* chunks of 64 columns whose outliers are in shared memory */
     int32_t row_pieces;    /* of 16 bytes that a thread holds, in a row of x or of codes: a multiple of 32 */
     uint32_t per_row;      /* 2^32 / row_pieces, rounded up */
+    int32_t turn;          /* pieces by which a row of int8 is turned against the one before, where blocks quantize x */
     int32_t x_row_bytes;   /* between rows of x, where blocks quantize it */
     /* Shared memory, offsets in bytes. */
     int32_t

@@ -10,12 +10,22 @@ typedef struct ql_own_values {
     uint4 bytes[QL_W8A8_OWN_HELD];
 } ql_own_values;
 
-static __device__ __forceinline__ void hold_values(ql_own_values *held, const ql_w8a8_decode_params *p) {
+/* As held_place. A column with outliers has them in most rows, so rows of int8 are turned against each other: what outliers
+ * take is done by as many warps then. */
+static __device__ __forceinline__ ql_held_place own_place(const ql_w8a8_decode_params *p, int code, int i) {
+    ql_held_place at = held_place(p, i);
+    if (code != QL_W8A8_INT8) return at;
+    at.piece += at.token * p->turn;
+    if (at.piece >= p->row_pieces) at.piece -= p->row_pieces;
+    return at;
+}
+
+static __device__ __forceinline__ void hold_values(ql_own_values *held, const ql_w8a8_decode_params *p, int code) {
     const char *x = (const char *)p->quantize.x;
     const int m = (int)p->product.m, pieces = (int)p->product.k / QL_RUN;
 #pragma unroll
     for (int i = 0; i < QL_W8A8_OWN_HELD; i++) {
-        const ql_held_place at = held_place(p, i);
+        const ql_held_place at = own_place(p, code, i);
         if (at.token >= m) break; /* so has the whole warp */
         held->bytes[i] = make_uint4(0, 0, 0, 0);
         if (at.piece < pieces)
@@ -63,10 +73,9 @@ static __device__ __forceinline__ void quantize_own_groups(const ql_own_values *
         if (at.token >= m) break;
         const uint32_t most =
             lanes_max(widened(larger_of(pair_magnitude(held->bytes[i])), p->quantize.x_type), COLUMNS / QL_RUN);
-        const float scale = group_scale(most);
-        const ql_encoder e = e4m3_encoder(scale, most, false);
         if (at.piece >= p->span / QL_RUN) continue;
-        store_own_e4m3(p, at, own_e4m3(held->bytes[i], p->quantize.x_type, &e));
+        float scale;
+        store_own_e4m3(p, at, group_codes(&scale, held->bytes[i], most, p->quantize.x_type));
         if (at.piece % (COLUMNS / QL_RUN) == 0) scales_of(p)[at.piece / (COLUMNS / QL_RUN) * tokens + at.token] = scale;
     }
 }
@@ -91,7 +100,7 @@ static __device__ __forceinline__ bool leave_magnitudes(const ql_own_values *hel
     bool found = false;
 #pragma unroll
     for (int i = 0; i < QL_W8A8_OWN_HELD; i++) {
-        const ql_held_place at = held_place(p, i);
+        const ql_held_place at = own_place(p, code, i);
         if (at.token >= (int)q->m) break;
         uint32_t most = widened(larger_of(pair_magnitude(held->bytes[i])), q->x_type);
         if (code == QL_W8A8_INT8 && most >= limit) {
@@ -160,7 +169,7 @@ static __device__ __forceinline__ bool quantize_own_rows(const ql_own_values *he
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < QL_W8A8_OWN_HELD; i++) {
-        const ql_held_place at = held_place(p, i);
+        const ql_held_place at = own_place(p, code, i);
         if (at.token >= (int)p->product.m) break;
         if (at.piece >= p->span / QL_RUN) continue;
         const ql_encoder e = encoders_of(p)[at.token];

@@ -74,9 +74,8 @@ static __device__ __forceinline__ void quantize_groups(const ql_w8a8_quantize_pa
     for (int i = 0; i < HELD; i++) {
         if (i * (int)blockDim.x * QL_RUN >= (int)p->pitch) break;
         const uint32_t most = widened(lanes_max(larger_of(pair_magnitude(r->run[i])), LANES), type);
-        const float scale = group_scale(most);
-        const ql_encoder e = e4m3_encoder(scale, most, false);
-        store_run(p, index, i, encode_e4m3(r->run[i], type, &e));
+        float scale;
+        store_run(p, index, i, group_codes(&scale, r->run[i], most, type));
         if (threadIdx.x % LANES == 0 && column_of(i) < (int)p->pitch)
             p->scales[column_of(i) / QL_W8A8_GROUP * p->group_stride + index] = scale;
     }
@@ -92,6 +91,12 @@ static __device__ __forceinline__ void clear_mask(const ql_w8a8_quantize_params 
     for (int i = (int)threadIdx.x; i < p->pitch / 32; i += (int)blockDim.x) p->outliers[i] = 0;
     __syncthreads();
     if (threadIdx.x == 0) store_release(mark_of_mask(p), p->nonce);
+}
+
+/* By one thread: the block's next barrier tells the others. */
+static __device__ __forceinline__ void await_clear_mask(const ql_w8a8_quantize_params *p) {
+    while (load_acquire(mark_of_mask(p)) != p->nonce) {
+    }
 }
 
 /* Sets the bits of eight columns; of many rows most find them set by another. */
@@ -123,6 +128,9 @@ static __device__ __forceinline__ void quantize_int8(const ql_w8a8_quantize_para
             marked |= split_run(&most, r->run[i], limit, type) << i * QL_RUN;
     }
     most = row_max(most, turn);
+#pragma unroll 1
+    for (int i = 0; i < HELD; i++)
+        if (marked >> i * QL_RUN & 0xff) mark_columns(p, column_of(i), marked >> i * QL_RUN & 0xff);
     const ql_encoder e = int8_encoder(most);
     if (threadIdx.x == 0) p->scales[index] = __uint_as_float(most);
 #pragma unroll
@@ -131,12 +139,6 @@ static __device__ __forceinline__ void quantize_int8(const ql_w8a8_quantize_para
         unpack_run(x, r->run[i], type);
         store_run(p, index, i, int8_run(x, &e, marked >> i * QL_RUN & 0xff));
     }
-    if (!marked) return;
-    while (load_acquire(mark_of_mask(p)) != p->nonce) {
-    }
-#pragma unroll
-    for (int i = 0; i < HELD; i++)
-        if (marked >> i * QL_RUN & 0xff) mark_columns(p, column_of(i), marked >> i * QL_RUN & 0xff);
 }
 
 static __device__ __forceinline__ void quantize_rows(const ql_w8a8_quantize_params *p, int mode, int code, int type) {
@@ -155,6 +157,7 @@ static __device__ __forceinline__ void quantize_rows(const ql_w8a8_quantize_para
         return;
     }
     row r = load_row(p, index);
+    if (code == QL_W8A8_INT8 && p->outliers && threadIdx.x == 0) await_clear_mask(p);
 #pragma unroll 1
     for (int turn = 0; index < p->m; turn ^= 1) {
         const row next = load_row(p, index + p->row_blocks);

@@ -222,6 +222,7 @@ static int64_t cut(ql_w8a8_decode_params *p, const ql_cuda_w8a8 *product, const 
     p->row_pieces = (int32_t)(ql_ceil_div(p->span, (own ? 8 : 16) * 32) * 32);
     if (own && m * p->row_pieces > QL_W8A8_OWN_HELD * all * 32) return -1;
     p->per_row = (uint32_t)(((UINT64_C(1) << 32) + (uint64_t)p->row_pieces - 1) / (uint64_t)p->row_pieces);
+    p->turn = (int32_t)(p->row_pieces / 32 / m * 32);
     int64_t at = 0;
     p->kept = has_mask(product) ? KEPT_CHUNKS : 0;
     p->x_pitch = own && product->params.code == QL_W8A8_E4M3 ? p->span * 2 + 16 : p->span + 64;
@@ -242,8 +243,9 @@ static int64_t cut(ql_w8a8_decode_params *p, const ql_cuda_w8a8 *product, const 
     const int64_t slots = (gpu->shared_bytes - at) / (all * QL_W8A8_SLOT);
     p->slots = (int32_t)(slots < QL_W8A8_MOST_SLOTS ? slots : QL_W8A8_MOST_SLOTS);
     /* Where no launch overlaps the one before there is nothing to wait for, and what comes first is x; one row of it does
-     * not wait long for a slot. */
-    const int32_t early = !own ? EARLY_SLOTS : (ql_cuda_overlap_allowed() ? 1 : 0) + (m == 1 ? 1 : 0);
+     * not wait long for a slot, or two where a team's only strip waits for more than e4m3 of whole rows. */
+    const bool long_start = p->rounds == 1 && (by_groups(product) || product->params.code == QL_W8A8_INT8);
+    const int32_t early = !own ? EARLY_SLOTS : (ql_cuda_overlap_allowed() ? 1 : 0) + (m == 1 ? 1 + long_start : 0);
     p->early = p->slots > early ? early : p->slots - 1;
     return p->slots < LEAST_SLOTS ? -1 : at + p->slots * all * QL_W8A8_SLOT;
 }

@@ -90,14 +90,15 @@ static double common_bytes(const cut *c, const ql_w8a8_params *p) {
 
 /* What a model of an H200 at work takes, fitted to some 160 products with up to 128 tokens, which wait for memory, and to 100
  * with more: ns in which a thread block multiplies a token's 128 columns with 128 rows, bytes a ns of the second-level cache
- * for all of them, ns that it takes to give sums to another. */
+ * for all of them, ns that it takes to give sums to another, and those of pairs whose ranges all begin at a tile or in its
+ * middle. */
 typedef struct pace {
-    double plain, narrow, wide, tall; /* in groups: tiles of up to 64 tokens, of more, of two blocks' rows */
-    double cached, exchange[2];       /* exchange: plain, in groups */
+    double plain, narrow, wide, tall;      /* in groups: tiles of up to 64 tokens, of more, of two blocks' rows */
+    double cached, exchange[2], halves[2]; /* exchange: plain, in groups */
 } pace;
 
-static const pace few_tokens = {3.9, 7.6, 6.6, 6.6, 7600, {13000, 13000}},
-                  many_tokens = {3.0, 3.6, 3.15, 3.05, 10000, {6000, 4500}};
+static const pace few_tokens = {3.9, 7.6, 6.6, 6.6, 7600, {13000, 13000}, {13000, 13000}},
+                  many_tokens = {3.0, 3.6, 3.15, 3.05, 10000, {6000, 4500}, {2700, 2300}};
 enum { FEW_TOKENS = 128 };
 
 /* What a cut takes, in ns: tells cuts from each other, without the time that all of them take. A thread block is given at most
@@ -119,7 +120,8 @@ static double cost(const cut *c, const ql_w8a8_params *p) {
     if (v->meets) exchange += 1350 + c->members * tokens * 7.3;
     if (is_split(c)) {
         const double apart = fmax(0, common_bytes(c, p) - 30e6) / 130e6;
-        exchange += is->exchange[v->grouped] + outputs * 9 * ceil((double)c->clusters / tiles);
+        const bool halves = v->pair && 2 * tiles_of(c) % c->clusters == 0;
+        exchange += (halves ? is->halves : is->exchange)[v->grouped] + outputs * 9 * ceil((double)c->clusters / tiles);
         exchange += (v->pair ? fmin(0.15, 0.35 * apart) : apart) * multiply * (double)(split_tiles(c) * c->k_blocks) /
                     (double)c->clusters;
     }
@@ -159,13 +161,14 @@ static cut weigh_cuts(const ql_cuda_device *device, const ql_w8a8_params *p) {
             for (int members = 2; members <= MOST_MEMBERS; members++) consider(&best, v, device, p, 0, members);
             continue;
         }
-        /* All that there is room for, or fewer that have whole tiles. */
+        /* All that there is room for, or fewer that have whole tiles, or, in pairs, halves of some. */
         const int members = v->pair ? 2 : 1;
         const int64_t most = device->properties.multiprocessors / members;
         const int64_t tiles = ql_ceil_div(p->n, tile_rows(v)) * ql_ceil_div(p->m, tile_tokens(v));
         if (most < 1) continue;
         consider(&best, v, device, p, most, members);
         consider(&best, v, device, p, ql_ceil_div(tiles, ql_ceil_div(tiles, most)), members);
+        if (v->pair) consider(&best, v, device, p, ql_ceil_div(2 * tiles, ql_ceil_div(2 * tiles, most)), members);
     }
     return best.cut;
 }

@@ -1,6 +1,7 @@
 /* What a multiplying warp reads of a stage of the stream-K product, and what it makes of it: 16-bit numbers in the
  * fragment order of wgmma's A. They are (q - zero) * scale, rounded once; or exact q - zero, where a group is all of K
- * and scales are left to the outputs; or a table's values, rounded once, with absmax left to the group's sums.
+ * and scales are left to the outputs, or tokens are few and they are left to the group's sums; or a table's values, rounded
+ * once, with absmax left to the group's sums. And how such a warp goes from stage to stage.
  *
  * Scales of x's own type multiply in it. Beside bf16 x others (wide) are two bf16 parts, the product of which is
  * rounded once by a fused multiply-add; beside fp16 x, whose small range would lose bits of them, they multiply in
@@ -38,9 +39,15 @@ typedef struct stage_words {
     planes products; /* of a table, in the group at hand */
 } stage_words;
 
+/* A warp's strip of the tile; another set's warps have the same ones. */
+static __device__ __forceinline__ int strip_of(shape k) {
+    const int warp = (int)threadIdx.x / WARP;
+    return SETS(k) == 2 ? warp % WARPS : warp;
+}
+
 static __device__ __forceinline__ reader make_reader(const ql_streamk_params *q, uint32_t base, shape k) {
     const ql_packed_params *p = &q->product;
-    const int lane = (int)threadIdx.x % WARP, g = lane / 4, strip = (int)threadIdx.x / WARP;
+    const int lane = (int)threadIdx.x % WARP, g = lane / 4, strip = strip_of(k);
     const bool table = k.code == QL_CODE_TABLE4;
     const uint32_t stage = stages_at(base, k);
     const uint32_t entries = stage + QL_STREAMK_ENTRIES_AT(k.code, k.rows, k.tokens, k.stage_k);
@@ -71,9 +78,14 @@ static __device__ __forceinline__ void flip_group(reader *r, shape k) {
     r->seconds ^= k.code == QL_CODE_INT8 ? 2 : 1;
 }
 
+/* What stands for the zeros of two rows where none are stored. */
+static __device__ __forceinline__ uint32_t no_zeros(int code) {
+    return code == QL_CODE_INT8 ? 0x8080u : 0x11u << (QL_CODE_BITS(code) - 1);
+}
+
 static __device__ __forceinline__ raw_entry read_entry(const reader *r, uint32_t at, int group, shape k) {
     const bool bytes = k.code == QL_CODE_INT8;
-    raw_entry raw = {{0, 0}, 0};
+    raw_entry raw = {{0, 0}, no_zeros(k.code)};
     const int pair = group / 2 * QL_STREAMK_PAIR_BYTES(k.code, k.rows), second = group % 2;
     const uint32_t scales = r->scales + at + (pair + (second * 4 << r->scale_shift));
     const uint32_t seconds = r->seconds + at + (pair + (bytes ? second * 2 : second));
@@ -88,11 +100,12 @@ static __device__ __forceinline__ raw_entry read_entry(const reader *r, uint32_t
     return raw;
 }
 
-/* at: bytes from the first stage. */
-static __device__ __forceinline__ void read_stage(stage_words *d, const reader *r, uint32_t at, shape k) {
+/* The codes of `tiles` tiles of a stage, from tile `first` of it on. at: bytes from the first stage. */
+static __device__ __forceinline__ void read_codes(stage_words *d, const reader *r, uint32_t at, int first, int tiles,
+                                                  shape k) {
 #pragma unroll
-    for (int tile = 0; tile < k.stage_k / QL_TILE_K(k.code); tile++) {
-        const uint32_t from = at + tile * QL_TILE_BYTES(k.code);
+    for (int tile = 0; tile < tiles; tile++) {
+        const uint32_t from = at + (first + tile) * QL_TILE_BYTES(k.code);
         const uint4 v = load_shared_16(r->codes + from);
         d->words[4 * tile] = v.x;
         d->words[4 * tile + 1] = v.y;
@@ -104,16 +117,25 @@ static __device__ __forceinline__ void read_stage(stage_words *d, const reader *
             d->high[1] = h.y;
         }
     }
+}
+
+static __device__ __forceinline__ void read_entries(stage_words *d, const reader *r, uint32_t at, shape k) {
+#pragma unroll
+    for (int group = 0; group < k.groups; group++) d->entries[group] = read_entry(r, at, group, k);
+}
+
+static __device__ __forceinline__ void read_stage(stage_words *d, const reader *r, uint32_t at, shape k) {
+    read_codes(d, r, at, 0, k.stage_k / QL_TILE_K(k.code), k);
     if (HAS_HALVES(k)) {
         const uint2 v = load_shared_8(r->codes + at);
         d->words[0] = v.x;
         d->words[1] = v.y;
         if (k.code == QL_CODE_INT3) d->high[0] = load_shared_4(r->high + at);
     }
-#pragma unroll
-    for (int group = 0; group < k.groups; group++)
-        if (!HAS_PLANES(k)) d->entries[group] = read_entry(r, at, group, k);
-    if (HAS_PLANES(k)) read_planes(&d->products, r->scales + at, k);
+    if (HAS_PLANES(k))
+        read_planes(&d->products, r->scales + at, k);
+    else
+        read_entries(d, r, at, k);
 }
 
 static __device__ __forceinline__ float scale_value(const raw_entry *raw, int h, int type) {
@@ -122,8 +144,7 @@ static __device__ __forceinline__ float scale_value(const raw_entry *raw, int h,
 }
 
 /* Zeros as they are stored: of 8 bit a byte a row, else a nibble. */
-static __device__ __forceinline__ uint32_t stored_zero(uint32_t zeros, int h, bool has_zeros, int code) {
-    if (!has_zeros) return 1u << (QL_CODE_BITS(code) - 1);
+static __device__ __forceinline__ uint32_t stored_zero(uint32_t zeros, int h, int code) {
     return code == QL_CODE_INT8 ? zeros >> 8 * h & 255u : zeros >> 4 * h & 15u;
 }
 
@@ -131,7 +152,12 @@ static __device__ __forceinline__ entry make_entry(const reader *r, const raw_en
     entry e;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        e.zero[h] = zero_word(stored_zero(raw->second, h, r->has_seconds, k.code), k.code, k.type);
+        e.zero[h] = zero_word(stored_zero(raw->second, h, k.code), k.code, k.type);
+        if (SETS(k) == 2) {
+            const float as_half = scale_value(raw, h, QL_VALUE_F16), as_bf16 = scale_value(raw, h, QL_VALUE_BF16);
+            e.scale[h] = __float_as_uint(r->scales_type == QL_VALUE_F16 ? as_half : as_bf16);
+            continue;
+        }
         if (!k.wide) {
             e.scale[h] = __byte_perm(raw->scales[0], 0, h ? 0x3232 : 0x1010);
             continue;
@@ -200,8 +226,15 @@ static __device__ __forceinline__ void decode(uint32_t *a, const stage_words *d,
             exact_step(a + 4 * i, words + at / tile_steps * 4, d->high, at % tile_steps,
                        entries[group_of_step(at, k)].zero, has_zeros, k.code, k.type);
     }
-    if (k.code != QL_CODE_TABLE4 && k.groups) scale_codes(a, entries, from, steps, k);
+    if (k.code != QL_CODE_TABLE4 && k.groups && SETS(k) == 1) scale_codes(a, entries, from, steps, k);
     settle_bits(a, 4 * steps);
+}
+
+/* Scales of a lane's rows, applied to the sums of a group. */
+static __device__ __forceinline__ void add_scaled(float *sums, float *part, const entry *e, int count) {
+    settle(part, count);
+#pragma unroll
+    for (int i = 0; i < count; i++) sums[i] += part[i] * __uint_as_float(e->scale[i / 2 % 2]);
 }
 
 /* Pairs of a table's values by a byte of two codes, one for each lane: a thread makes one of them. */
@@ -211,6 +244,59 @@ static __device__ __forceinline__ void fill_tables(const ql_packed_params *p, ui
 #pragma unroll 4
     for (int i = 0; i < WARP; i++)
         store_shared_4(table + (first + i) * 256 + lane * 4, __shfl_sync(ALL_LANES, pair, i));
+}
+
+/* ---- from stage to stage ---- */
+
+/* A warp's place among stages and groups, across tiles. */
+typedef struct place {
+    uint32_t base, parity;
+    int slot, first; /* first: the set's */
+    int at;          /* bytes from the first stage */
+    int left;        /* blocks of the group */
+} place;
+
+static __device__ __forceinline__ place first_place(uint32_t base, int set, shape k) {
+    const place c = {base, 0, set, set, set * stage_bytes(k), 1};
+    return c;
+}
+
+static __device__ __forceinline__ void await_stage(const place *c) { barrier_wait(c->base + 8 * c->slot, c->parity); }
+
+/* From one stage of the set to the next. */
+static __device__ __forceinline__ void next_slot(place *c, const ql_streamk_params *q, shape k) {
+    c->at += SETS(k) * stage_bytes(k);
+    c->slot += SETS(k);
+    if (c->slot == q->stages + c->first) {
+        c->slot = c->first;
+        c->parity ^= 1;
+        c->at = c->first * stage_bytes(k);
+    }
+}
+
+static __device__ __forceinline__ void step_on(place *c, reader *reads, const ql_streamk_params *q, shape k) {
+    next_slot(c, q, k);
+    if (HAS_HALVES(k)) flip_half(reads);
+    c->left -= SETS(k);
+    if (k.groups == 1 && (SETS(k) == 1 ? c->left == 0 : c->left <= 0)) {
+        c->left = SETS(k) == 1 ? q->group_blocks : c->left + q->group_blocks;
+        flip_group(reads, k);
+    }
+}
+
+static __device__ __forceinline__ void find_group(place *c, reader *reads, const ql_streamk_params *q, int first,
+                                                  shape k) {
+    if (HAS_HALVES(k) && (first & 1)) flip_half(reads);
+    if (k.groups != 1) return;
+    const int group = group_of(q, first, 1);
+    c->left = (group + 1) * q->group_blocks - first;
+    /* One set's blocks are then all first groups of their pairs, or all second ones. */
+    if (SETS(k) == 2 && q->group_blocks == 1) c->left = 1 << 30;
+    if (group & 1) flip_group(reads, k);
+}
+
+static __device__ __forceinline__ uint64_t descriptor_of(const place *c, shape k) {
+    return descriptor_at(rows_descriptor(stages_at(c->base, k)), 0) + ((uint32_t)c->at >> 4);
 }
 
 #endif

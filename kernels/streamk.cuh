@@ -21,6 +21,7 @@ typedef struct shape {
 } shape;
 
 #define PAIRED(k) QL_STREAMK_PAIRED((k).tokens)
+#define SETS(k) QL_STREAMK_SETS((k).code, (k).tokens)
 #define HAS_PLANES(k) QL_STREAMK_HAS_PLANES((k).code, (k).tokens)
 #define HAS_PARTS(k) QL_STREAMK_HAS_PARTS((k).code, (k).tokens)
 #define HAS_HALVES(k) QL_STREAMK_HAS_HALVES((k).code, (k).stage_k)

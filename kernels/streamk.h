@@ -18,8 +18,7 @@
 enum {
     QL_STREAMK_BOX_K = 64,
     QL_STREAMK_TOKEN_GROUP = 2048, /* tokens whose tiles are done beside each other */
-    QL_STREAMK_WARPS = 8,          /* that multiply */
-    QL_STREAMK_THREADS = (QL_STREAMK_WARPS + 4) * 32,
+    QL_STREAMK_WARPS = 8,          /* that multiply, of a set */
     QL_STREAMK_BARRIER_BYTES = 1024,
     QL_STREAMK_MOST_STAGES = 24,
     QL_STREAMK_TABLE_BYTES = 65536,                                 /* pairs of a table's values */
@@ -60,6 +59,11 @@ typedef struct ql_streamk_params {
  * as tiles of 256 tokens are for products with more of them than thread blocks. */
 #define QL_STREAMK_HAS_PARTS(code, tokens) ((tokens) == 256 && (code) != QL_CODE_TABLE4)
 
+/* Up to 16 tokens of integers have two sets of warps that multiply, which take turns at stages and add their sums up in shared
+ * memory (sixteen_tokens.cuh). So a ring has an even number of stages, each of which is one set's. */
+#define QL_STREAMK_SETS(code, tokens) ((tokens) == 16 && (code) != QL_CODE_TABLE4 ? 2 : 1)
+#define QL_STREAMK_THREADS(code, tokens) ((QL_STREAMK_SETS(code, tokens) * QL_STREAMK_WARPS + 4) * 32)
+
 /* Bytes of a stage: x in boxes, the codes of the tile's strips, then what groups have (entries): of a strip and a pair
  * of groups up to 160, of a table 128, those of all strips of the first pair before those of the second; or planes. Where a
  * stage is half of a tile of codes, it has the whole tile: the halves of a lane's bytes do not lie together, and twice the
@@ -94,11 +98,11 @@ typedef struct ql_streamk_params {
 #define QL_STREAMK_OUTPUT_BYTES(code, tokens, groups) (64 * QL_STREAMK_OUTPUT_TOKENS(code, tokens, groups) * 2)
 #define QL_STREAMK_OUTPUTS(tokens) (QL_STREAMK_WARPS / 4 * (QL_STREAMK_HAS_BOXES(tokens) ? 1 : 2))
 
-/* Before the stages: barriers, buffers of outputs, 64 rows of W wide, for each warpgroup, tables. */
+/* Before the stages: barriers, buffers of outputs, 64 rows of W wide, for each warpgroup, tables or sums of the second set. */
 #define QL_STREAMK_TABLE_AT(code, tokens, groups)                                                                      \
     (QL_STREAMK_BARRIER_BYTES + QL_STREAMK_OUTPUTS(tokens) * QL_STREAMK_OUTPUT_BYTES(code, tokens, groups))
 #define QL_STREAMK_TABLES_BYTES(code, tokens)                                                                          \
-    ((code) != QL_CODE_TABLE4              ? 0                                                                         \
+    ((code) != QL_CODE_TABLE4              ? (QL_STREAMK_SETS(code, tokens) - 1) * 128 * (tokens) * 4                  \
      : QL_STREAMK_HAS_PLANES(code, tokens) ? QL_STREAMK_PLANES_BYTES                                                   \
                                            : QL_STREAMK_TABLE_BYTES + QL_STREAMK_NESTED_BYTES)
 #define QL_STREAMK_HEAD_BYTES(code, tokens, groups)                                                                    \

@@ -43,7 +43,7 @@
     QL_MMA_TABLE(X, 128)
 
 /* X(name, source, code, type of x, wide, rows of W a block, tokens a block, columns a stage, groups a stage): products with
- * a packed weight on wgmma. wide: scales are not of x's type. groups: 4, 2: a group is a quarter or half of a stage; 1: it
+ * a packed weight on wgmma. wide: scales are not of x's type; tiles of 16 tokens know both 16-bit types. groups: 4, 2: a group is a quarter or half of a stage; 1: it
  * is some stages; 0: it is all of K. Where rows and tokens are many a stage is no more columns than there is room for: of 2
  * and 3 bit, whose tiles of codes are 128 columns, half a tile. */
 #define QL_WGMMA_TYPES(X, code, name, tile, rows, tokens, stage_k, groups)                                             \
@@ -54,6 +54,8 @@
     X(ql_wgmma_##name##_f16_wide_##tile, wgmma, code, QL_VALUE_F16, true, rows, tokens, stage_k, groups)               \
     X(ql_wgmma_##name##_bf16_wide_##tile, wgmma, code, QL_VALUE_BF16, true, rows, tokens, stage_k, groups)
 #define QL_WGMMA_INTEGERS(X, code, name)                                                                               \
+    QL_WGMMA_TYPES(X, code, name, 16, 128, 16, 128, 1)                                                                 \
+    QL_WGMMA_TYPES(X, code, name, 16_halves, 128, 16, 128, 2)                                                          \
     QL_WGMMA_SCALES(X, code, name, 32, 128, 32, 128, 1)                                                                \
     QL_WGMMA_SCALES(X, code, name, 32_halves, 128, 32, 128, 2)                                                         \
     QL_WGMMA_SCALES(X, code, name, 32_quarters, 128, 32, 128, 4)                                                       \
@@ -89,6 +91,7 @@
     QL_WGMMA_INTEGERS(X, QL_CODE_INT3, int3)                                                                           \
     QL_WGMMA_INTEGERS(X, QL_CODE_INT4, int4)                                                                           \
     QL_WGMMA_INTEGERS(X, QL_CODE_INT8, int8)                                                                           \
+    QL_WGMMA_TYPES(X, QL_CODE_INT8, int8, 16_rows, 128, 16, 128, 0)                                                    \
     QL_WGMMA_TABLE(X, QL_CODE_TABLE4, table4)
 
 /* X(name, source, code, type of x, tokens, groups): products of up to `tokens` tokens. groups: of a batch of columns, 0

@@ -1,7 +1,8 @@
 /* The product with a packed weight on sm_90a, for more than a few tokens: Y^T = W X^T with the weight as A of wgmma
  * from registers, x as B from shared memory, fp32 sums over all of K.
  *
- * A thread block has two warpgroups that multiply and four warps that feed them (streamk.cuh): a stage of their ring is
+ * A thread block has two warpgroups that multiply, with few tokens four (sixteen_tokens.cuh), and four warps that feed them
+ * (streamk.cuh): a stage of their ring is
  * some columns of x, the codes of the tile's strips, and their scales and zeros as they lie in memory. A warp decodes
  * some steps of its 16 rows while the product of the steps before them runs. Scales are
  * applied to weights, which are rounded once to 16 bit: so nothing but products touches the sums; to outputs, where a
@@ -10,10 +11,14 @@
  * weights to decode: there a table's products with absmax are made for each row and group (planes.cuh). Blocks that share
  * a tile add their sums as exchange.cuh says. */
 #include "absmax.cuh"
-#include "stage_weight.cuh"
+#include "sixteen_tokens.cuh"
 #include "variants.h"
 
 enum { START_BARRIER = 0, TABLE_BARRIER = 1, OUTPUT_BARRIER = 3 /* and the next */, MOST_STEPS = 4, MOST_PART = 64 };
+
+/* The first of the warps that feed. */
+#define FEEDERS(k) (SETS(k) * WARPS)
+#define THREADS(k) QL_STREAMK_THREADS((k).code, (k).tokens)
 
 /* ---- outputs ----
  *
@@ -177,48 +182,6 @@ static __device__ __forceinline__ void multiply_steps(float *sums, const uint32_
     warpgroup_commit();
 }
 
-/* A warp's place among stages and groups, across tiles. */
-typedef struct place {
-    uint32_t base, parity;
-    int slot;
-    int at;   /* bytes from the first stage */
-    int left; /* blocks of the group */
-} place;
-
-static __device__ __forceinline__ void await_stage(const place *c) { barrier_wait(c->base + 8 * c->slot, c->parity); }
-
-/* From one stage to the next. */
-static __device__ __forceinline__ void next_slot(place *c, const ql_streamk_params *q, shape k) {
-    c->at += stage_bytes(k);
-    if (++c->slot == q->stages) {
-        c->slot = 0;
-        c->parity ^= 1;
-        c->at = 0;
-    }
-}
-
-static __device__ __forceinline__ void step_on(place *c, reader *reads, const ql_streamk_params *q, shape k) {
-    next_slot(c, q, k);
-    if (HAS_HALVES(k)) flip_half(reads);
-    if (k.groups == 1 && --c->left == 0) {
-        c->left = q->group_blocks;
-        flip_group(reads, k);
-    }
-}
-
-static __device__ __forceinline__ void find_group(place *c, reader *reads, const ql_streamk_params *q, int first,
-                                                  shape k) {
-    if (HAS_HALVES(k) && (first & 1)) flip_half(reads);
-    if (k.groups != 1) return;
-    const int group = group_of(q, first, 1);
-    c->left = (group + 1) * q->group_blocks - first;
-    if (group & 1) flip_group(reads, k);
-}
-
-static __device__ __forceinline__ uint64_t descriptor_of(const place *c, shape k) {
-    return descriptor_at(rows_descriptor(stages_at(c->base, k)), 0) + ((uint32_t)c->at >> 4);
-}
-
 /* The blocks of a tile. What a product takes is decoded while the one before runs; the next stage's words are asked for
  * before the last product of a stage, whose issue hides their way. */
 static __device__ __forceinline__ uint32_t sum_blocks(float *sums, reader *reads, place *c, const ql_streamk_params *q,
@@ -269,12 +232,6 @@ static __device__ __forceinline__ void finish_blocks(float *sums, uint32_t last_
     WARPGROUP_WAIT(0);
     settle(sums, k.tokens / 2);
     release_stage(last_empty, k);
-}
-
-static __device__ __forceinline__ void add_scaled(float *sums, float *part, const entry *e, int count) {
-    settle(part, count);
-#pragma unroll
-    for (int i = 0; i < count; i++) sums[i] += part[i] * __uint_as_float(e->scale[i / 2 % 2]);
 }
 
 /* The same with scales applied to the sums of each batch of a stage, which are taken for themselves while the next products
@@ -359,15 +316,16 @@ static __device__ __forceinline__ void read_rows(uint32_t scale_words[2], reader
     for (int h = 0; h < 2; h++) {
         const int row = min(first_row + h * 8 + g, (int)p->n - 1);
         scale_words[h] = load_scale_word(p, row);
-        uint32_t zeros = 0;
+        uint32_t zeros = no_zeros(k.code);
         if (p->zeros) zeros = k.code == QL_CODE_INT8 ? p->zeros[row] : p->zeros[row / 2] >> row % 2 * 4;
-        r->row.zero[h] = zero_word(stored_zero(zeros, 0, p->zeros != NULL, k.code), k.code, k.type);
+        r->row.zero[h] = zero_word(stored_zero(zeros, 0, k.code), k.code, k.type);
     }
 }
 
 static __device__ __forceinline__ void multiply_all(const ql_streamk_params *q, uint32_t base, walk w, shape k) {
     const ql_packed_params *p = &q->product;
-    const int strip = (int)threadIdx.x / WARP;
+    const int strip = strip_of(k);
+    const int set = SETS(k) == 2 ? __shfl_sync(ALL_LANES, (int)threadIdx.x / MULTIPLIERS, 0) : 0;
     const reader first_group = make_reader(q, base, k);
     float sums[MOST_SUMS];
     /* The first products of a tile with 256 tokens leave out what was before: zeros for each would take 300 cycles. */
@@ -375,8 +333,8 @@ static __device__ __forceinline__ void multiply_all(const ql_streamk_params *q, 
 #pragma unroll
         for (int i = 0; i < MOST_SUMS; i++) sums[i] = 0.0f;
     }
-    place c = {base, 0, 0, 0, 1};
-    int turn = 0;
+    place c = first_place(base, set, k);
+    int turn = 0, first_set = 0;
     int row_tile, token_tile;
     bool goes_on;
     place_tile(q, w.tile, &row_tile, &token_tile, k);
@@ -390,11 +348,17 @@ static __device__ __forceinline__ void multiply_all(const ql_streamk_params *q, 
 #pragma unroll
             for (int i = 0; i < k.tokens / 2; i++) sums[i] = 0.0f;
         }
-        find_group(&c, &reads, q, w.first, k);
-        if (HAS_SUMS_OF_GROUPS(k))
+        const int others = set ^ first_set; /* blocks before the set's own */
+        find_group(&c, &reads, q, w.first + others, k);
+        if (SETS(k) == 2) {
+            if (set == 0) named_arrive(SUMS_FREE_BARRIER, 2 * MULTIPLIERS);
+            sum_own_blocks(sums, &reads, &c, q, w.end - w.first - others, k);
+            first_set ^= (w.end - w.first) & 1;
+        } else if (HAS_SUMS_OF_GROUPS(k)) {
             sum_batches(sums, &reads, &c, q, w.end - w.first, k);
-        else
+        } else {
             last_empty = sum_blocks(sums, &reads, &c, q, w.end - w.first, k);
+        }
         /* While the last products run. */
         walk next = w;
         goes_on = next_tile(&next, q, k);
@@ -403,8 +367,12 @@ static __device__ __forceinline__ void multiply_all(const ql_streamk_params *q, 
             AWAIT_STORES(0);
             named_barrier(OUTPUT_BARRIER + (int)threadIdx.x / 128, 128);
         }
+        if (SETS(k) == 2 && !take_over_sums(sums, base + QL_STREAMK_TABLE_AT(k.code, k.tokens, k.groups), set)) {
+            w = next;
+            continue;
+        }
         const int ranges = HAS_PARTS(k) ? ranges_after(q, &w, k) : await_partials(q, &w, k);
-        if (!HAS_SUMS_OF_GROUPS(k)) finish_blocks(sums, last_empty, k);
+        if (!HAS_SUMS_OF_GROUPS(k) && SETS(k) == 1) finish_blocks(sums, last_empty, k);
         if (w.first > 0) {
             leave_partials(sums, q, k);
         } else {
@@ -453,8 +421,8 @@ static __device__ __forceinline__ void product(const ql_streamk_params *q, shape
     extern __shared__ __align__(1024) uint8_t shared[];
     const uint32_t base = shared_address(shared);
     const int warp = __shfl_sync(ALL_LANES, (int)threadIdx.x / WARP, 0);
-    if (warp == WARPS && is_elected()) init_barriers(q, base, k);
-    if (warp == WARPS + 1) {
+    if (warp == FEEDERS(k) && is_elected()) init_barriers(q, base, k);
+    if (warp == FEEDERS(k) + 1) {
         prefetch_map(q->x_map);
         prefetch_map(q->codes_map);
     }
@@ -463,31 +431,34 @@ static __device__ __forceinline__ void product(const ql_streamk_params *q, shape
     __syncwarp();
     if (PAIRED(k)) {
         arrive_cluster_started();
-        if (warp == WARPS + 3) prefetch_first(q, first_tile(q, k), k);
+        if (warp == FEEDERS(k) + 3) prefetch_first(q, first_tile(q, k), k);
         __syncwarp();
         wait_cluster();
-    } else if (HAS_EARLY_STAGES(k) && warp == WARPS) {
-        named_arrive(START_BARRIER, QL_STREAMK_THREADS);
+    } else if (HAS_EARLY_STAGES(k) && warp == FEEDERS(k)) {
+        named_arrive(START_BARRIER, THREADS(k));
         if (is_elected()) ask_early(q, base, first_tile(q, k), false, k);
-    } else if (warp == WARPS + 3) {
-        named_arrive(START_BARRIER, QL_STREAMK_THREADS);
+    } else if (warp == FEEDERS(k) + 3) {
+        named_arrive(START_BARRIER, THREADS(k));
         prefetch_first(q, first_tile(q, k), k);
     } else {
-        named_barrier(START_BARRIER, QL_STREAMK_THREADS);
+        named_barrier(START_BARRIER, THREADS(k));
     }
     __syncwarp();
     /* Nothing stands before the registers' change in a branch: it would have to fit in fewer. */
-    if (warp >= WARPS) {
+    if (warp >= FEEDERS(k)) {
         WARPGROUP_GIVES_REGISTERS(56);
         if (HAS_EARLY_STAGES(k)) {
-            if (warp == WARPS + 1 && is_elected()) ask_early(q, base, first_tile(q, k), true, k);
+            if (warp == FEEDERS(k) + 1 && is_elected()) ask_early(q, base, first_tile(q, k), true, k);
             __syncwarp();
         }
-        feed(q, base, first_tile(q, k), warp - WARPS, k);
+        feed(q, base, first_tile(q, k), warp - FEEDERS(k), k);
         __syncwarp();
         leave_pair(k);
     } else {
-        WARPGROUP_TAKES_REGISTERS(224);
+        if (SETS(k) == 2)
+            WARPGROUP_TAKES_REGISTERS(104);
+        else
+            WARPGROUP_TAKES_REGISTERS(224);
         if (HAS_SUMS_OF_GROUPS(k)) {
             fill_tables(&q->product, base + QL_STREAMK_TABLE_AT(k.code, k.tokens, k.groups), k.type);
             named_barrier(TABLE_BARRIER, MULTIPLIERS);
@@ -499,7 +470,7 @@ static __device__ __forceinline__ void product(const ql_streamk_params *q, shape
 }
 
 #define KERNEL(name, source, code, type, wide, rows, tokens, stage_k, groups)                                          \
-    extern "C" __global__ void __launch_bounds__(QL_STREAMK_THREADS, 1)                                                \
+    extern "C" __global__ void __launch_bounds__(QL_STREAMK_THREADS(code, tokens), 1)                                  \
         name(const __grid_constant__ ql_streamk_params q) {                                                            \
         const shape k = {code, type, rows, tokens, stage_k, groups, wide};                                             \
         product(&q, k);                                                                                                \

@@ -28,13 +28,17 @@ static const variant *variant_of(ql_cuda_kernel kernel) {
     return place >= 0 && place < VARIANTS && variants[place].kernel == kernel ? &variants[place] : NULL;
 }
 
-/* The variant of the same shape for the type of the product's scales: a choice names the one that is not wide. */
+static int sets(const variant *v) { return QL_STREAMK_SETS(v->code, v->tokens); }
+
+/* The variant for the type of the product's scales: a choice names one that is not wide. With two sets of warps it takes both
+ * 16-bit types, and in place of one for fp32 there is that of 32 tokens. */
 static const variant *variant_for(const variant *v, const ql_packed_params *p) {
     if (v->groups == 0 || v->code == QL_CODE_TABLE4 || p->scales_type == p->x_type) return v;
+    if (sets(v) == 2 && p->scales_type != QL_VALUE_F32) return v;
     for (int i = 0; i < VARIANTS; i++) {
         const variant *other = &variants[i];
         if (other->wide && other->code == v->code && other->type == v->type && other->rows == v->rows &&
-            other->tokens == v->tokens && other->groups == v->groups)
+            other->tokens == (sets(v) == 2 ? 32 : v->tokens) && other->groups == v->groups)
             return other;
     }
     return NULL;
@@ -53,13 +57,14 @@ static int stage_bytes(const variant *v) {
 /* Thread blocks that go through the same tiles. */
 static int together(const variant *v) { return QL_STREAMK_PAIRED(v->tokens) ? 2 : 1; }
 
-/* As many stages as there is room for. */
+/* As many stages as there is room for, the same number for each set of warps. */
 static int stages_of(const variant *v, int room) {
     const int stages = (room - QL_STREAMK_HEAD_BYTES(v->code, v->tokens, v->groups)) / stage_bytes(v);
-    return stages < QL_STREAMK_MOST_STAGES ? stages : QL_STREAMK_MOST_STAGES;
+    return (stages < QL_STREAMK_MOST_STAGES ? stages : QL_STREAMK_MOST_STAGES) / sets(v) * sets(v);
 }
 
-/* What 128 columns take, in ns: tiles of 32, 64, 128 and 256 tokens; groups of 32 more, 16 tokens less. */
+/* What 128 columns take, in ns: tiles of 32, 64, 128 and 256 tokens; groups of 32 more, 16 tokens less, but where 8 bit in one
+ * group is memory's pace alone. */
 static double pace(const variant *v) {
     static const double paces[][4] = {{345, 463, 768, 1520}, {402, 508, 800, 1520}, {360, 474, 757, 1520},
                                       {341, 460, 775, 1535}, {376, 509, 814, 1590}, {362, 503, 870, 1530}};
@@ -71,7 +76,7 @@ static double pace(const variant *v) {
     const int tile = v->tokens <= 32 ? 0 : v->tokens == 64 ? 1 : v->tokens == 128 ? 2 : 3;
     const bool table = v->code == QL_CODE_TABLE4, two_planes = table && v->groups == 2 && v->tokens == 256;
     const double more = v->groups == 4 ? (table ? 1.2 : 1.14) : two_planes ? 1.07 : 1;
-    return paces[kind][tile] * more * (v->tokens == 16 ? 0.89 : 1);
+    return paces[kind][tile] * more * (v->tokens != 16 ? 1 : kind == 3 ? 1.06 : 0.89);
 }
 
 static int64_t tiles_of(const variant *v, const ql_cuda_problem *p) {
@@ -201,7 +206,7 @@ static bool prepare(ql_cuda_prepared *prepared, const ql_cuda_device *device, co
     prepared->kernel = v->kernel;
     prepared->grid = (ql_cuda_grid){.x = (int64_t)grid * together(v),
                                     .y = 1,
-                                    .threads = QL_STREAMK_THREADS,
+                                    .threads = QL_STREAMK_THREADS(v->code, v->tokens),
                                     .shared_bytes = QL_STREAMK_HEAD_BYTES(v->code, v->tokens, v->groups) +
                                                     params->stages * stage_bytes(v),
                                     .cluster = together(v),

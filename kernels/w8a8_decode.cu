@@ -454,11 +454,17 @@ static __device__ __forceinline__ void product(const ql_w8a8_decode_params *p, i
         hold_values(&held, p, code);
         hold_biases(&biases, p);
         if (!groups) load_row_scales(p, team);
-        LOAD_SLOTS(p->early, p->slots);
-        if (groups)
+        LOAD_SLOTS(p->early, p->soon);
+        if (groups) {
             quantize_own_groups(&held, p, tokens);
-        else
-            has_outliers &= quantize_own_rows(&held, p, code);
+            LOAD_SLOTS(p->soon, p->slots);
+        } else {
+            const bool found = scale_own_rows(&held, p, code);
+            LOAD_SLOTS(p->soon, p->slots);
+            __syncthreads();
+            quantize_own_rows(&held, p, found, code);
+            has_outliers &= found;
+        }
     } else {
         ql_held held;
         hold_codes(&held, p, groups, tokens, first);

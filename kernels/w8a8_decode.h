@@ -39,6 +39,7 @@ typedef struct ql_w8a8_decode_params {
     int32_t outputs;       /* rows of a block: rounds * teams * 16 */
     int32_t slots;         /* of a ring */
     int32_t early;         /* of them, filled before the activations are asked for */
+    int32_t soon;          /* and before these are looked at, where blocks quantize them */
     int32_t kept;          /* chunks of 64 columns whose outliers are in shared memory */
     int32_t row_pieces;    /* of 16 bytes that a thread holds, in a row of x or of codes: a multiple of 32 */
     uint32_t per_row;      /* 2^32 / row_pieces, rounded up */

@@ -156,9 +156,9 @@ static __device__ __forceinline__ void keep_own_outliers(const ql_w8a8_decode_pa
     *(uint4 *)(kept_at(p, place, 0, at.token) + at.piece % 8 * 16) = make_uint4(word[0], word[1], word[2], word[3]);
 }
 
-/* Scales of whole rows, or of all of x; whether there are outliers. */
-static __device__ __forceinline__ bool quantize_own_rows(const ql_own_values *held, const ql_w8a8_decode_params *p,
-                                                         int code) {
+/* Scales of whole rows, or of all of x; whether there are outliers. The next barrier tells all threads of them. */
+static __device__ __forceinline__ bool scale_own_rows(const ql_own_values *held, const ql_w8a8_decode_params *p,
+                                                      int code) {
     if (code == QL_W8A8_INT8 && p->product.outliers) {
         clear_own_mask(p);
         __syncthreads();
@@ -166,7 +166,11 @@ static __device__ __forceinline__ bool quantize_own_rows(const ql_own_values *he
     const bool found = __syncthreads_or(leave_magnitudes(held, p, code));
     make_encoders(p, code);
     if (code == QL_W8A8_INT8 && found && threadIdx.x + 32 >= blockDim.x) place_chunks(p);
-    __syncthreads();
+    return found;
+}
+
+static __device__ __forceinline__ void quantize_own_rows(const ql_own_values *held, const ql_w8a8_decode_params *p,
+                                                         bool found, int code) {
 #pragma unroll
     for (int i = 0; i < QL_W8A8_OWN_HELD; i++) {
         const ql_held_place at = own_place(p, code, i);
@@ -183,7 +187,6 @@ static __device__ __forceinline__ bool quantize_own_rows(const ql_own_values *he
         store_own_int8(p, at, int8_run(run, &e, marked));
         if (found) keep_own_outliers(p, at, held->bytes[i], marked);
     }
-    return found;
 }
 
 #endif

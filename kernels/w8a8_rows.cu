@@ -5,7 +5,7 @@
 #include "variants.h"
 #include "w8a8_activation.cuh"
 
-enum { WARP = 32, HELD = QL_W8A8_ROW_RUNS, FEW_ROWS = 64 };
+enum { WARP = 32, HELD = QL_W8A8_ROW_RUNS, FEW_ROWS = 64, LONG_ROW = 8192 };
 
 /* What a thread holds of its row: runs that are blockDim.x apart, zeros from k on. */
 typedef struct row {
@@ -93,7 +93,6 @@ static __device__ __forceinline__ void clear_mask(const ql_w8a8_quantize_params 
     if (threadIdx.x == 0) store_release(mark_of_mask(p), p->nonce);
 }
 
-/* By one thread: the block's next barrier tells the others. */
 static __device__ __forceinline__ void await_clear_mask(const ql_w8a8_quantize_params *p) {
     while (load_acquire(mark_of_mask(p)) != p->nonce) {
     }
@@ -115,6 +114,16 @@ static __device__ __forceinline__ uint32_t split_run(uint32_t *most, uint4 bits,
     return marked;
 }
 
+/* marked: of a run 8 bits each. */
+static __device__ __forceinline__ void mark_runs(const ql_w8a8_quantize_params *p, uint32_t marked) {
+#pragma unroll 1
+    for (int i = 0; i < HELD; i++)
+        if (marked >> i * QL_RUN & 0xff) mark_columns(p, column_of(i), marked >> i * QL_RUN & 0xff);
+}
+
+/* Where rows are so long that the mask is clear before they are there, which one thread sees then, for all by the barrier. */
+static __device__ __forceinline__ bool is_clear_first(const ql_w8a8_quantize_params *p) { return p->pitch > LONG_ROW; }
+
 static __device__ __forceinline__ void quantize_int8(const ql_w8a8_quantize_params *p, int64_t index, const row *r,
                                                      int turn, int type) {
     const uint32_t limit = outlier_limit(p->threshold);
@@ -128,9 +137,7 @@ static __device__ __forceinline__ void quantize_int8(const ql_w8a8_quantize_para
             marked |= split_run(&most, r->run[i], limit, type) << i * QL_RUN;
     }
     most = row_max(most, turn);
-#pragma unroll 1
-    for (int i = 0; i < HELD; i++)
-        if (marked >> i * QL_RUN & 0xff) mark_columns(p, column_of(i), marked >> i * QL_RUN & 0xff);
+    if (is_clear_first(p)) mark_runs(p, marked);
     const ql_encoder e = int8_encoder(most);
     if (threadIdx.x == 0) p->scales[index] = __uint_as_float(most);
 #pragma unroll
@@ -139,6 +146,9 @@ static __device__ __forceinline__ void quantize_int8(const ql_w8a8_quantize_para
         unpack_run(x, r->run[i], type);
         store_run(p, index, i, int8_run(x, &e, marked >> i * QL_RUN & 0xff));
     }
+    if (!marked || is_clear_first(p)) return;
+    await_clear_mask(p);
+    mark_runs(p, marked);
 }
 
 static __device__ __forceinline__ void quantize_rows(const ql_w8a8_quantize_params *p, int mode, int code, int type) {
@@ -157,7 +167,7 @@ static __device__ __forceinline__ void quantize_rows(const ql_w8a8_quantize_para
         return;
     }
     row r = load_row(p, index);
-    if (code == QL_W8A8_INT8 && p->outliers && threadIdx.x == 0) await_clear_mask(p);
+    if (code == QL_W8A8_INT8 && p->outliers && is_clear_first(p) && threadIdx.x == 0) await_clear_mask(p);
 #pragma unroll 1
     for (int turn = 0; index < p->m; turn ^= 1) {
         const row next = load_row(p, index + p->row_blocks);

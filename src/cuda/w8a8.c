@@ -16,6 +16,7 @@ enum {
     MOST_CLUSTER = 8,
     LEAST_SLOTS = 2,
     EARLY_SLOTS = 4,
+    SOON_SLOTS = 3,
     KEPT_CHUNKS = 8,
     FEW_WARPS = 8,        /* of a team: fewer than these */
     NARROW_VALUES = 8192, /* of x, at most, where a block has half of its threads */
@@ -243,10 +244,14 @@ static int64_t cut(ql_w8a8_decode_params *p, const ql_cuda_w8a8 *product, const 
     const int64_t slots = (gpu->shared_bytes - at) / (all * QL_W8A8_SLOT);
     p->slots = (int32_t)(slots < QL_W8A8_MOST_SLOTS ? slots : QL_W8A8_MOST_SLOTS);
     /* Where no launch overlaps the one before there is nothing to wait for, and what comes first is x; one row of it does
-     * not wait long for a slot, or two where a team's only strip waits for more than e4m3 of whole rows. */
-    const bool long_start = p->rounds == 1 && (by_groups(product) || product->params.code == QL_W8A8_INT8);
-    const int32_t early = !own ? EARLY_SLOTS : (ql_cuda_overlap_allowed() ? 1 : 0) + (m == 1 ? 1 + long_start : 0);
+     * not wait long for a slot, or two where a team has one strip alone. To ask for slots takes long while memory is busy, so
+     * the rest waits until x has been looked at, where that is much, or is all that memory waits for. */
+    const bool overlaps = ql_cuda_overlap_allowed(), alone = !overlaps && m == 1 && p->rounds == 1;
+    const int32_t early = !own ? EARLY_SLOTS : (overlaps ? 1 : 0) + (m == 1 ? 1 : 0) + (alone ? 1 : 0);
     p->early = p->slots > early ? early : p->slots - 1;
+    p->soon = !overlaps && (m > 1 || (alone && !by_groups(product))) ? SOON_SLOTS : p->slots;
+    if (p->soon < p->early) p->soon = p->early;
+    if (p->soon > p->slots) p->soon = p->slots;
     return p->slots < LEAST_SLOTS ? -1 : at + p->slots * all * QL_W8A8_SLOT;
 }
 

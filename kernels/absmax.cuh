@@ -10,7 +10,6 @@
 #include "exchange.cuh"
 
 enum {
-    NESTED_BARRIER = 5,
     NESTED_WARP = 2, /* of those that feed, and the next one, which raises flags as well */
     NESTED_LANES = 2 * WARP,
     NESTED_SLOT = NESTED_LANES * 4,

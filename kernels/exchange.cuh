@@ -9,7 +9,7 @@
 
 #include "streamk.cuh"
 
-enum { FLAGS_BARRIER = 2, MULTIPLIERS = WARPS * WARP };
+enum { FLAGS_BARRIER = 2, NESTED_BARRIER = 5, MULTIPLIERS = WARPS * WARP };
 
 /* This thread's first four sums; the next four are MULTIPLIERS further on. */
 static __device__ __forceinline__ float4 *partials_of(const ql_streamk_params *q, int range, shape k) {

@@ -15,7 +15,8 @@
  * All four, as each shares its scheduler with two warps that multiply, and products of a warpgroup start when the last of
  * its warps is ready. A lane has a row. What it needs of memory it copies into a ring of its own, some pairs of groups
  * ahead, as that comes behind the stages that were asked for: 16 bytes of absmax, or 4 of nested absmax, of rows g and
- * g + 8 of its strip in the first group and in the second. What those 4 stand for is asked for a pair ahead again. */
+ * g + 8 of its strip in the first group and in the second. What those 4 stand for is in shared memory; absmax of the second
+ * level is loaded a pair ahead where it may change. */
 
 /* Of a row in both groups of a pair: absmax, or what it is made of. */
 typedef struct absmax_parts {
@@ -28,7 +29,8 @@ typedef struct absmax_source {
     int left;            /* pairs that are not copied yet */
     uint32_t ring;       /* the lane's first slot */
     uint32_t at;         /* bytes from there to the slot at hand: after a copy the next pair's, after a read free */
-    int entry, last;     /* numbers of the first entry that is read next, and of the row's last one */
+    int group, run; /* the first group of the pair that is read next; groups of one second-level block come in runs */
+    int entry;      /* number of the row's first entry */
 } absmax_source;
 
 enum { PLANE = 16, FLAGS_WARP = 1, RING_SLOT = 128 * 16, RING_BYTES = QL_STREAMK_ABSMAX_SLOTS * RING_SLOT };
@@ -42,19 +44,29 @@ static __device__ __forceinline__ void copy_absmax(absmax_source *s, bool nested
     s->at = (s->at + RING_SLOT) % RING_BYTES;
 }
 
-/* h: 0 for row g, 1 for row g + 8. */
-static __device__ __forceinline__ void read_absmax(absmax_parts *to, absmax_source *s, int h,
+/* Absmax of the second level, of the pair that is read next. */
+static __device__ __forceinline__ void load_row_level(absmax_parts *to, const absmax_source *s,
+                                                      const ql_streamk_params *q) {
+    const ql_packed_params *p = &q->product;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int entry = s->entry + min(s->group + i, (int)p->groups - 1);
+        to->scale[i] = __ldg(p->nested_absmax + (entry >> q->nested_shift));
+    }
+}
+
+/* h: 0 for row g, 1 for row g + 8. table: address. */
+static __device__ __forceinline__ void read_absmax(absmax_parts *to, absmax_source *s, int h, uint32_t table,
                                                    const ql_streamk_params *q) {
     const ql_packed_params *p = &q->product;
     const uint32_t from = s->ring + s->at;
+    if (p->nested_table && (s->group & (s->run - 1)) == 0) load_row_level(to, s, q);
     cp_async_wait(QL_STREAMK_ABSMAX_SLOTS - 1);
     if (p->nested_table) {
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            to->by[i] = __ldg(p->nested_table + load_shared_1(from + h + 2 * i));
-            to->scale[i] = __ldg(p->nested_absmax + (min(s->entry + i, s->last) >> q->nested_shift));
-        }
-        s->entry += 2;
+        for (int i = 0; i < 2; i++)
+            to->by[i] = __uint_as_float(load_shared_4(table + load_shared_1(from + h + 2 * i) * 4));
+        s->group += 2;
     } else {
         to->scale[0] = __uint_as_float(load_shared_4(from + 4 * h));
         to->scale[1] = __uint_as_float(load_shared_4(from + 4 * h + 8));
@@ -68,15 +80,16 @@ static __device__ __forceinline__ float absmax_of(const absmax_parts *parts, int
 static __device__ __forceinline__ absmax_source first_absmax(const ql_streamk_params *q, uint32_t ring, int strip,
                                                              int row, int pair) {
     const ql_packed_params *p = &q->product;
-    const int groups = (int)p->groups, pairs = (groups + 1) / 2;
+    const int groups = (int)p->groups, pairs = (groups + 1) / 2, common = groups | 1 << q->nested_shift;
     const int64_t at = ((int64_t)strip * pairs + pair) * 8 + (int)threadIdx.x % 8;
     absmax_source s;
     s.from = (const uint8_t *)p->scales + at * (p->nested_table ? 4 : 16);
     s.left = pairs - pair;
     s.ring = ring;
     s.at = 0;
-    s.entry = row * groups + 2 * pair;
-    s.last = row * groups + groups - 1;
+    s.group = 2 * pair;
+    s.run = common & -common; /* a power of two */
+    s.entry = row * groups;
     return s;
 }
 
@@ -103,12 +116,19 @@ static __device__ __forceinline__ void feed_planes(const ql_streamk_params *q, u
     const int thread = (int)threadIdx.x % 128, h = thread / 8 % 2;
     const uint32_t to =
         stages_at(base, k) + QL_STREAMK_ENTRIES_AT(k.code, k.rows, k.tokens, k.stage_k) + thread * PLANE;
+    const uint32_t nested_table = base + QL_STREAMK_TABLE_AT(k.code, k.tokens, k.groups);
     const bool nested = p->nested_table != NULL;
     ring r = {0, 1};
     float table[16];
     int flags_in = -1;
 #pragma unroll
     for (int i = 0; i < 16; i++) table[i] = __ldg(p->table + i);
+    if (nested) {
+#pragma unroll
+        for (int i = thread; i < 256; i += 128)
+            store_shared_4(nested_table + i * 4, __float_as_uint(__ldg(p->nested_table + i)));
+        named_barrier(NESTED_BARRIER, 128);
+    }
     if (warp == FLAGS_WARP) start_next_kernel();
     if (warp == 0) wait_for_previous_kernel();
     do {
@@ -116,14 +136,15 @@ static __device__ __forceinline__ void feed_planes(const ql_streamk_params *q, u
         place_tile(q, w.tile, &row_tile, &token_tile, k);
         const int strip = min(row_tile * (k.rows / 16) + thread / 16, ((int)p->n + 15) / 16 - 1);
         int group = group_of(q, w.first, k.groups), left = (group + 1) * q->group_blocks - w.first;
-        absmax_source s = first_absmax(q, base + QL_STREAMK_TABLE_AT(k.code, k.tokens, k.groups) + thread * 16, strip,
+        absmax_source s = first_absmax(q, nested_table + 1024 + thread * (nested ? 4 : 16), strip,
                                        min(strip * 16 + thread % 16, (int)p->n - 1), group / 2);
         bool is_next = true;
         float absmax[2];
         absmax_parts next;
 #pragma unroll 1
         for (int i = 0; i < QL_STREAMK_ABSMAX_SLOTS; i++) copy_absmax(&s, nested);
-        read_absmax(&next, &s, h, q);
+        if (nested) load_row_level(&next, &s, q);
+        read_absmax(&next, &s, h, nested_table, q);
 #pragma unroll 1
         for (int block = w.first; block < w.end; block++) {
             const uint32_t full = base + 8 * r.slot;
@@ -137,7 +158,7 @@ static __device__ __forceinline__ void feed_planes(const ql_streamk_params *q, u
                 absmax[0] = absmax_of(&next, 0, p);
                 absmax[1] = absmax_of(&next, 1, p);
                 copy_absmax(&s, nested);
-                read_absmax(&next, &s, h, q);
+                read_absmax(&next, &s, h, nested_table, q);
             }
             const uint32_t low_plane = to + r.slot * stage_bytes(k);
             const bool is_second = k.groups == 1 && (group & 1);

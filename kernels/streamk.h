@@ -25,7 +25,8 @@ enum {
     QL_STREAMK_NESTED_SLOTS = 8,                                    /* of a ring of bytes of nested absmax */
     QL_STREAMK_NESTED_BYTES = 1024 + QL_STREAMK_NESTED_SLOTS * 256, /* the table of these, and that ring */
     QL_STREAMK_ABSMAX_SLOTS = 4,                                    /* of a ring of what absmax is made of */
-    QL_STREAMK_PLANES_BYTES = QL_STREAMK_ABSMAX_SLOTS * 128 * 16    /* that ring: 16 bytes a row and slot */
+    /* The table of bytes of nested absmax, and that ring: 16 bytes a row and slot. */
+    QL_STREAMK_PLANES_BYTES = 1024 + QL_STREAMK_ABSMAX_SLOTS * 128 * 16
 };
 
 typedef struct ql_streamk_params {

@@ -65,6 +65,9 @@ static __device__ __forceinline__ reader make_reader(const ql_streamk_params *q,
     return r;
 }
 
+/* Absmax of 128 tokens is read when the stage's first product runs: a stage ahead it is waited for at once, as it is moved. */
+#define HAS_LATE_ABSMAX(k) ((k).code == QL_CODE_TABLE4 && (k).tokens == 128)
+
 /* From the first half of a tile of codes to the second, and back. */
 static __device__ __forceinline__ void flip_half(reader *r) {
     r->codes ^= 8;
@@ -134,7 +137,7 @@ static __device__ __forceinline__ void read_stage(stage_words *d, const reader *
     }
     if (HAS_PLANES(k))
         read_planes(&d->products, r->scales + at, k);
-    else
+    else if (!HAS_LATE_ABSMAX(k))
         read_entries(d, r, at, k);
 }
 
@@ -174,10 +177,15 @@ static __device__ __forceinline__ entry make_entry(const reader *r, const raw_en
     return e;
 }
 
-/* Absmax of a stage's groups. */
-static __device__ __forceinline__ void absmax_entries(entry *e, const raw_entry *raw, int groups) {
+/* Absmax of a stage's groups. at: bytes from the first stage. */
+static __device__ __forceinline__ void absmax_entries(entry *e, const stage_words *d, const reader *r, uint32_t at,
+                                                      shape k) {
 #pragma unroll
-    for (int i = 0; i < 2 * groups; i++) e[i / 2].scale[i % 2] = raw[i / 2].scales[i % 2];
+    for (int i = 0; i < k.groups; i++) {
+        const raw_entry raw = HAS_LATE_ABSMAX(k) ? read_entry(r, at, i, k) : d->entries[i];
+        e[i].scale[0] = raw.scales[0];
+        e[i].scale[1] = raw.scales[1];
+    }
 }
 
 /* The group of a stage that a step is in. */

@@ -182,8 +182,12 @@ static __device__ __forceinline__ void multiply_steps(float *sums, const uint32_
     warpgroup_commit();
 }
 
-/* The blocks of a tile. What a product takes is decoded while the one before runs; the next stage's words are asked for
- * before the last product of a stage, whose issue hides their way. */
+/* The next stage's words are asked for behind a stage's last product, which loads before it hold up; or before it, where they are
+ * many, or much is to be made of them. */
+#define READS_LATE(k) (!HAS_PLANES(k) && !((k).code == QL_CODE_INT8 && (k).groups))
+
+/* The blocks of a tile. What a product takes is decoded while the one before runs. Words that are asked for without a branch are
+ * after the last stage its own again. */
 static __device__ __forceinline__ uint32_t sum_blocks(float *sums, reader *reads, place *c, const ql_streamk_params *q,
                                                       int blocks, shape k) {
     const int batches = k.stage_k / 16 / STEPS(k);
@@ -202,19 +206,24 @@ static __device__ __forceinline__ uint32_t sum_blocks(float *sums, reader *reads
 #pragma unroll
         for (int group = 0; group < k.groups; group++)
             if (!HAS_PLANES(k)) e[group] = make_entry(reads, &d.entries[group], k);
+        const int at = c->at;
         step_on(c, reads, q, k);
 #pragma unroll
         for (int batch = 0; batch < batches; batch++) {
             const int from = batch * STEPS(k), next_group = group_of_step(from + STEPS(k), k);
             uint32_t *to = a[batch & 1];
             decode(to, &d, e, reads->has_seconds, from, STEPS(k), k);
-            if (batch == batches - 1 && blocks > 1) {
-                if (!ready) await_stage(c);
-                read_stage(&d, reads, c->at, k);
+            if (batch == batches - 1 && !READS_LATE(k)) {
+                if (blocks > 1 && !ready) await_stage(c);
+                read_stage(&d, reads, blocks > 1 ? c->at : at, k);
             }
             if (HAS_PLANES(k) && batch < batches - 1 && next_group > group_of_step(from, k))
                 read_planes(&d.products, planes_at + next_group * 2 * k.rows * PLANE, k);
             multiply_steps(sums, to, x, from, k.tokens, add || batch, k);
+            if (batch == batches - 1 && READS_LATE(k) && blocks > 1) {
+                if (!ready) await_stage(c);
+                read_stage(&d, reads, c->at, k);
+            }
             WARPGROUP_WAIT(1);
             if (batch == 0) {
                 release_stage(before, k);
@@ -259,7 +268,7 @@ static __device__ __forceinline__ void sum_batches(float *sums, reader *reads, p
             const int batch = i / halves, half = i % halves, next = batch + 1, before = (i - 1) / halves;
             multiply_steps(part[i & 1], a[batch & 1], x + half * (tokens * BOX_K * 2 / 16), batch * STEPS(k), tokens, 0,
                            k);
-            if (i == 0) absmax_entries(e, d.entries, k.groups);
+            if (i == 0) absmax_entries(e, &d, reads, (uint32_t)c->at, k);
             if (half == 1 && batch < last) decode(a[next & 1], &d, e, false, next * STEPS(k), STEPS(k), k);
             if (i == products - 1) {
                 step_on(c, reads, q, k);

@@ -7,7 +7,10 @@
 #include <math.h>
 #include <stdio.h>
 
-enum { MOST_K = 1 << 26 /* so that bytes of a strip and blocks of all split tiles are counted in 32 bits */ };
+enum {
+    PARTS_OF_TILE = 8, /* that ranges are made of where they are aligned */
+    MOST_K = 1 << 26   /* so that bytes of a strip and blocks of all split tiles are counted in 32 bits */
+};
 
 typedef struct variant {
     ql_cuda_kernel kernel;
@@ -88,7 +91,8 @@ static int64_t tiles_of(const variant *v, const ql_cuda_problem *p) {
  * a tile leave each other sums, which is dear; dearer where they do not begin and end with tiles: then thread blocks are at
  * different places of K as well, and where the second-level cache does not hold what they share, they read it again. Tiles of
  * 256 tokens leave outputs to copies, so that each takes less, have twice the sums to exchange, and read half of x; what others
- * leave of them is mostly there when it is wanted, unless they are fewer than thread blocks. */
+ * leave of them is mostly there when it is wanted, unless they are fewer than thread blocks. Ranges that begin and end at eighths
+ * of tiles lose half as much by it, at halves nothing. */
 static double cost(const variant *v, const ql_cuda_problem *p, int64_t blocks) {
     const int rows = v->rows * together(v);
     const int64_t tiles = tiles_of(v, p), walkers = blocks / together(v);
@@ -101,10 +105,11 @@ static double cost(const variant *v, const ql_cuda_problem *p, int64_t blocks) {
                                : tiles < walkers                          ? 4500
                                : QL_STREAMK_HAS_PARTS(v->code, v->tokens) ? 1800
                                                                           : 3000;
-        exchange = meeting + 480 * size * fmax(1, 1 / share);
-        if (tiles > walkers || walkers % tiles != 0) {
+        const bool halves = tiles > walkers && 2 * tiles % walkers == 0;
+        exchange = meeting * (halves ? 0.5 : 1) + 480 * size * fmax(1, 1 / share);
+        if (!halves && (tiles > walkers || walkers % tiles != 0)) {
             const double uncached = fmin(1, k * fmin((double)p->m, QL_STREAMK_TOKEN_GROUP) / 6e6);
-            exchange += 710 + 1265 * size;
+            exchange += (710 + 1265 * size) * (PARTS_OF_TILE * tiles % walkers == 0 ? 0.5 : 1);
             if (!boxes) loop *= 1 + uncached * (5.0 / rows + (p->m > v->tokens ? 1.2 * bits / v->tokens : 0));
         }
     }
@@ -139,17 +144,25 @@ static int64_t even_blocks(const variant *v, const ql_cuda_problem *problem, int
     return even * together(v);
 }
 
+/* Fewer, so that each has as many eighths of tiles: those that are at one place of K then share what they read of x, and of
+ * halves no thread block both leaves sums and adds others'. 0 where there is no such number, and for few tokens. */
+static int64_t aligned_blocks(const variant *v, const ql_cuda_problem *problem, int64_t most) {
+    const int64_t parts = PARTS_OF_TILE * tiles_of(v, problem), each = ql_ceil_div(parts, most / together(v));
+    return v->tokens >= 64 && parts % each == 0 ? parts / each * together(v) : 0;
+}
+
 static int candidates(ql_cuda_choice *out, int room, const ql_cuda_device *device, const ql_cuda_problem *problem) {
     const int64_t all = device->properties.multiprocessors;
-    way ways[2 * VARIANTS];
+    way ways[3 * VARIANTS];
     int count = 0;
     for (int i = 0; i < VARIANTS; i++) {
         const variant *v = &variants[i];
         const int64_t most = all - all % together(v);
         if (!most || !serves(v, device, problem)) continue;
-        const int64_t even = even_blocks(v, problem, most);
+        const int64_t even = even_blocks(v, problem, most), aligned = aligned_blocks(v, problem, most);
         count = add_way(ways, count, v, problem, most);
         if (even != most) count = add_way(ways, count, v, problem, even);
+        if (aligned && aligned != even && aligned != most) count = add_way(ways, count, v, problem, aligned);
     }
     if (count > room) count = room;
     for (int i = 0; i < count; i++) out[i] = ways[i].choice;

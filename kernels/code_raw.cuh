@@ -40,6 +40,18 @@ static __device__ __forceinline__ uint32_t table_pair(const uint8_t *pairs, uint
     return *(const uint32_t *)(pairs + at);
 }
 
+/* Whether loads of a table's codes and some of the look-ups between them keep their turn: left to itself the compiler asks for the
+ * next batch where this one ends. Only one GPU has been seen to gain. */
+#define QL_RAW_IN_TURN (__CUDA_ARCH__ == 900)
+
+/* A look-up in its turn. */
+static __device__ __forceinline__ uint32_t table_pair_in_turn(const uint8_t *pairs, uint32_t word, int byte,
+                                                              uint32_t low) {
+    uint32_t pair, at = __byte_perm(word, low, 0x7704u + (uint32_t)byte * 0x10u);
+    asm volatile("ld.relaxed.cta.shared.u32 %0, [%1];" : "=r"(pair) : "r"(shared_address(pairs) + at));
+    return pair;
+}
+
 /* 2 and 3 bit: a word with row g + 8 * half's codes of two steps as joined_codes() has it, but that of 2 bit those of row
  * g + 8 are two bits on. */
 static __device__ __forceinline__ uint32_t two_steps(const ql_batch_codes *codes, int code, int block, int step,
@@ -54,13 +66,15 @@ static __device__ __forceinline__ uint32_t two_steps(const ql_batch_codes *codes
 /* The fragment of step `step` (of 4) of block `block` of a batch. low: of a table, 4 * lane. All but codes, pairs and low
  * are constants. */
 static __device__ __forceinline__ void raw_fragment(uint32_t a[4], const ql_batch_codes *codes, int code, int type,
-                                                    bool odd_apart, bool parted, int block, int step,
+                                                    bool odd_apart, bool parted, bool in_turn, int block, int step,
                                                     const uint8_t *pairs, uint32_t low) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const int h = i % 2, p = i / 2;
         if (code == QL_CODE_TABLE4) {
-            a[i] = table_pair(pairs, word_of(codes->low[block], step), 2 * p + h, low);
+            const uint32_t word = word_of(codes->low[block], step);
+            const bool anchors = in_turn && ((step == 0 && i == 0) || (step == 3 && i == 3));
+            a[i] = anchors ? table_pair_in_turn(pairs, word, 2 * p + h, low) : table_pair(pairs, word, 2 * p + h, low);
         } else if (code == QL_CODE_INT8) {
             uint32_t word = word_of(codes->low[2 * block + step / 2], step % 2 * 2 + p);
             if (type == QL_VALUE_F16) {

@@ -32,17 +32,28 @@ static __device__ __forceinline__ const uint8_t *held(const uint8_t *at) {
 }
 
 /* A tile of the batch. at: this lane's 16 bytes of the batch's first tile; high: for 3 bit its 8 bytes of high bits there. */
-static __device__ __forceinline__ void load_tile(ql_batch_codes *codes, int code, const uint8_t *at,
+static __device__ __forceinline__ void load_tile(ql_batch_codes *codes, int code, bool in_turn, const uint8_t *at,
                                                  const uint8_t *high, int tile) {
-    codes->low[tile] = load_stream_16(at + tile * QL_TILE_BYTES(code));
+    const uint8_t *from = at + tile * QL_TILE_BYTES(code);
+    codes->low[tile] = in_turn ? load_in_turn_16(from) : load_stream_16(from);
     if (code == QL_CODE_INT3) codes->high[tile] = load_stream_8(high + tile * QL_TILE_BYTES(code));
 }
 
 /* The tile of all strips of a band. beside: as `at`, of the second strip. */
-static __device__ __forceinline__ void load_band_tile(ql_batch_codes *codes, int code, int abreast, const uint8_t *at,
-                                                      const uint8_t *high, const uint8_t *beside, int tile) {
-    load_tile(codes, code, at, high, tile);
-    if (abreast == 2) load_tile(codes + 1, code, beside, beside, tile);
+static __device__ __forceinline__ void load_band_tile(ql_batch_codes *codes, int code, bool in_turn, int abreast,
+                                                      const uint8_t *at, const uint8_t *high, const uint8_t *beside,
+                                                      int tile) {
+    load_tile(codes, code, in_turn, at, high, tile);
+    if (abreast == 2) load_tile(codes + 1, code, in_turn, beside, beside, tile);
+}
+
+/* Tiles from `first` to `end` of a batch that has `tiles`, of a table. */
+static __device__ __forceinline__ void load_late_tiles(ql_batch_codes *codes, int code, bool in_turn, int abreast,
+                                                       const uint8_t *at, const uint8_t *beside, int first, int end,
+                                                       int tiles) {
+#pragma unroll
+    for (int i = first; i < end; i++)
+        if (i < tiles) load_band_tile(codes, code, in_turn, abreast, at, at, beside, i);
 }
 
 /* Brings `tiles` tiles of a batch into the second-level cache, a line a lane. */
@@ -177,6 +188,27 @@ static __device__ __forceinline__ uint32_t x_at_anew(const ql_decode_params *p, 
      : (code) == QL_CODE_TABLE4               ? (tokens) <= 4 || ((tokens) == 8 && ROOMY(code))                        \
                                               : (tokens) == 4 && (code) != QL_CODE_INT2)
 
+/* Whether loads have a turn (code_raw.cuh). 16 tokens, and two strips with groups of 32, want for registers so; of large groups nothing is gained. */
+#define IN_TURN(code, tokens, groups)                                                                                  \
+    (QL_RAW_IN_TURN && (code) == QL_CODE_TABLE4 && (tokens) != 16 && (groups) >= 2 &&                                  \
+     !((tokens) == 8 && QL_DECODE_HALVES(code, tokens, groups)))
+
+/* Whether a kernel has a loop for absmax that are all made as a batch begins, and the next batch's asked for then: all loads that the
+ * next turn of the loop waits for share a scoreboard, so that what is asked for last holds up the first code. */
+#define AT_ONCE(code, tokens, groups)                                                                                  \
+    (IN_TURN(code, tokens, groups) && ((tokens) == 1 || ((tokens) == 4 && (groups) <= 8)))
+
+/* Tiles of a batch that are asked for as it begins, the others as the batch before it leaves their registers: what a turn of the loop
+ * asks for and waits for has a scoreboard of its own. As many as the compiler gives one that nothing soon waits for. */
+#define LATE(code, tokens, groups, absmax)                                                                             \
+    (!IN_TURN(code, tokens, groups)                                                    ? 0                             \
+     : (tokens) == 8                                                                   ? 1                             \
+     : (absmax) == QL_ABSMAX_EITHER || ((tokens) == 1 && (absmax) == QL_ABSMAX_NESTED) ? 0                             \
+     : (groups) == 2                                                                   ? 1                             \
+     : (groups) == 4                                                                   ? 4                             \
+     : (groups) == 8                                                                   ? 2                             \
+                                                                                       : 3)
+
 /* The most loads of entries that are ahead of their own turn: of groups of 32 fewer where codes take most registers. */
 #define MOST_AHEAD(code, type, tokens, groups)                                                                         \
     (QL_DECODE_HALVES(code, tokens, groups) && ((code) == QL_CODE_INT4 || (code) == QL_CODE_INT8) &&                   \
@@ -205,13 +237,14 @@ static __device__ __forceinline__ void multiply_half(float *sum, float *odd, con
                                                      uint32_t low) {
     const bool two_chains = TWO_CHAINS(code, type, tokens, groups);
     const bool parted = PARTED(code, type, tokens, groups);
+    const bool in_turn = IN_TURN(code, tokens, groups);
     const bool odd_apart = two_chains && !parted && QL_RAW_ODD(code, type, PARTED(code, type, tokens, groups)) != 1.0f;
     uint32_t a[4], b[2][2];
     const uint32_t place = tokens == 4 ? x + (uint32_t)(step * 32) : x ^ (uint32_t)(step * 32);
     load_matrices(b[0], b[1], place + (uint32_t)(block * 128));
 #pragma unroll
     for (int strip = 0; strip < QL_DECODE_ABREAST(code, tokens); strip++) {
-        raw_fragment(a, codes + strip, code, type, odd_apart, parted, block, step, shared, low);
+        raw_fragment(a, codes + strip, code, type, odd_apart, parted, in_turn, block, step, shared, low);
         multiply_16816(sum + strip * 4, a, b[0], type);
         if (parted) {
             raw_excess(a, a);
@@ -221,7 +254,7 @@ static __device__ __forceinline__ void multiply_half(float *sum, float *odd, con
             multiply_16816(sum + 4, a, b[1], type);
             load_matrices(b[0], b[1], (x ^ (uint32_t)(step * 32 + 32)) + (uint32_t)(block * 128));
         }
-        raw_fragment(a, codes + strip, code, type, odd_apart, parted, block, step + 1, shared, low);
+        raw_fragment(a, codes + strip, code, type, odd_apart, parted, in_turn, block, step + 1, shared, low);
         multiply_16816((two_chains && !parted ? odd : sum) + strip * 4, a, b[tokens == 16 ? 0 : 1], type);
         if (parted) {
             raw_excess(a, a);
@@ -322,6 +355,10 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     /* A batch's entries come by `loads` loads, each of `spread` pairs and asked for `kept` loads before its own turn. */
     const int spread = sides == 4 ? 2 : 1, loads = pairs / spread;
     const int most = MOST_AHEAD(code, type, tokens, groups), kept = loads > most ? most : loads;
+    const bool at_once =
+        AT_ONCE(code, tokens, groups) && (absmax_kind == QL_ABSMAX_UNDIVIDED || absmax_kind == QL_ABSMAX_PLAIN);
+    const bool in_turn = IN_TURN(code, tokens, groups);
+    const int late = LATE(code, tokens, groups, absmax_kind);
     /* Whether columns may be in another order. */
     const bool ordered = QL_DECODE_ORDERED(code, tokens, groups);
     const bool roomy = ROOMY(code), ahead = AHEAD(code, type, tokens, groups);
@@ -330,10 +367,10 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     const bool shared_start = tokens <= 4 || (code == QL_CODE_TABLE4 && tokens != 16) || (halves && tokens == 16);
     const int lane = (int)(threadIdx.x & 31), warp = (int)(threadIdx.x >> 5), g = lane >> 2;
     /* Half of the warps fill the table, while the others ask for x, which may have to wait for the kernel before. */
-    const bool divides = code == QL_CODE_TABLE4 && (tokens == 1 || abreast == 2);
-    const int idle = divides ? (int)(blockDim.x >> 6) : 0, pieces = divides ? 4 : 2;
-    const int fillers = divides ? idle * 32 : (int)blockDim.x; /* threads */
+    const bool divides = code == QL_CODE_TABLE4 && tokens != 16;
+    const int idle = divides ? (int)(blockDim.x >> 6) : 0, fillers = divides ? idle : (int)(blockDim.x >> 5);
     const bool fills = code == QL_CODE_TABLE4 && (!divides || warp < idle);
+    if (fills) ask_for_table(shared_address(shared), &p->product, warp, fillers, lane);
     const int team = warp * p->warp_team >> 16, member = warp - team * p->team_warps;
     const int rank = (int)blockIdx.x & (1 << p->cluster_shift) - 1, block = (int)blockIdx.x >> p->cluster_shift;
     const int first_batch = rank * p->block_batches, own = member * p->share + min(member, p->rest);
@@ -350,7 +387,7 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     const int own_group = sides == 4 ? (lane & 1) * 2 : sides == 2 ? lane & 2 : 0;
     const int own_nested = sides == 4 ? lane & 3 : sides == 2 ? lane >> 1 & 1 : 0;
     /* The groups of a batch that may be in two blocks of the second level. */
-    const int divided = QL_DECODE_DIVIDED(tokens, groups);
+    const int divided = absmax_kind == QL_ABSMAX_UNDIVIDED ? 1 : QL_DECODE_DIVIDED(tokens, groups);
     if (groups >= 2) entry = (band * abreast * p->pairs + first * pairs + own_pair) * 32 + g * 4 + own_group;
     if (groups == 1) entry = group_entry(p, band * abreast, first, g);
     const uint8_t *at_beside = at; /* of the band's second strip */
@@ -358,8 +395,6 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     ql_batch_codes codes[2];
     ql_raw_entries raw[2];
     ql_nested_entries nested_raw[2];
-    ql_table_part table = {{0}, {0}, {0}};
-    if (fills) table = load_table(&p->product, fillers, pieces);
 #pragma unroll
     for (int i = 0; i < kept; i++) {
 #pragma unroll
@@ -379,14 +414,15 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     /* What is asked for after the codes comes after them, 64 KB a multiprocessor later, so what the first of them meet goes
      * before. x may have to wait for the kernel before: some of the codes are on their way then, half where little else is
      * waited for; more would hold up x in a launch by itself. */
-    const int early = groups == QL_DECODE_CHANNEL || code == QL_CODE_TABLE4        ? tiles / 2
+    const int early = IN_TURN(code, tokens, groups) && tokens == 4                 ? tiles / 4
+                      : groups == QL_DECODE_CHANNEL || code == QL_CODE_TABLE4      ? tiles / 2
                       : roomy && (tokens != 16 || EARLY_OF_16(code, type, groups)) ? tiles / 4
                                                                                    : 0;
 #pragma unroll
     for (int i = 0; i < early; i++)
-        if (i < have) load_band_tile(codes, code, abreast, at, at + to_high, at_beside, i);
+        if (i < have) load_band_tile(codes, code, in_turn, abreast, at, at + to_high, at_beside, i);
     start_next_kernel();
-    if (fills) store_table(shared, &p->product, &table, type, fillers, pieces);
+    if (code == QL_CODE_TABLE4) make_pairs(shared, &p->product, type, fills ? warp : 32, fillers, lane);
     if (p->cluster_shift) arrive_cluster_started();
     const uint32_t x_at = shared_address(shared) + (uint32_t)(p->x_at + own * batch_k * 2);
     if (p->x_aligned) {
@@ -403,7 +439,7 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     cp_async_commit();
 #pragma unroll
     for (int i = early; i < tiles; i++)
-        if (i < have) load_band_tile(codes, code, abreast, at, at + to_high, at_beside, i);
+        if (i < have) load_band_tile(codes, code, in_turn, abreast, at, at + to_high, at_beside, i);
     /* Meanwhile the cache may fetch the next batch. */
     if (code == QL_CODE_INT8 && p->ahead) {
         if (count > 1)
@@ -444,6 +480,7 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     if (one) hide(is_step, 8);
     if (slots == 2 && !zeros) hide(is_side, 2);
     int begin = 0; /* the first round whose sums are held */
+    int rest = 0;  /* tiles of the batch at hand, or 0 where all are asked for */
 #pragma unroll 1
     for (int round = 0; round < p->rounds; round++) {
         if (band < p->bands) {
@@ -460,11 +497,14 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                           code == QL_CODE_INT3 && !halves ? x_at + (uint32_t)((count - to_go) * batch_k * 2)
                                                           : x_at_anew(p, first - first_batch + count - to_go, batch_k),
                           sums);
+                const uint8_t *now = at, *now_beside = at_beside;
+                const int missing = rest;
                 const bool last = to_go == 1;
                 const int next_band = last ? band + p->hop : band, next = last ? first : first + count - to_go + 1;
                 have = next_band >= p->bands ? 0 : to_go == 2 || (last && count == 1) ? tail : tiles;
                 at += last ? p->hop_bytes - (count - 1) * QL_DECODE_BATCH_BYTES(code, tokens)
                            : QL_DECODE_BATCH_BYTES(code, tokens);
+                rest = have;
                 const uint8_t *high = at;
                 if (code == QL_CODE_INT3) high = held(at + to_high);
                 at_beside = next_band == p->lone ? at : at + p->band_bytes / 2;
@@ -472,13 +512,25 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                 const int entry_hop = (last ? p->hop * abreast * p->pairs - (count - 1) * pairs : pairs) * 32;
                 if (groups == 1) entry = group_entry(p, next_band * abreast, next, g);
                 const int next_group = groups == 1 ? next >> p->group_shift : next * groups;
-                float absmax[2][2][2];
+                float absmax[2][2][2], absmax_of[QL_MOST_HELD][2];
+                /* Where the compiler gives them a scoreboard that nothing soon waits for. */
+                if (!one) load_late_tiles(codes, code, in_turn, abreast, now, now_beside, tiles - late, tiles, missing);
+                if (at_once) {
+                    make_sets(absmax_of, &raw[0], p, absmax_kind, loads, shared, (uint32_t)lane * 4);
+                    if (one)
+                        load_late_tiles(codes, code, in_turn, abreast, now, now_beside, tiles - late, tiles, missing);
+                    entry += entry_hop;
+                    load_sets(&raw[0], p, absmax_kind, loads, spread, entry,
+                              have ? p->pairs - next * pairs - own_pair : 0, next_band * 16 + g, next_group);
+                }
                 if (in_turns)
 #pragma unroll
                     for (int s = 0; s < abreast; s++) {
                         make_absmax(absmax[s], &nested_raw[s], p, groups, shared, (uint32_t)lane * 4);
-                        if (have)
-                            load_nested_entries(&nested_raw[s], p, groups, strip_of(p, next_band, s), next_group, lane);
+                        /* Without a branch: where paths meet again the compiler has all loads waited for. */
+                        if (have || in_turn)
+                            load_nested_entries(&nested_raw[s], p, groups, strip_of(p, min(next_band, p->bands - 1), s),
+                                                next_group, lane);
                     }
 #pragma unroll
                 for (int unit = 0; unit < batch_k / unit_k; unit++) {
@@ -486,7 +538,8 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                     const int end_k = begin_k + unit_k, set = groups ? unit / span : 0;
                     const bool starts = groups && unit % span == 0, ends = groups && unit % span == span - 1;
                     /* What is asked for from here on is the next batch's. */
-                    if (groups >= 2 && ahead && starts && (both ? set == 2 * (loads - kept) : set == loads - kept))
+                    if (groups >= 2 && ahead && starts && !at_once &&
+                        (both ? set == 2 * (loads - kept) : set == loads - kept))
                         entry += entry_hop;
                     if (starts)
 #pragma unroll
@@ -520,8 +573,8 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
 #pragma unroll
                     for (int j = 0; j < tiles; j++)
                         if ((j + 1) * QL_TILE_K(code) > b * 64 + begin_k &&
-                            (j + 1) * QL_TILE_K(code) <= b * 64 + end_k && j < have)
-                            load_band_tile(codes, code, abreast, at, high, at_beside, j);
+                            (j + 1) * QL_TILE_K(code) <= b * 64 + end_k && j < have && j < tiles - late)
+                            load_band_tile(codes, code, in_turn, abreast, at, high, at_beside, j);
                     if (ends) {
                         const int load = both ? set / 2 : set, slot = load % kept;
                         /* The load to ask for, and whether it is this batch's. */
@@ -536,7 +589,9 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                                               entry + s * entry_beside(p, band) + load * 32);
                             }
                             ql_entry e;
-                            if (in_turns)
+                            if (at_once)
+                                e = (ql_entry){{absmax_of[set][0], absmax_of[set][1]}, {0}};
+                            else if (in_turns)
                                 e = (ql_entry){{absmax_of_set(absmax[s], set, 0, groups),
                                                 absmax_of_set(absmax[s], set, 1, groups)},
                                                {0}};
@@ -550,7 +605,7 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
 #pragma unroll
                             for (int j = 0; j < width; j++)
                                 out[s * 4 + j] = fmaf(e.scale[j % 4 / 2], part[j], out[s * 4 + j]);
-                            if (!in_turns && ahead && (!both || set % 2)) {
+                            if (!in_turns && !at_once && ahead && (!both || set % 2)) {
                                 const int batch = here ? first + count - to_go : next;
                                 if ((here || have) &&
                                     (other + spread == 1 || batch * pairs + other + own_pair < p->pairs))
@@ -562,7 +617,7 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                         }
                     }
                 }
-                if (code == QL_CODE_TABLE4 && !in_turns && is_nested(p, absmax_kind) && have)
+                if (code == QL_CODE_TABLE4 && !in_turns && !at_once && is_nested(p, absmax_kind) && have)
                     load_nested(p, &raw[0], next_band * 16 + g, next_group, divided, own_nested);
                 if (!ahead) entry += (to_go == 1 ? p->hop * abreast * p->pairs - (count - 1) * pairs : pairs) * 32;
                 x.row += (uint32_t)(batch_k * 2);
@@ -593,7 +648,11 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
 #define KERNEL(name, source, code, type, tokens, groups)                                                               \
     extern "C" __global__ void __launch_bounds__(QL_DECODE_THREADS, 1)                                                 \
         name(const __grid_constant__ ql_decode_params params) {                                                        \
-        if ((tokens) != 1 && QL_DECODE_ABREAST(code, tokens) == 1)                                                     \
+        if (AT_ONCE(code, tokens, groups) && params.undivided)                                                         \
+            decode(&params, code, type, tokens, groups, QL_ABSMAX_UNDIVIDED);                                          \
+        else if (AT_ONCE(code, tokens, groups) && (tokens) == 4 && params.scale_size == 4)                             \
+            decode(&params, code, type, tokens, groups, QL_ABSMAX_PLAIN);                                              \
+        else if ((tokens) != 1 && QL_DECODE_ABREAST(code, tokens) == 1)                                                \
             decode(&params, code, type, tokens, groups, QL_ABSMAX_EITHER);                                             \
         else if ((tokens) == 1 || params.scale_size == 1)                                                              \
             decode(&params, code, type, tokens, groups, QL_ABSMAX_NESTED);                                             \

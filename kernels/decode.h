@@ -86,6 +86,7 @@ typedef struct ql_decode_params {
     int32_t exchange_at;    /* the parts of a cluster's blocks of the bands that a block owns */
     int32_t stage_at;       /* for columns in another order (order.cuh), where partials lie later: places, then x */
     int32_t stage_columns;  /* of it, or 0 */
+    int32_t undivided;      /* whether absmax is nested and no batch has groups of two of those blocks */
     ql_packed_params product;
 } ql_decode_params;
 

@@ -21,12 +21,13 @@ typedef struct ql_entry {
     float scale[2], zero[2]; /* rows g and g + 8 */
 } ql_entry;
 
-/* What a table's absmax are: fp32, quantized, or either, which is then found at each use. Known when this is compiled, as branches
- * in the loop end what the compiler can overlap; 16 tokens have no registers for that. */
-enum { QL_ABSMAX_PLAIN, QL_ABSMAX_NESTED, QL_ABSMAX_EITHER };
+/* What a table's absmax are: fp32, quantized, quantized in such a way that no batch has groups of two blocks of the second level, or
+ * either, which is then found at each use. Known when this is compiled, as branches in the loop end what the compiler can overlap;
+ * 16 tokens have no registers for that. */
+enum { QL_ABSMAX_PLAIN, QL_ABSMAX_NESTED, QL_ABSMAX_UNDIVIDED, QL_ABSMAX_EITHER };
 
 static __device__ __forceinline__ bool is_nested(const ql_decode_params *p, int absmax) {
-    return absmax == QL_ABSMAX_EITHER ? p->scale_size == 1 : absmax == QL_ABSMAX_NESTED;
+    return absmax == QL_ABSMAX_EITHER ? p->scale_size == 1 : absmax != QL_ABSMAX_PLAIN;
 }
 
 static __device__ __forceinline__ bool is_plain(const ql_decode_params *p, int absmax) {
@@ -113,6 +114,46 @@ static __device__ __forceinline__ float zero_of_byte(uint32_t byte, int code, in
 /* The entry of the nested table for a byte of `word`. */
 static __device__ __forceinline__ float nested_entry(const uint8_t *pairs, uint32_t word, int byte, uint32_t low) {
     return __uint_as_float(table_pair(pairs + 128, word, byte, low));
+}
+
+/* Absmax of all of a lane's groups of a batch, undivided; of them `loads`. pairs, low: as of raw_fragment. */
+static __device__ __forceinline__ void make_sets(float absmax[QL_MOST_HELD][2], const ql_raw_entries *raw,
+                                                 const ql_decode_params *p, int kind, int loads, const uint8_t *pairs,
+                                                 uint32_t low) {
+#pragma unroll
+    for (int i = 0; i < loads; i++)
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+            absmax[i][h] = kind == QL_ABSMAX_PLAIN ? __uint_as_float(raw->scale[i][h])
+                                                   : __fadd_rn(__fmul_rn(nested_entry(pairs, raw->scale[i][0], h, low),
+                                                                         __uint_as_float(raw->nested[h][0])),
+                                                               p->product.nested_offset);
+}
+
+/* What the next batch's are made of. at: the place of the lane's entry of the first load; left: pairs from there on, of the
+ * strip; spread: pairs a load; row, group: the lane's first row, the batch's first group. */
+static __device__ __forceinline__ void load_sets(ql_raw_entries *raw, const ql_decode_params *p, int kind, int loads,
+                                                 int spread, int at, int left, int row, int group) {
+    const int size = kind == QL_ABSMAX_PLAIN ? 4 : 1;
+    const uint8_t *from = (const uint8_t *)p->scales + (int64_t)at * size;
+    const int n = (int)p->product.n, groups = (int)p->product.groups;
+#pragma unroll
+    for (int i = 0; i < loads; i++) {
+        uint2 v = make_uint2(0, 0);
+        if (i * spread < left) {
+            if (kind == QL_ABSMAX_PLAIN)
+                v = load_in_turn_8(from + i * spread * 128);
+            else
+                v.x = load_in_turn_2(from + i * spread * 32);
+        }
+        raw->scale[i][0] = v.x, raw->scale[i][1] = v.y;
+    }
+    if (kind == QL_ABSMAX_PLAIN) return;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const int entry = min(row + 8 * h, n - 1) * groups + group;
+        raw->nested[h][0] = load_in_turn_4(p->product.nested_absmax + (entry >> p->nested_shift));
+    }
 }
 
 /* Entries of the `index`-th group of those that the lane has (of `both`, two a pair). group: in the batch, from the lane's own

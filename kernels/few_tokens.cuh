@@ -44,8 +44,8 @@ static __device__ __forceinline__ void multiply_both_blocks(float *sum, float *o
             uint32_t a[4];
             /* Products, as the pipe for bits is busy with addresses of pairs. */
             const uint32_t own[2] = {b[second][0] * is_side[side], b[second][1] * is_side[side]};
-            raw_fragment(a, codes, QL_CODE_TABLE4, type, false, false, block + side * part, (step ^ 2 * side) + second,
-                         pairs, low);
+            raw_fragment(a, codes, QL_CODE_TABLE4, type, false, false, QL_RAW_IN_TURN, block + side * part,
+                         (step ^ 2 * side) + second, pairs, low);
             multiply_16816(second ? odd : sum, a, own, type);
         }
     }
@@ -72,7 +72,7 @@ static __device__ __forceinline__ void multiply_block_of_one(float *sum, const q
         const uint32_t *from = x[block % 4 / 2];
         uint32_t a[4];
         const uint32_t b[2] = {from[step / 4] * is_step[step], from[1 - step / 4] * is_step[step]};
-        raw_fragment(a, codes, QL_CODE_TABLE4, type, false, false, block, i, pairs, low);
+        raw_fragment(a, codes, QL_CODE_TABLE4, type, false, false, QL_RAW_IN_TURN, block, i, pairs, low);
         multiply_16816(sum, a, b, type);
     }
 }

@@ -40,6 +40,33 @@ static __device__ __forceinline__ uint4 load_stream_16(const void *from) {
     return value;
 }
 
+/* Loads that keep their turn: what may be cached as constant the compiler puts where it likes. */
+static __device__ __forceinline__ uint4 load_in_turn_16(const void *from) {
+    uint4 value;
+    asm volatile("ld.relaxed.gpu.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "l"(from));
+    return value;
+}
+
+static __device__ __forceinline__ uint2 load_in_turn_8(const void *from) {
+    uint2 value;
+    asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "l"(from));
+    return value;
+}
+
+static __device__ __forceinline__ uint32_t load_in_turn_4(const void *from) {
+    uint32_t value;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from));
+    return value;
+}
+
+static __device__ __forceinline__ uint16_t load_in_turn_2(const void *from) {
+    uint16_t value;
+    asm volatile("ld.relaxed.gpu.global.u16 %0, [%1];" : "=h"(value) : "l"(from));
+    return value;
+}
+
 static __device__ __forceinline__ uint2 load_stream_8(const void *from) {
     uint2 value;
     asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "l"(from));

@@ -120,6 +120,7 @@ static int cut(ql_decode_params *p, const ql_packed_params *product, const ql_cu
     p->pairs = (int32_t)ql_ceil_div(product->groups, 2);
     p->group_shift = groups == 1 ? log2_of(product->group_size / batch_k) : 0;
     p->nested_shift = nested ? log2_of(product->nested_blocksize) : 0;
+    p->undivided = nested && groups > 0 && product->groups % groups == 0 && product->nested_blocksize % groups == 0;
     p->bare_zero = product->zeros         ? -1
                    : code == QL_CODE_INT8 ? 128
                    : code == QL_CODE_INT4 ? 0x88
@@ -174,16 +175,20 @@ static bool sizes_fit(const ql_packed_params *p) {
 /* A way to cut a product, and what it costs, in eighths of a batch: the batches that one warp walks, where the multiprocessors
  * share bands, an eighth more in a cluster larger than x needs; half of each batch of a band again for its sums of x in the
  * first one, a quarter of a batch to leave a band's sums, and three eighths each time that all warps meet because there is no
- * room for more of them. Bands of two strips have no sums of x, as they are a table's, and twice as many of their own, of which more
- * tokens leave more. Of equal ones the smaller cluster, then the one whose warps are idle least, then the one with most of them. */
+ * room for more of them. Tables have no sums of x, but with up to four tokens more to do for a band; bands of two strips have
+ * twice as many sums of their own, of which more tokens leave more. Of equal ones the smaller cluster, of tables and up to four
+ * tokens the one whose blocks have fewest batches, then the one whose warps are idle least, then the one with most of them. */
 typedef struct way {
     int64_t cost;
-    int cluster_shift, idle, warps;
+    int cluster_shift;
+    int64_t batches; /* of a block, where they count */
+    int idle, warps;
 } way;
 
 static bool is_better(const way *a, const way *b) {
     if (a->cost != b->cost) return a->cost < b->cost;
     if (a->cluster_shift != b->cluster_shift) return a->cluster_shift < b->cluster_shift;
+    if (a->batches != b->batches) return a->batches < b->batches;
     return a->idle != b->idle ? a->idle < b->idle : a->warps > b->warps;
 }
 
@@ -207,9 +212,11 @@ static int add_ways(way ways[WIDTHS * CLUSTERS], int count, const ql_cuda_device
             continue;
         const int64_t turns = ql_ceil_div(batches, warps), meetings = ql_ceil_div(p.rounds, p.flush_rounds) - 1;
         const bool twice = QL_DECODE_ABREAST(product->code, tokens) == 2;
-        const int64_t of_x = twice ? 0 : 4, leave = twice ? 2 + 3 * product->m / 8 : 2, meet = twice ? 6 : 3;
+        const bool few = product->code == QL_CODE_TABLE4 && tokens <= 4;
+        const int64_t of_x = twice || few ? 0 : 4, meet = twice ? 6 : 3;
+        const int64_t leave = twice ? 2 + 3 * product->m / 8 : few ? 3 : 2;
         const way new = {p.rounds * turns * weight + of_x * turns + leave * p.rounds + meet * meetings, cluster_shift,
-                         (int)(turns * warps - batches), warps};
+                         few ? p.rounds * p.teams * batches : 0, (int)(turns * warps - batches), warps};
         int place = count++;
         for (; place > 0 && is_better(&new, &ways[place - 1]); place--) ways[place] = ways[place - 1];
         ways[place] = new;

@@ -92,7 +92,7 @@ static int64_t tiles_of(const variant *v, const ql_cuda_problem *p) {
  * different places of K as well, and where the second-level cache does not hold what they share, they read it again. Tiles of
  * 256 tokens leave outputs to copies, so that each takes less, have twice the sums to exchange, and read half of x; what others
  * leave of them is mostly there when it is wanted, unless they are fewer than thread blocks. Ranges that begin and end at eighths
- * of tiles lose half as much by it, at halves nothing. */
+ * of tiles lose half as much by it, of a table as much, at halves nothing. */
 static double cost(const variant *v, const ql_cuda_problem *p, int64_t blocks) {
     const int rows = v->rows * together(v);
     const int64_t tiles = tiles_of(v, p), walkers = blocks / together(v);
@@ -109,7 +109,8 @@ static double cost(const variant *v, const ql_cuda_problem *p, int64_t blocks) {
         exchange = meeting * (halves ? 0.5 : 1) + 480 * size * fmax(1, 1 / share);
         if (!halves && (tiles > walkers || walkers % tiles != 0)) {
             const double uncached = fmin(1, k * fmin((double)p->m, QL_STREAMK_TOKEN_GROUP) / 6e6);
-            exchange += (710 + 1265 * size) * (PARTS_OF_TILE * tiles % walkers == 0 ? 0.5 : 1);
+            const bool aligned = PARTS_OF_TILE * tiles % walkers == 0 && v->code != QL_CODE_TABLE4;
+            exchange += (710 + 1265 * size) * (aligned ? 0.5 : 1);
             if (!boxes) loop *= 1 + uncached * (5.0 / rows + (p->m > v->tokens ? 1.2 * bits / v->tokens : 0));
         }
     }

@@ -243,7 +243,7 @@ static ql_cu_result map_operands(ql_w8a8_wgmma_params *params, const ql_cuda_dri
 /* While x is quantized memory has nothing to do once the first stages are full. Where a thread block has few blocks more, they
  * are soon asked for anyway, and x comes before them. */
 static int blocks_ahead(const cut *c) {
-    enum { MANY_BLOCKS = 32, AHEAD = 8 };
+    enum { MANY_BLOCKS = 36, AHEAD = 8 };
     const int64_t own = c->variant->meets ? c->k_blocks / c->members : c->k_blocks * tiles_of(c) / c->clusters;
     return c->variant->tokens <= 64 && own >= MANY_BLOCKS ? AHEAD : 0;
 }

@@ -12,16 +12,21 @@ typedef struct row {
     uint4 run[HELD];
 } row;
 
-static __device__ __forceinline__ int column_of(int i) { return (i * (int)blockDim.x + (int)threadIdx.x) * QL_RUN; }
+static __device__ __forceinline__ int run_of(int i) { return i * (int)blockDim.x + (int)threadIdx.x; }
+
+static __device__ __forceinline__ int column_of(int i) { return run_of(i) * QL_RUN; }
+
+static __device__ __forceinline__ const uint4 *runs_of(const ql_w8a8_quantize_params *p, int64_t index) {
+    return (const uint4 *)((const uint16_t *)p->x + index * p->x_stride);
+}
 
 /* Zeros where there is no such row. */
 static __device__ __forceinline__ row load_row(const ql_w8a8_quantize_params *p, int64_t index) {
-    const uint16_t *from = (const uint16_t *)p->x + index * p->x_stride;
+    const uint4 *from = runs_of(p, index);
+    const int runs = index < p->m ? (int)p->k / QL_RUN : 0;
     row r;
 #pragma unroll
-    for (int i = 0; i < HELD; i++)
-        r.run[i] = index < p->m && column_of(i) < (int)p->k ? __ldg((const uint4 *)(from + column_of(i)))
-                                                            : make_uint4(0, 0, 0, 0);
+    for (int i = 0; i < HELD; i++) r.run[i] = run_of(i) < runs ? __ldg(from + run_of(i)) : make_uint4(0, 0, 0, 0);
     return r;
 }
 
@@ -35,21 +40,48 @@ static __device__ __forceinline__ uint32_t row_max(uint32_t value, int turn) {
     return __reduce_max_sync(ALL_LANES, lane < (int)blockDim.x / WARP ? most[turn][lane] : 0);
 }
 
-/* As e4m3_run, without a branch in each pair. */
-static __device__ __forceinline__ uint2 encode_e4m3(uint4 bits, int type, const ql_encoder *e) {
-    float x[QL_RUN], code[QL_RUN];
+/* A scale's reciprocal, rounded down, and what it lacks, which is not negative so that -0 stays: a value of 11 bits times both
+ * is on the side of every bound between codes that the quotient to nearest is on, or on it. Of all scales within 12 units in
+ * the last place of such a value over a bound one is otherwise, the last before a power of two. */
+typedef struct inverse {
+    float first, rest;
+} inverse;
+
+static __device__ __forceinline__ inverse inverse_of(const ql_encoder *e) {
+    float first = e->factor, lack = __fmaf_rn(-first, e->scale, 1.0f);
+    if (lack < 0.0f) {
+        first = __uint_as_float(__float_as_uint(first) - 1);
+        lack = __fmaf_rn(-first, e->scale, 1.0f);
+    }
+    return (inverse){first, __fmul_rn(lack, first)};
+}
+
+static __device__ __forceinline__ bool is_rare(const ql_encoder *e) {
+    return e->exact || (~__float_as_uint(e->scale) & 0x7fffffu) == 0;
+}
+
+static __device__ __forceinline__ uint2 encode_e4m3(uint4 bits, int type, inverse by) {
+    float x[QL_RUN];
     unpack_run(x, bits, type);
 #pragma unroll
-    for (int i = 0; i < QL_RUN; i++) code[i] = e4m3_quotient(x[i], e);
-    if (e->exact) {
-#pragma unroll
-        for (int i = 0; i < QL_RUN; i++) code[i] = exact_quotient(x[i], e->scale);
-    }
-    return e4m3_of_values(code);
+    for (int i = 0; i < QL_RUN; i++) x[i] = __fmaf_rn(x[i], by.first, __fmul_rn(x[i], by.rest));
+    return e4m3_of_values(x);
 }
 
 static __device__ __forceinline__ void store_run(const ql_w8a8_quantize_params *p, int64_t index, int i, uint2 codes) {
-    if (column_of(i) < (int)p->pitch) *(uint2 *)(p->codes + index * p->pitch + column_of(i)) = codes;
+    uint2 *to = (uint2 *)(p->codes + index * p->pitch);
+    if (column_of(i) < (int)p->pitch) to[run_of(i)] = codes;
+}
+
+/* The thread's runs, read once more so that what is rare takes little room. */
+static __device__ __forceinline__ void quantize_rare(const ql_w8a8_quantize_params *p, int64_t index,
+                                                     const ql_encoder *e, int type) {
+#pragma unroll 1
+    for (int i = 0; column_of(i) < (int)p->pitch; i++) {
+        float x[QL_RUN];
+        unpack_run(x, column_of(i) < (int)p->k ? runs_of(p, index)[run_of(i)] : make_uint4(0, 0, 0, 0), type);
+        store_run(p, index, i, e4m3_run(x, e));
+    }
 }
 
 static __device__ __forceinline__ void quantize_token(const ql_w8a8_quantize_params *p, int64_t index, const row *r,
@@ -60,10 +92,14 @@ static __device__ __forceinline__ void quantize_token(const ql_w8a8_quantize_par
     const uint32_t most = widened(row_max(larger_of(pair), turn), type);
     const float scale = token_scale(most, p->upper_bound, p->least_scale);
     const ql_encoder e = e4m3_encoder(scale, most, false);
+    const inverse by = inverse_of(&e);
     if (threadIdx.x == 0) p->scales[index] = scale;
 #pragma unroll
-    for (int i = 0; i < HELD; i++)
-        if (column_of(i) < (int)p->pitch) store_run(p, index, i, encode_e4m3(r->run[i], type, &e));
+    for (int i = 0; i < HELD; i++) {
+        if (i * (int)blockDim.x * QL_RUN >= (int)p->pitch) break;
+        store_run(p, index, i, encode_e4m3(r->run[i], type, by));
+    }
+    if (is_rare(&e)) quantize_rare(p, index, &e, type);
 }
 
 /* A group of 128 columns is 16 lanes' run. */

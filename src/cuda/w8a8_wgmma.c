@@ -91,15 +91,23 @@ static double common_bytes(const cut *c, const ql_w8a8_params *p) {
 /* What a model of an H200 at work takes, fitted to some 160 products with up to 128 tokens, which wait for memory, and to 100
  * with more: ns in which a thread block multiplies a token's 128 columns with 128 rows, bytes a ns of the second-level cache
  * for all of them, ns that it takes to give sums to another, and those of pairs whose ranges all begin at a tile or in its
- * middle. */
+ * middle, and of these e4m3's where tiles are full and no range is less than one. */
 typedef struct pace {
-    double plain, narrow, wide, tall;      /* in groups: tiles of up to 64 tokens, of more, of two blocks' rows */
-    double cached, exchange[2], halves[2]; /* exchange: plain, in groups */
+    double plain, narrow, wide, tall; /* in groups: tiles of up to 64 tokens, of more, of two blocks' rows */
+    double cached, exchange[2], halves[2], full_halves; /* exchange: plain, in groups */
 } pace;
 
-static const pace few_tokens = {3.9, 7.6, 6.6, 6.6, 7600, {13000, 13000}, {13000, 13000}},
-                  many_tokens = {3.0, 3.6, 3.15, 3.05, 10000, {6000, 4500}, {2700, 2300}};
+static const pace few_tokens = {3.9, 7.6, 6.6, 6.6, 7600, {13000, 13000}, {13000, 13000}, 13000},
+                  many_tokens = {3.0, 3.6, 3.15, 3.05, 10000, {6000, 4500}, {2700, 2300}, 1500};
 enum { FEW_TOKENS = 128 };
+
+/* What it takes thread blocks to give each other sums. */
+static double exchange_cost(const cut *c, const ql_w8a8_params *p, const pace *is) {
+    const variant *v = c->variant;
+    if (!v->pair || 2 * tiles_of(c) % c->clusters != 0) return is->exchange[v->grouped];
+    const bool full = p->m % tile_tokens(v) == 0 && tiles_of(c) > c->clusters;
+    return v->code == QL_W8A8_E4M3 && !v->grouped && full ? is->full_halves : is->halves[v->grouped];
+}
 
 /* What a cut takes, in ns: tells cuts from each other, without the time that all of them take. A thread block is given at most
  * 85 bytes a ns; a pair asks for what it has in common once; the weight comes at 4200. A tile ends in outputs. Sums that cross
@@ -120,8 +128,7 @@ static double cost(const cut *c, const ql_w8a8_params *p) {
     if (v->meets) exchange += 1350 + c->members * tokens * 7.3;
     if (is_split(c)) {
         const double apart = fmax(0, common_bytes(c, p) - 30e6) / 130e6;
-        const bool halves = v->pair && 2 * tiles_of(c) % c->clusters == 0;
-        exchange += (halves ? is->halves : is->exchange)[v->grouped] + outputs * 9 * ceil((double)c->clusters / tiles);
+        exchange += exchange_cost(c, p, is) + outputs * 9 * ceil((double)c->clusters / tiles);
         exchange += (v->pair ? fmin(0.15, 0.35 * apart) : apart) * multiply * (double)(split_tiles(c) * c->k_blocks) /
                     (double)c->clusters;
     }

@@ -2,9 +2,8 @@
  * from registers, x as B from shared memory, fp32 sums over all of K.
  *
  * A thread block has two warpgroups that multiply, with few tokens four (sixteen_tokens.cuh), and four warps that feed them
- * (streamk.cuh): a stage of their ring is
- * some columns of x, the codes of the tile's strips, and their scales and zeros as they lie in memory. A warp decodes
- * some steps of its 16 rows while the product of the steps before them runs. Scales are
+ * (streamk.cuh): a stage of their ring is some columns of x, the codes of the tile's strips, and their scales and zeros as
+ * they lie in memory. A warp decodes some steps of its 16 rows while the product of the steps before them runs. Scales are
  * applied to weights, which are rounded once to 16 bit: so nothing but products touches the sums; to outputs, where a
  * group is all of K: codes stay exact; to the sums of 64 columns, or of a group of 32, with codes of a table: a table of
  * its products would be dear to read, or rounded twice. With 256 tokens there are no registers for such sums, and half the

@@ -15,20 +15,20 @@ static const ql_cuda_product_engine *const engines[] = {&ql_cuda_decode, &ql_cud
 
 /* The most rows for which the decode kernels beat wgmma: x is spread over ever larger clusters as K grows, and a table's values
  * are looked up anew for each. An H200's us, decode / wgmma: 4 bit, 9 rows 4096x6144 8.5 / 8.7, 4096x28672 21.2 / 21.8,
- * 8192x10240 17.0 / 17.2, 12 rows 20 / 17.2, 8192x57344 82 / 74, 16 rows 4096x6144 8.8 / 8.7, before another product 8.0 / 8.2,
- * 4096x28672 25.1 / 21.9, of 8 rows 28672x8192 36 / 37; 8 bit, 16 rows 4096x6144 10.2 / 11.1, 4096x28672 33.2 / 34.0, one group
- * 33.1 / 32.4; NF4 double, 9 rows 8192x10240 26.4 / 21.8, of 8 rows 28672x8192 46 / 51; groups of 32, 4096x28672, of 8 and 16
- * rows 4 bit 26 / 29 and 42 / 29, NF4 double 30 / 36 and 39 / 36, 8 bit 34 / 39 and 51 / 39. Groups that wgmma does not take are
- * decode's as long as there are kernels. */
+ * 8192x10240 17.0 / 17.2, 12 rows 20 / 17.2, 8192x57344 82 / 74, 16 rows 4096x6144 8.8 / 8.7, of bf16 10.6 / 8.9, 4096x28672
+ * 25.1 / 21.9, of 8 rows 28672x8192 36 / 37; 3 and 2 bit, 16 rows 4096x6144 9.7 / 8.5, 9.2 / 8.0; 8 bit, 16 rows 4096x6144
+ * 10.2 / 11.1, 4096x28672 33.2 / 34.0, one group 33.1 / 32.4; NF4 double, 9 rows 8192x10240 26.4 / 21.8, of 8 rows 28672x8192
+ * 46 / 51; groups of 32, 4096x28672, of 8 and 16 rows 4 bit 26 / 29 and 42 / 29, NF4 double 30 / 36 and 39 / 36, 8 bit 34 / 39
+ * and 51 / 39. Groups that wgmma does not take are decode's as long as there are kernels. */
 static int64_t decode_rows(const ql_cuda_problem *problem) {
     const int64_t k = problem->k;
     const int64_t group = problem->group_size < k ? problem->group_size : 64;
     const bool is_half = problem->x_type == QL_VALUE_F16, is_wide = problem->n > 16384;
-    if (group != 32 && group % 64) return ql_cuda_decode.most_rows;
+    if (group != 32 && group != 64 && group % 128) return ql_cuda_decode.most_rows;
     if (problem->code == QL_CODE_TABLE4 || group == 32 || k > 8192) return 8;
     if (problem->code == QL_CODE_INT8) return k > 4096 || (is_wide && problem->group_size >= k) ? 12 : 16;
-    if (k > 4096) return 8;
-    return is_half && !is_wide && problem->code != QL_CODE_INT3 ? 16 : 12;
+    if (problem->code != QL_CODE_INT4 || !is_half || k > 4096) return 8;
+    return is_wide ? 12 : 16;
 }
 
 /* Whether the problem is given to this engine, if it takes it. */

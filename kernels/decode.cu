@@ -56,6 +56,22 @@ static __device__ __forceinline__ void load_late_tiles(ql_batch_codes *codes, in
         if (i < tiles) load_band_tile(codes, code, in_turn, abreast, at, at, beside, i);
 }
 
+/* The first round whose sums are held, found again where registers are few; `begin` is it. */
+static __device__ __forceinline__ int first_held(const ql_decode_params *p, int round, int begin) {
+    return QL_DECODE_LEADS ? begin : round - round % p->flush_rounds;
+}
+
+/* Of `tiles` tiles those that a batch has. */
+static __device__ __forceinline__ int tiles_of(const ql_decode_params *p, int batch, int tiles) {
+    return batch == p->batches - 1 ? p->last_tiles : tiles;
+}
+
+/* The first batch of a thread's warp. */
+static __device__ __forceinline__ int first_batch_of(const ql_decode_params *p, int rank, int thread) {
+    const int warp = thread >> 5;
+    return rank * p->block_batches + warp - (warp * p->warp_team >> 16) * p->team_warps;
+}
+
 /* Brings `tiles` tiles of a batch into the second-level cache, a line a lane. */
 static __device__ __forceinline__ void prefetch_tiles(const uint8_t *at, int tiles, int lane) {
     if (lane < tiles * 4) prefetch_line(at + lane * (128 - 16));
@@ -66,13 +82,15 @@ static __device__ __forceinline__ void prefetch_tiles(const uint8_t *at, int til
 /* The row of zeros is half a line off: its banks are those that pieces of up to four rows leave. */
 #define ZERO_ROW(p) ((p)->m * (p)->x_pitch + 64)
 
-/* Columns of rows of x into shared memory, zeros beyond k, and the row of zeros where there is one: of `columns` from
- * `first` on, the piece of 256 that is `piece`, and every `pieces`-th after it; of the rows, `most` at most, every `rows`-th
- * from `row` on. to: the place of column `first`. */
+/* Columns of the block's part of rows of x into shared memory, zeros beyond k, and the row of zeros where there is one: of its
+ * runs of `run` columns the one that is `piece`, and every `pieces`-th after it; of the rows, `most` at most, every `rows`-th
+ * from `row` on. first: the part's first column, whose place is `to`. */
 static __device__ __forceinline__ void copy_x(const ql_decode_params *p, bool zeros, int most, int first, int columns,
-                                              uint32_t to, int piece, int pieces, int row, int rows, int lane) {
+                                              uint32_t to, int run, int piece, int pieces, int row, int rows,
+                                              int lane) {
 #pragma unroll 1
-    for (int column = piece * 256 + lane * 8; column < columns; column += pieces * 256) {
+    for (int column = piece * run + lane * 8; column < columns;
+         column += run == 256 || column & 256 ? pieces * run - (run - 256) : 256) {
         const int bytes = min(max((p->k - first - column) * 2, 0), 16);
         const uint16_t *from = (const uint16_t *)p->x + (bytes ? first + column : 0) + row * p->x_stride;
         uint32_t at = to + (uint32_t)(column * 2);
@@ -82,6 +100,7 @@ static __device__ __forceinline__ void copy_x(const ql_decode_params *p, bool ze
         for (int i = 0; i < most; i++, from += rows * p->x_stride, at += (uint32_t)(rows * p->x_pitch))
             if (row + i * rows < p->m) cp_async_16(at ^ QL_DECODE_TURN(row + i * rows), from, bytes);
     }
+    cp_async_commit();
 }
 
 /* Of the same warps of all teams, which share columns of x. */
@@ -143,7 +162,7 @@ static __device__ __forceinline__ ql_decode_x place_x(const ql_decode_params *p,
 
 /* ---- the product ---- */
 
-/* Where columns of x of a warp lie, from those of batch `own` of the block's part of K on: for the same reason made again. */
+/* Where columns of x lie, from those of batch `own` of the block's part of K on: for the same reason made again. */
 static __device__ __forceinline__ uint32_t x_at_anew(const ql_decode_params *p, int own, int batch_k) {
     return shared_address(shared) + (uint32_t)(p->x_at + own * batch_k * 2);
 }
@@ -170,16 +189,16 @@ static __device__ __forceinline__ uint32_t x_at_anew(const ql_decode_params *p, 
 #if __CUDA_ARCH__ == 900
 #define ROOMY(code) ((code) != QL_CODE_INT2)
 #define HALVES_AHEAD(code, type, tokens)                                                                               \
-    ((code) == QL_CODE_INT2   ? (type) == QL_VALUE_BF16                                                                \
-     : (code) == QL_CODE_INT3 ? (tokens) == 4                                                                          \
-                              : (tokens) != 16 || (code) == QL_CODE_TABLE4)
+    ((code) == QL_CODE_INT2                              ? (type) == QL_VALUE_BF16 && (tokens) == 4                    \
+     : (code) == QL_CODE_INT4 && (type) == QL_VALUE_BF16 ? (tokens) == 4                                               \
+     : (code) == QL_CODE_INT3                            ? (tokens) == 4                                               \
+                                                         : (tokens) != 16 || (code) == QL_CODE_TABLE4)
 #else
 #define ROOMY(code) false
 #define HALVES_AHEAD(code, type, tokens)                                                                               \
-    ((code) == QL_CODE_INT2 ? (type) == QL_VALUE_BF16 && (tokens) == 4                                                 \
-     : (code) == QL_CODE_TABLE4                                                                                        \
-         ? (tokens) == 4                                                                                               \
-         : (code) == QL_CODE_INT4 && ((tokens) == 4 || ((tokens) == 16 && __CUDA_ARCH__ < 900)))
+    ((code) == QL_CODE_INT2     ? (type) == QL_VALUE_BF16 && (tokens) == 4                                             \
+     : (code) == QL_CODE_TABLE4 ? (tokens) == 4                                                                        \
+                                : (code) == QL_CODE_INT4 && (tokens) == 4)
 #endif
 #define AHEAD(code, type, tokens, groups)                                                                              \
     ((groups) < 2                             ? true                                                                   \
@@ -211,10 +230,10 @@ static __device__ __forceinline__ uint32_t x_at_anew(const ql_decode_params *p, 
 
 /* The most loads of entries that are ahead of their own turn: of groups of 32 fewer where codes take most registers. */
 #define MOST_AHEAD(code, type, tokens, groups)                                                                         \
-    (QL_DECODE_HALVES(code, tokens, groups) && ((code) == QL_CODE_INT4 || (code) == QL_CODE_INT8) &&                   \
-             ((tokens) != 4 || (type) != QL_VALUE_F16)                                                                 \
-         ? 2                                                                                                           \
-         : QL_MOST_HELD)
+    (!QL_DECODE_HALVES(code, tokens, groups)                                                           ? QL_MOST_HELD  \
+     : !QL_DECODE_LEADS                                                                                ? 2             \
+     : ((code) == QL_CODE_INT4 || (code) == QL_CODE_INT8) && ((tokens) != 4 || (type) != QL_VALUE_F16) ? 2             \
+                                                                                                       : QL_MOST_HELD)
 
 /* Of 16 tokens: whether two groups are multiplied by turns, so that a product seldom waits for the one before; of 4 bit that
  * gains nothing, of bf16 it wants registers. Whether what is asked for early is, as with fewer tokens: it costs the loop registers,
@@ -373,14 +392,14 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     if (fills) ask_for_table(shared_address(shared), &p->product, warp, fillers, lane);
     const int team = warp * p->warp_team >> 16, member = warp - team * p->team_warps;
     const int rank = (int)blockIdx.x & (1 << p->cluster_shift) - 1, block = (int)blockIdx.x >> p->cluster_shift;
-    const int first_batch = rank * p->block_batches, own = member * p->share + min(member, p->rest);
-    const int first = first_batch + own, count = min(p->share + (member < p->rest), p->batches - first);
+    /* Of the block's part of K the warp takes every walk-th batch, so that a team reads what lies together. */
+    const int walk = p->team_warps, first_batch = rank * p->block_batches, first = first_batch + member;
+    const int end = min(first_batch + p->block_batches, p->batches);
     int band = block + team * p->blocks;
     const uint8_t *at = p->codes + (uint64_t)(uint32_t)band * p->band_bytes +
                         (uint32_t)(first * QL_DECODE_BATCH_BYTES(code, tokens) + lane * 16);
     const int to_high = 512 - 8 * lane; /* of 3 bit: from the lane's low bits to its high ones */
-    const int tail = first + count == p->batches ? p->last_tiles : tiles;
-    int have = band >= p->bands || count <= 0 ? 0 : count == 1 ? tail : tiles;
+    int have = band >= p->bands || first >= end ? 0 : tiles_of(p, first, tiles);
     /* The lane's entry of the batch's first load, of the band's first strip. */
     int entry = 0;
     const int own_pair = sides == 4 ? lane >> 1 & 1 : 0;
@@ -392,6 +411,7 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     if (groups == 1) entry = group_entry(p, band * abreast, first, g);
     const uint8_t *at_beside = at; /* of the band's second strip */
     if (abreast == 2 && band != p->lone) at_beside += p->band_bytes / 2;
+    const bool anew = (groups >= 8 && code != QL_CODE_TABLE4) || tokens == 16; /* what can be found again is not kept */
     ql_batch_codes codes[2];
     ql_raw_entries raw[2];
     ql_nested_entries nested_raw[2];
@@ -424,26 +444,28 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     start_next_kernel();
     if (code == QL_CODE_TABLE4) make_pairs(shared, &p->product, type, fills ? warp : 32, fillers, lane);
     if (p->cluster_shift) arrive_cluster_started();
-    const uint32_t x_at = shared_address(shared) + (uint32_t)(p->x_at + own * batch_k * 2);
+    const uint32_t x_at = shared_address(shared) + (uint32_t)(p->x_at + member * batch_k * 2);
     if (p->x_aligned) {
         const bool copies = !divides || warp >= idle;
         if (copies) wait_for_previous_kernel();
+        const uint32_t to = shared_address(shared) + (uint32_t)p->x_at;
         if (shared_start && copies)
-            copy_x(p, zeros, tokens, first_batch * batch_k, p->block_batches * batch_k,
-                   shared_address(shared) + (uint32_t)p->x_at, warp - idle, (int)(blockDim.x >> 5) - idle, 0, 1, lane);
+            copy_x(p, zeros, tokens, first_batch * batch_k, p->block_batches * batch_k, to, 256, warp - idle,
+                   (int)(blockDim.x >> 5) - idle, 0, 1, lane);
         else if (!shared_start)
-            copy_x(p, zeros, tokens, first * batch_k, count * batch_k, x_at, 0, 1, team, p->teams, lane);
+            copy_x(p, zeros, tokens, first_batch * batch_k, p->block_batches * batch_k, to, batch_k, member, walk, team,
+                   p->teams, lane);
     } else if (ordered && p->stage_columns) {
         ask_for_columns(p, shared_address(shared));
+        cp_async_commit();
     }
-    cp_async_commit();
 #pragma unroll
     for (int i = early; i < tiles; i++)
         if (i < have) load_band_tile(codes, code, in_turn, abreast, at, at + to_high, at_beside, i);
     /* Meanwhile the cache may fetch the next batch. */
     if (code == QL_CODE_INT8 && p->ahead) {
-        if (count > 1)
-            prefetch_tiles(at + QL_DECODE_BATCH_BYTES(code, tokens), count == 2 ? tail : tiles, lane);
+        if (first + walk < end)
+            prefetch_tiles(at + p->walk_bytes, tiles_of(p, first + walk, tiles), lane);
         else if (band + p->hop < p->bands)
             prefetch_tiles(at + p->hop_bytes, have, lane);
     }
@@ -466,12 +488,12 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     else
         wait_for_teams(p->teams, member);
     /* The warp's sums of x; the lane's tokens in them. */
-    int sums = p->sums_at + (groups ? (team * p->block_batches + own) * groups : warp) * tokens * 4;
+    int sums = p->sums_at + (groups ? (team * p->block_batches + member) * groups : warp) * tokens * 4;
     sums += lane % 4 * 8;
     /* The first batch's while its codes are on their way, but where registers are few. */
     const bool sums_ahead = code != QL_CODE_TABLE4 && (tokens != 16 || (EARLY_OF_16(code, type, groups) && !paired)) &&
                             !(halves && (QL_TILE_K(code) == 128 || (code == QL_CODE_INT8 && !roomy)));
-    if (sums_ahead && band < p->bands && count > 0) sum_x(p, code, type, tokens, groups, true, lane, x_at, sums);
+    if (sums_ahead && band < p->bands && first < end) sum_x(p, code, type, tokens, groups, true, lane, x_at, sums);
     int partials = p->partials_at;
     if (p->cluster_shift) wait_cluster();
     uint32_t x_of_256[2][2], is_step[8], is_side[2] = {g < 4, g >= 4};
@@ -481,35 +503,41 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     if (slots == 2 && !zeros) hide(is_side, 2);
     int begin = 0; /* the first round whose sums are held */
     int rest = 0;  /* tiles of the batch at hand, or 0 where all are asked for */
+    /* One warp goes through the end of a round before its first, without sums: instructions and parameters that are met for the
+     * first time are far, and the whole block would wait for them. */
+    const bool leads = QL_DECODE_LEADS && warp == (int)(blockDim.x >> 5) - 1;
 #pragma unroll 1
-    for (int round = 0; round < p->rounds; round++) {
-        if (band < p->bands) {
+    for (int round = leads ? -1 : 0; round < p->rounds; round++) {
+        if (!QL_DECODE_LEADS && groups >= 8 && code != QL_CODE_TABLE4)
+            band = block + ((thread_anew() >> 5) * p->warp_team >> 16) * p->blocks + round * p->hop;
+        if (round >= 0 && band < p->bands) {
             float out[8] = {0}, sum[8] = {0}, odd[8] = {0}, row_zero[2][2] = {{0}};
             if (!groups)
 #pragma unroll
                 for (int s = 0; s < abreast; s++)
                     load_row_zeros(row_zero[s], p, code, type, PARTED(code, type, tokens, groups),
                                    (band * abreast + s) * 16 + g);
+            int batch = anew ? first_batch_of(p, rank, thread_anew()) : first;
 #pragma unroll 1
-            for (int to_go = count; to_go > 0; to_go--) {
-                if (code != QL_CODE_TABLE4 && round == 0 && !(sums_ahead && to_go == count))
-                    sum_x(p, code, type, tokens, groups, to_go == count, thread_anew() % 32,
-                          code == QL_CODE_INT3 && !halves ? x_at + (uint32_t)((count - to_go) * batch_k * 2)
-                                                          : x_at_anew(p, first - first_batch + count - to_go, batch_k),
+            for (; batch < end; batch += walk) {
+                const int begins = anew ? first_batch_of(p, rank, thread_anew()) : first;
+                if (code != QL_CODE_TABLE4 && round == 0 && !(sums_ahead && batch == begins))
+                    sum_x(p, code, type, tokens, groups, batch == begins, thread_anew() % 32,
+                          code == QL_CODE_INT3 && !halves ? x_at + (uint32_t)((batch - begins) * batch_k * 2)
+                                                          : x_at_anew(p, batch - first_batch, batch_k),
                           sums);
                 const uint8_t *now = at, *now_beside = at_beside;
                 const int missing = rest;
-                const bool last = to_go == 1;
-                const int next_band = last ? band + p->hop : band, next = last ? first : first + count - to_go + 1;
-                have = next_band >= p->bands ? 0 : to_go == 2 || (last && count == 1) ? tail : tiles;
-                at += last ? p->hop_bytes - (count - 1) * QL_DECODE_BATCH_BYTES(code, tokens)
-                           : QL_DECODE_BATCH_BYTES(code, tokens);
+                const bool last = batch + walk >= end;
+                const int next_band = last ? band + p->hop : band, next = last ? begins : batch + walk;
+                have = next_band >= p->bands ? 0 : tiles_of(p, next, tiles);
+                at += last ? p->hop_bytes - (batch - begins) * QL_DECODE_BATCH_BYTES(code, tokens) : p->walk_bytes;
                 rest = have;
                 const uint8_t *high = at;
                 if (code == QL_CODE_INT3) high = held(at + to_high);
                 at_beside = next_band == p->lone ? at : at + p->band_bytes / 2;
                 if (abreast == 2) at_beside = held(at_beside);
-                const int entry_hop = (last ? p->hop * abreast * p->pairs - (count - 1) * pairs : pairs) * 32;
+                const int entry_hop = last ? p->hop_entries - (batch - begins) * pairs * 32 : p->walk_entries;
                 if (groups == 1) entry = group_entry(p, next_band * abreast, next, g);
                 const int next_group = groups == 1 ? next >> p->group_shift : next * groups;
                 float absmax[2][2][2], absmax_of[QL_MOST_HELD][2];
@@ -584,7 +612,7 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                         for (int s = 0; s < abreast; s++) {
                             if (!ahead && (!both || set % 2 == 0)) {
                                 clear_pair(&raw[s], p, slot);
-                                if (load == 0 || (first + count - to_go) * pairs + load < p->pairs)
+                                if (load == 0 || batch * pairs + load < p->pairs)
                                     load_pair(p, code, absmax_kind, both, &raw[s], slot,
                                               entry + s * entry_beside(p, band) + load * 32);
                             }
@@ -606,9 +634,8 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                             for (int j = 0; j < width; j++)
                                 out[s * 4 + j] = fmaf(e.scale[j % 4 / 2], part[j], out[s * 4 + j]);
                             if (!in_turns && !at_once && ahead && (!both || set % 2)) {
-                                const int batch = here ? first + count - to_go : next;
-                                if ((here || have) &&
-                                    (other + spread == 1 || batch * pairs + other + own_pair < p->pairs))
+                                const int of = here ? batch : next;
+                                if ((here || have) && (other + spread == 1 || of * pairs + other + own_pair < p->pairs))
                                     load_pair(p, code, absmax_kind, both, &raw[s], slot,
                                               entry + s * entry_beside(p, here ? band : next_band) + other * 32);
                                 else if (other + spread > 1)
@@ -619,22 +646,26 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                 }
                 if (code == QL_CODE_TABLE4 && !in_turns && !at_once && is_nested(p, absmax_kind) && have)
                     load_nested(p, &raw[0], next_band * 16 + g, next_group, divided, own_nested);
-                if (!ahead) entry += (to_go == 1 ? p->hop * abreast * p->pairs - (count - 1) * pairs : pairs) * 32;
-                x.row += (uint32_t)(batch_k * 2);
-                sums += groups * tokens * 4;
+                if (!ahead) entry += entry_hop;
+                x.row += (uint32_t)p->walk_x;
+                sums += p->walk_sums;
             }
-            x.row -= (uint32_t)(count * batch_k * 2);
-            sums -= count * groups * tokens * 4;
-            if (!groups && count > 0)
+            batch -= anew ? first_batch_of(p, rank, thread_anew()) : first;
+            x.row -= (uint32_t)(batch * batch_k * 2);
+            sums -= batch * groups * tokens * 4;
+            if (!groups && first < end)
 #pragma unroll
                 for (int s = 0; s < abreast; s++)
                     complete_sums(sum + s * 4, odd + s * 4, row_zero[s], code, type, tokens, groups, sums);
-            leave_sums(p, groups ? out : sum, code, type, tokens, groups, slots, roomy, partials, round - begin);
+            leave_sums(p, groups ? out : sum, code, type, tokens, groups, slots, roomy, partials,
+                       round - first_held(p, round, begin));
         }
-        band += p->hop;
-        if (round + 1 < p->rounds && round + 1 < begin + p->flush_rounds) continue;
+        if (round >= 0) band += p->hop;
+        if (round >= 0 && round + 1 < p->rounds && round + 1 < first_held(p, round, begin) + p->flush_rounds) continue;
         wait_for_previous_kernel();
+        begin = first_held(p, round, begin);
         finish_rounds(p, code, type, tokens, groups, block, rank, begin, round + 1 - begin, partials);
+        if (round < 0) continue;
         begin = round + 1;
         if (!p->partials_bytes)
             __syncthreads();

@@ -46,10 +46,10 @@ enum { QL_DECODE_PAIRS_BYTES = 65536 };
  * pieces of 16 bytes lie in different banks is that those of a line change places, by the row: the bits to change in a place. */
 #define QL_DECODE_TURN(row) ((uint32_t)((row) % 8 * 16))
 
-/* A thread block is `teams` teams of `team_warps` warps. A team takes a band and the block's part of K, its warps split
- * that in whole batches. The blocks of a cluster split K. Offsets and sizes are bytes of dynamic shared memory; where the
- * code is a table's, its tables (pairs.cuh) lie at 0. What is needed before the first loads comes first, in as few lines of the cache of
- * parameters as can be: each is waited for. */
+/* A thread block is `teams` teams of `team_warps` warps. A team takes a band and the block's part of K, of whose batches each of
+ * its warps takes every team_warps-th. The blocks of a cluster split K. Offsets and sizes are bytes of dynamic shared memory; where
+ * the code is a table's, its tables (pairs.cuh) lie at 0. What is needed before the first loads comes first, in as few lines of the
+ * cache of parameters as can be: each is waited for. */
 typedef struct ql_decode_params {
     const uint8_t *codes;
     const void *scales;
@@ -57,7 +57,6 @@ typedef struct ql_decode_params {
     const void *x;
     int32_t warp_team; /* a warp's team is its number * warp_team >> 16 */
     int32_t team_warps;
-    int32_t share, rest;     /* block_batches / team_warps and % */
     int32_t blocks, batches; /* blocks: of the grid, or its clusters; batches: of a strip */
     uint32_t band_bytes;     /* of codes */
     int32_t bands;
@@ -69,13 +68,16 @@ typedef struct ql_decode_params {
     int32_t x_aligned;     /* whether pieces of 16 bytes of x can be copied */
     int32_t m, k;
     int32_t x_stride;
-    int32_t x_at, x_pitch; /* rows of x, and one of zeros where those are read */
-    int32_t ahead;         /* whether a warp's second batch is asked into the cache early; of 8 bit */
-    int32_t scale_size;    /* bytes of one */
-    int32_t group_shift;   /* log2 of the batches of a group, where it has one or more */
-    int64_t hop_bytes;     /* of codes: from a team's band to its next */
-    int32_t teams, hop;    /* hop: blocks * teams */
-    int32_t rounds;        /* bands of the team that has most */
+    int32_t x_at, x_pitch;             /* rows of x, and one of zeros where those are read */
+    int32_t ahead;                     /* whether a warp's second batch is asked into the cache early; of 8 bit */
+    int32_t scale_size;                /* bytes of one */
+    int32_t group_shift;               /* log2 of the batches of a group, where it has one or more */
+    int64_t hop_bytes;                 /* of codes: from a team's band to its next */
+    int32_t walk_bytes;                /* of codes: from a warp's batch to its next */
+    int32_t walk_entries, hop_entries; /* the same of entries, and from a team's band to its next */
+    int32_t walk_x, walk_sums;         /* the same of x and of its sums, bytes */
+    int32_t teams, hop;                /* hop: blocks * teams */
+    int32_t rounds;                    /* bands of the team that has most */
     int32_t lone; /* the band that has one strip where others have two, or -1; read as if it had that one twice */
     int32_t flush_rounds;   /* of which the warps' sums are held at a time */
     int32_t partials_at;    /* the warps' sums: [rounds][teams][warps][m][16 * abreast] */

@@ -9,6 +9,13 @@
 
 extern __shared__ __align__(1024) uint8_t shared[];
 
+/* Whether a warp goes through the end of a round once before its first (decode.cu). Elsewhere that wants for registers. */
+#if __CUDA_ARCH__ == 900
+#define QL_DECODE_LEADS true
+#else
+#define QL_DECODE_LEADS false
+#endif
+
 /* What to change in the place of a row of a line, a token's rows of a band. Of two strips eight rows change places by the token's
  * pair, as the four lanes that have the same rows would want the same banks. */
 static __device__ __forceinline__ int line_turn(int abreast, int token) {
@@ -103,7 +110,8 @@ static __device__ __forceinline__ void add_parts(float *sum, const uint8_t *from
 
 /* Adds the warps' sums of `rounds` rounds from `round` on, which lie at `partials` once all warps are here. They become
  * outputs, or go to the block that owns the strip. A thread takes `rows` neighbouring rows of a token: four where there are
- * many, as where their sums are, and where they go, is found once for all of them. */
+ * many, as where their sums are, and where they go, is found once for all of them. Of no rounds no warp is waited for, and all
+ * instructions are met with nothing to load or to store. */
 static __device__ __forceinline__ void finish_rows(const ql_decode_params *p, int code, int type, int abreast,
                                                    int groups, int rows, int block, int rank, int round, int rounds,
                                                    int partials) {
@@ -125,15 +133,18 @@ static __device__ __forceinline__ void finish_rows(const ql_decode_params *p, in
         if (!groups) load_rows(scale, p->scales, w->scales_type, out, 1, rows, inside);
         if (w->bias && !p->cluster_shift)
             load_rows(bias, w->bias, w->bias_type, out * w->bias_stride, w->bias_stride, rows, inside);
-        if (first) __syncthreads();
+        if (first && rounds) __syncthreads();
         first = false;
-        if (inside <= 0) continue;
+        if (!QL_DECODE_LEADS && inside <= 0) continue;
         const uint8_t *from =
             shared + partials + place * parts * pitch + token * (line_rows * 4) + (row * 4 ^ line_turn(abreast, token));
         float sum[4] = {0};
+        int left = inside > 0 ? parts : 0;
 #pragma unroll 1
-        for (int left = parts; left > 0; left -= most, from += most * pitch)
+        do {
             add_parts(sum, from, pitch, rows, left, most);
+            left -= most, from += most * pitch;
+        } while (left > 0);
 #pragma unroll
         for (int i = 0; i < rows; i++) sum[i] = fmaf(sum[i], scale[i] * (row % 16 < 8 ? one : one_8), bias[i]);
         if (!p->cluster_shift) {
@@ -143,7 +154,8 @@ static __device__ __forceinline__ void finish_rows(const ql_decode_params *p, in
         const int turn = round + place / p->teams, owner = turn & (1 << p->cluster_shift) - 1;
         const int to = exchange_at(p, abreast, place % p->teams, turn, rank) + (token * line_rows + row) * 4;
 #pragma unroll
-        for (int i = 0; i < rows; i++) store_remote(shared_address(shared) + (uint32_t)(to + i * 4), owner, sum[i]);
+        for (int i = 0; i < rows && inside > 0; i++)
+            store_remote(shared_address(shared) + (uint32_t)(to + i * 4), owner, sum[i]);
     } while ((item += blockDim.x) < (uint32_t)(items + 31 & ~31));
 }
 
@@ -151,7 +163,7 @@ static __device__ __forceinline__ void finish_rounds(const ql_decode_params *p, 
                                                      int groups, int block, int rank, int round, int rounds,
                                                      int partials) {
     const int abreast = QL_DECODE_ABREAST(code, tokens);
-    if (tokens != 4 && rounds * p->teams * p->m * (abreast * 16) > 2 * (int)blockDim.x)
+    if (tokens != 4 && p->flush_rounds * p->teams * p->m * (abreast * 16) > 2 * (int)blockDim.x)
         finish_rows(p, code, type, abreast, groups, 4, block, rank, round, rounds, partials);
     else
         finish_rows(p, code, type, abreast, groups, 1, block, rank, round, rounds, partials);

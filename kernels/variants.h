@@ -95,8 +95,8 @@
     QL_WGMMA_TABLE(X, QL_CODE_TABLE4, table4)
 
 /* X(name, source, code, type of x, tokens, groups): products of up to `tokens` tokens. groups: of a batch of columns, 0
- * where one is all of K (decode.h). 16 tokens and 8 groups or more of 2 and 3 bit want more registers than there are. 1 token: of
- * double quantization alone (few_tokens.cuh). Threads, grid and shared memory: src/cuda/decode.c, cut(). */
+ * where one is all of K (decode.h). 16 tokens want more registers than there are with groups of 32, and with
+ * 8 groups of 2 and 3 bit. 1 token: of double quantization alone (few_tokens.cuh). Threads, grid and shared memory: src/cuda/decode.c, cut(). */
 #define QL_DECODE_TYPES(X, code, name, tokens, groups)                                                                 \
     X(ql_decode_##name##_f16_##tokens##_##groups, decode, code, QL_VALUE_F16, tokens, groups)                          \
     X(ql_decode_##name##_bf16_##tokens##_##groups, decode, code, QL_VALUE_BF16, tokens, groups)
@@ -122,11 +122,13 @@
     QL_DECODE_TILES(X, QL_CODE_INT4, int4, 0)                                                                          \
     QL_DECODE_GROUPS(X, QL_CODE_INT4, int4, 4)                                                                         \
     QL_DECODE_GROUPS(X, QL_CODE_INT4, int4, 8)                                                                         \
-    QL_DECODE_GROUPS(X, QL_CODE_INT4, int4, 16)                                                                        \
+    QL_DECODE_TYPES(X, QL_CODE_INT4, int4, 4, 16)                                                                      \
+    QL_DECODE_TYPES(X, QL_CODE_INT4, int4, 8, 16)                                                                      \
     QL_DECODE_TILES(X, QL_CODE_INT8, int8, 0)                                                                          \
     QL_DECODE_GROUPS(X, QL_CODE_INT8, int8, 2)                                                                         \
     QL_DECODE_GROUPS(X, QL_CODE_INT8, int8, 4)                                                                         \
-    QL_DECODE_GROUPS(X, QL_CODE_INT8, int8, 8)                                                                         \
+    QL_DECODE_TYPES(X, QL_CODE_INT8, int8, 4, 8)                                                                       \
+    QL_DECODE_TYPES(X, QL_CODE_INT8, int8, 8, 8)                                                                       \
     QL_DECODE_TILES(X, QL_CODE_TABLE4, table4, 1)                                                                      \
     QL_DECODE_GROUPS(X, QL_CODE_TABLE4, table4, 2)                                                                     \
     QL_DECODE_GROUPS(X, QL_CODE_TABLE4, table4, 4)                                                                     \

@@ -114,8 +114,6 @@ static int cut(ql_decode_params *p, const ql_packed_params *product, const ql_cu
     p->band_bytes = (uint32_t)(tiles * QL_TILE_BYTES(code) * abreast);
     p->batches = (int32_t)ql_ceil_div(k, batch_k);
     p->block_batches = (int32_t)ql_ceil_div(p->batches, cluster);
-    p->share = p->block_batches / warps;
-    p->rest = p->block_batches % warps;
     p->last_tiles = (int32_t)(tiles - (int64_t)(p->batches - 1) * batch_tiles);
     p->pairs = (int32_t)ql_ceil_div(product->groups, 2);
     p->group_shift = groups == 1 ? log2_of(product->group_size / batch_k) : 0;
@@ -139,6 +137,11 @@ static int cut(ql_decode_params *p, const ql_packed_params *product, const ql_cu
     if (even >= p->blocks - p->blocks / 32) p->blocks = (int32_t)even;
     p->hop = p->blocks * p->teams;
     p->hop_bytes = (int64_t)p->band_bytes * p->hop;
+    p->hop_entries = (int32_t)((int64_t)p->hop * abreast * p->pairs * 32);
+    p->walk_bytes = warps * QL_DECODE_BATCH_BYTES(code, tokens);
+    p->walk_entries = warps * (groups / 2) * 32;
+    p->walk_x = warps * batch_k * 2;
+    p->walk_sums = warps * groups * tokens * 4;
     p->rounds = (int32_t)ql_ceil_div(p->bands, p->hop);
     p->token_part = (int32_t)((65536 + m - 1) / m);
     /* Where a warp walks few batches the second is better asked for when it is wanted. */
@@ -177,18 +180,20 @@ static bool sizes_fit(const ql_packed_params *p) {
  * first one, a quarter of a batch to leave a band's sums, and three eighths each time that all warps meet because there is no
  * room for more of them. Tables have no sums of x, but with up to four tokens more to do for a band; bands of two strips have
  * twice as many sums of their own, of which more tokens leave more. Of equal ones the smaller cluster, of tables and up to four
- * tokens the one whose blocks have fewest batches, then the one whose warps are idle least, then the one with most of them. */
+ * tokens the one whose blocks have fewest batches, then the one whose blocks have most warps, then the one whose warps are idle
+ * least, then the one with most of them in a team. */
 typedef struct way {
     int64_t cost;
     int cluster_shift;
     int64_t batches; /* of a block, where they count */
-    int idle, warps;
+    int present, idle, warps;
 } way;
 
 static bool is_better(const way *a, const way *b) {
     if (a->cost != b->cost) return a->cost < b->cost;
     if (a->cluster_shift != b->cluster_shift) return a->cluster_shift < b->cluster_shift;
     if (a->batches != b->batches) return a->batches < b->batches;
+    if (a->present != b->present) return a->present > b->present;
     return a->idle != b->idle ? a->idle < b->idle : a->warps > b->warps;
 }
 
@@ -215,8 +220,12 @@ static int add_ways(way ways[WIDTHS * CLUSTERS], int count, const ql_cuda_device
         const bool few = product->code == QL_CODE_TABLE4 && tokens <= 4;
         const int64_t of_x = twice || few ? 0 : 4, meet = twice ? 6 : 3;
         const int64_t leave = twice ? 2 + 3 * product->m / 8 : few ? 3 : 2;
-        const way new = {p.rounds * turns * weight + of_x * turns + leave * p.rounds + meet * meetings, cluster_shift,
-                         few ? p.rounds * p.teams * batches : 0, (int)(turns * warps - batches), warps};
+        const way new = {p.rounds * turns * weight + of_x * turns + leave * p.rounds + meet * meetings,
+                         cluster_shift,
+                         few ? p.rounds * p.teams * batches : 0,
+                         p.teams * warps,
+                         (int)(turns * warps - batches),
+                         warps};
         int place = count++;
         for (; place > 0 && is_better(&new, &ways[place - 1]); place--) ways[place] = ways[place - 1];
         ways[place] = new;

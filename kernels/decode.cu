@@ -15,6 +15,7 @@
  * The weight does not depend on the kernel before, so its loads go out before that one is waited for.
  *
  * Grid: as many blocks as are resident, blockDim.x = 32 * teams * team_warps, at most QL_DECODE_THREADS. */
+#include "cells.cuh"
 #include "entries.cuh"
 #include "nested.cuh"
 #include "order.cuh"
@@ -134,8 +135,12 @@ typedef struct ql_decode_x {
 } ql_decode_x;
 
 static __device__ __forceinline__ ql_decode_x place_x(const ql_decode_params *p, int code, int tokens, int slots,
-                                                      int part, uint32_t at, int lane) {
+                                                      bool cells, int part, uint32_t at, int lane) {
     ql_decode_x x = {0, 0};
+    if (cells) {
+        x.row = place_of_cells(at, lane);
+        return x;
+    }
     if (tokens == 1) {
         x.row = place_of_one(at, lane);
         return x;
@@ -163,8 +168,8 @@ static __device__ __forceinline__ ql_decode_x place_x(const ql_decode_params *p,
 /* ---- the product ---- */
 
 /* Where columns of x lie, from those of batch `own` of the block's part of K on: for the same reason made again. */
-static __device__ __forceinline__ uint32_t x_at_anew(const ql_decode_params *p, int own, int batch_k) {
-    return shared_address(shared) + (uint32_t)(p->x_at + own * batch_k * 2);
+static __device__ __forceinline__ uint32_t x_at_anew(const ql_decode_params *p, int own, int batch_bytes) {
+    return shared_address(shared) + (uint32_t)(p->x_at + own * batch_bytes);
 }
 
 #define ONES(type) ((type) == QL_VALUE_F16 ? 0x3c003c00u : 0x3f803f80u)
@@ -252,15 +257,18 @@ static __device__ __forceinline__ uint32_t x_at_anew(const ql_decode_params *p, 
  * long. 16 tokens, and two strips, have two chains as it is. x: the lane's place in the batch's first line; of four rows none changes
  * places with the second half of a line. */
 static __device__ __forceinline__ void multiply_half(float *sum, float *odd, const ql_batch_codes *codes, int code,
-                                                     int type, int tokens, int groups, int block, int step, uint32_t x,
-                                                     uint32_t low) {
+                                                     int type, int tokens, int groups, bool cells, int block, int step,
+                                                     uint32_t x, uint32_t low) {
     const bool two_chains = TWO_CHAINS(code, type, tokens, groups);
     const bool parted = PARTED(code, type, tokens, groups);
     const bool in_turn = IN_TURN(code, tokens, groups);
     const bool odd_apart = two_chains && !parted && QL_RAW_ODD(code, type, PARTED(code, type, tokens, groups)) != 1.0f;
     uint32_t a[4], b[2][2];
     const uint32_t place = tokens == 4 ? x + (uint32_t)(step * 32) : x ^ (uint32_t)(step * 32);
-    load_matrices(b[0], b[1], place + (uint32_t)(block * 128));
+    if (cells)
+        load_cells(b, x, block, step);
+    else
+        load_matrices(b[0], b[1], place + (uint32_t)(block * 128));
 #pragma unroll
     for (int strip = 0; strip < QL_DECODE_ABREAST(code, tokens); strip++) {
         raw_fragment(a, codes + strip, code, type, odd_apart, parted, in_turn, block, step, shared, low);
@@ -306,7 +314,11 @@ static __device__ __forceinline__ void complete_sums(float *sum, const float *od
  * lanes 0, 4, ... store. Of lines that are summed whole pieces may come in any order, so that of four tokens runs, too, want
  * different banks; of lines of two groups they come as they are. */
 static __device__ __forceinline__ void sum_x(const ql_decode_params *p, int code, int type, int tokens, int groups,
-                                             bool first, int lane, uint32_t at, int sums) {
+                                             bool cells, bool first, int lane, uint32_t at, int sums) {
+    if (cells) {
+        sum_cells((float *)(shared + sums), code, type, tokens, groups, ONES(type), at);
+        return;
+    }
     const int runs = 16 / tokens, run_k = QL_DECODE_BATCH_K(code, tokens) / runs, parts = groups ? groups : 1;
     const int run_parts = parts > runs ? parts / runs : 1, steps = run_k / run_parts / 16;
     const uint32_t ones[2] = {ONES(type), ONES(type)};
@@ -354,10 +366,12 @@ static __device__ __forceinline__ void load_row_zeros(float zero[2], const ql_de
     }
 }
 
+/* cells: columns of x are in another order and lie in cells (cells.cuh). */
 static __device__ __forceinline__ void decode(const ql_decode_params *p, int code, int type, int tokens, int groups,
-                                              int absmax_kind /* QL_ABSMAX_* */) {
+                                              bool cells, int absmax_kind /* QL_ABSMAX_* */) {
     const int tiles = QL_DECODE_BATCH_TILES(code, tokens), batch_k = QL_DECODE_BATCH_K(code, tokens);
     const int abreast = QL_DECODE_ABREAST(code, tokens);
+    const int batch_x = batch_k * (cells ? QL_DECODE_CELL : 2); /* bytes of x, or of a row of it */
     const int slots = QL_DECODE_SLOTS(tokens, groups), width = tokens == 16 ? 8 : 4;
     const bool one = tokens == 1; /* of double quantization */
     const bool zeros = QL_DECODE_ZEROS(code, tokens, groups);
@@ -415,6 +429,8 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     ql_batch_codes codes[2];
     ql_raw_entries raw[2];
     ql_nested_entries nested_raw[2];
+    ql_columns columns;
+    if (cells) load_places(&columns, p);
 #pragma unroll
     for (int i = 0; i < kept; i++) {
 #pragma unroll
@@ -434,7 +450,8 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     /* What is asked for after the codes comes after them, 64 KB a multiprocessor later, so what the first of them meet goes
      * before. x may have to wait for the kernel before: some of the codes are on their way then, half where little else is
      * waited for; more would hold up x in a launch by itself. */
-    const int early = IN_TURN(code, tokens, groups) && tokens == 4                 ? tiles / 4
+    const int early = cells ? (roomy && (tokens == 4 || code == QL_CODE_INT8) ? 2 : 0)
+                      : IN_TURN(code, tokens, groups) && tokens == 4               ? tiles / 4
                       : groups == QL_DECODE_CHANNEL || code == QL_CODE_TABLE4      ? tiles / 2
                       : roomy && (tokens != 16 || EARLY_OF_16(code, type, groups)) ? tiles / 4
                                                                                    : 0;
@@ -444,8 +461,19 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     start_next_kernel();
     if (code == QL_CODE_TABLE4) make_pairs(shared, &p->product, type, fills ? warp : 32, fillers, lane);
     if (p->cluster_shift) arrive_cluster_started();
-    const uint32_t x_at = shared_address(shared) + (uint32_t)(p->x_at + member * batch_k * 2);
-    if (p->x_aligned) {
+    const uint32_t x_at = shared_address(shared) + (uint32_t)(p->x_at + member * batch_x);
+    if (cells) {
+        clear_cells(p, tokens, p->block_batches * batch_k, shared_address(shared) + (uint32_t)p->x_at);
+        if (tokens == 4) __syncthreads();
+        wait_for_previous_kernel();
+        load_columns(&columns, p, tokens);
+        /* Where x is long, and codes are: the second-level cache may have some by then. */
+        if (code == QL_CODE_INT8 && p->k > QL_CELLS_PIECE * (int)blockDim.x)
+            prefetch_tiles(at + early * QL_TILE_BYTES(code), have - early, lane);
+        /* What is asked for from here on does not go before x. */
+        at = held(at);
+        store_columns(&columns, p, 1, tokens, part_k, shared_address(shared) + (uint32_t)p->x_at);
+    } else if (p->x_aligned) {
         const bool copies = !divides || warp >= idle;
         if (copies) wait_for_previous_kernel();
         const uint32_t to = shared_address(shared) + (uint32_t)p->x_at;
@@ -463,7 +491,7 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     for (int i = early; i < tiles; i++)
         if (i < have) load_band_tile(codes, code, in_turn, abreast, at, at + to_high, at_beside, i);
     /* Meanwhile the cache may fetch the next batch. */
-    if (code == QL_CODE_INT8 && p->ahead) {
+    if (!cells && code == QL_CODE_INT8 && p->ahead) {
         if (first + walk < end)
             prefetch_tiles(at + p->walk_bytes, tiles_of(p, first + walk, tiles), lane);
         else if (band + p->hop < p->bands)
@@ -473,17 +501,19 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     if (!groups && (int)threadIdx.x < p->rounds * p->teams && block + (int)threadIdx.x * p->blocks < p->bands)
         prefetch_line((const uint8_t *)p->scales +
                       (int64_t)(block + (int)threadIdx.x * p->blocks) * (abreast * 16) * p->scale_size);
-    ql_decode_x x = place_x(p, code, tokens, slots, part_k / QL_DECODE_BLOCK, x_at, lane);
-    if (!p->x_aligned) {
-        const int columns = p->block_batches * batch_k;
+    ql_decode_x x = place_x(p, code, tokens, slots, cells, part_k / QL_DECODE_BLOCK, x_at, lane);
+    if (cells) {
+        store_columns(&columns, p, 0, tokens, part_k, shared_address(shared) + (uint32_t)p->x_at);
+    } else if (!p->x_aligned) {
+        const int part_columns = p->block_batches * batch_k;
         if (ordered && p->stage_columns)
-            move_columns(p, shared_address(shared), first_batch * batch_k, columns);
+            move_columns(p, shared_address(shared), first_batch * batch_k, part_columns);
         else
-            load_row((const uint16_t *)p->x, p->k, p->x_at, first_batch * batch_k, columns);
+            load_row((const uint16_t *)p->x, p->k, p->x_at, first_batch * batch_k, part_columns);
         if (zeros) clear_row(p);
     }
-    cp_async_wait(0);
-    if (shared_start || code == QL_CODE_TABLE4 || !p->x_aligned)
+    if (!cells) cp_async_wait(0);
+    if (cells || shared_start || code == QL_CODE_TABLE4 || !p->x_aligned)
         __syncthreads();
     else
         wait_for_teams(p->teams, member);
@@ -493,7 +523,8 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     /* The first batch's while its codes are on their way, but where registers are few. */
     const bool sums_ahead = code != QL_CODE_TABLE4 && (tokens != 16 || (EARLY_OF_16(code, type, groups) && !paired)) &&
                             !(halves && (QL_TILE_K(code) == 128 || (code == QL_CODE_INT8 && !roomy)));
-    if (sums_ahead && band < p->bands && first < end) sum_x(p, code, type, tokens, groups, true, lane, x_at, sums);
+    if (sums_ahead && band < p->bands && first < end)
+        sum_x(p, code, type, tokens, groups, cells, true, lane, x_at, sums);
     int partials = p->partials_at;
     if (p->cluster_shift) wait_cluster();
     uint32_t x_of_256[2][2], is_step[8], is_side[2] = {g < 4, g >= 4};
@@ -522,9 +553,9 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
             for (; batch < end; batch += walk) {
                 const int begins = anew ? first_batch_of(p, rank, thread_anew()) : first;
                 if (code != QL_CODE_TABLE4 && round == 0 && !(sums_ahead && batch == begins))
-                    sum_x(p, code, type, tokens, groups, batch == begins, thread_anew() % 32,
-                          code == QL_CODE_INT3 && !halves ? x_at + (uint32_t)((batch - begins) * batch_k * 2)
-                                                          : x_at_anew(p, batch - first_batch, batch_k),
+                    sum_x(p, code, type, tokens, groups, cells, batch == begins, thread_anew() % 32,
+                          code == QL_CODE_INT3 && !halves ? x_at + (uint32_t)((batch - begins) * batch_x)
+                                                          : x_at_anew(p, batch - first_batch, batch_x),
                           sums);
                 const uint8_t *now = at, *now_beside = at_beside;
                 const int missing = rest;
@@ -585,16 +616,16 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                         /* The second group's sums are where others have those of odd steps. */
 #pragma unroll
                         for (int k = 0; set % 2 == 0 && k < QL_DECODE_BLOCK; k += 32) {
-                            multiply_half(sum, NULL, codes, code, type, tokens, groups, b, k / 16, x.row,
+                            multiply_half(sum, NULL, codes, code, type, tokens, groups, false, b, k / 16, x.row,
                                           (uint32_t)lane * 4);
-                            multiply_half(odd, NULL, codes, code, type, tokens, groups, b + span, k / 16, x.row,
+                            multiply_half(odd, NULL, codes, code, type, tokens, groups, false, b + span, k / 16, x.row,
                                           (uint32_t)lane * 4);
                         }
                     } else {
 #pragma unroll
                         for (int k = begin_k; k < end_k; k += 32) {
                             const int slot = slots == 2 ? (b * QL_DECODE_BLOCK + k) / part_k % 2 : 0;
-                            multiply_half(sum, odd, codes, code, type, tokens, groups, b, k / 16,
+                            multiply_half(sum, odd, codes, code, type, tokens, groups, cells, b, k / 16,
                                           slot ? x.row + x.other : x.row, (uint32_t)lane * 4);
                         }
                     }
@@ -651,7 +682,7 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                 sums += p->walk_sums;
             }
             batch -= anew ? first_batch_of(p, rank, thread_anew()) : first;
-            x.row -= (uint32_t)(batch * batch_k * 2);
+            x.row -= (uint32_t)(batch * batch_x);
             sums -= batch * groups * tokens * 4;
             if (!groups && first < end)
 #pragma unroll
@@ -680,14 +711,21 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     extern "C" __global__ void __launch_bounds__(QL_DECODE_THREADS, 1)                                                 \
         name(const __grid_constant__ ql_decode_params params) {                                                        \
         if (AT_ONCE(code, tokens, groups) && params.undivided)                                                         \
-            decode(&params, code, type, tokens, groups, QL_ABSMAX_UNDIVIDED);                                          \
+            decode(&params, code, type, tokens, groups, false, QL_ABSMAX_UNDIVIDED);                                   \
         else if (AT_ONCE(code, tokens, groups) && (tokens) == 4 && params.scale_size == 4)                             \
-            decode(&params, code, type, tokens, groups, QL_ABSMAX_PLAIN);                                              \
+            decode(&params, code, type, tokens, groups, false, QL_ABSMAX_PLAIN);                                       \
         else if ((tokens) != 1 && QL_DECODE_ABREAST(code, tokens) == 1)                                                \
-            decode(&params, code, type, tokens, groups, QL_ABSMAX_EITHER);                                             \
+            decode(&params, code, type, tokens, groups, false, QL_ABSMAX_EITHER);                                      \
         else if ((tokens) == 1 || params.scale_size == 1)                                                              \
-            decode(&params, code, type, tokens, groups, QL_ABSMAX_NESTED);                                             \
+            decode(&params, code, type, tokens, groups, false, QL_ABSMAX_NESTED);                                      \
         else                                                                                                           \
-            decode(&params, code, type, tokens, groups, QL_ABSMAX_PLAIN);                                              \
+            decode(&params, code, type, tokens, groups, false, QL_ABSMAX_PLAIN);                                       \
     }
 QL_DECODE_VARIANTS(KERNEL)
+
+#define CELLS_KERNEL(name, source, code, type, tokens, groups)                                                         \
+    extern "C" __global__ void __launch_bounds__(QL_DECODE_THREADS, 1)                                                 \
+        name(const __grid_constant__ ql_decode_params params) {                                                        \
+        decode(&params, code, type, tokens, groups, true, QL_ABSMAX_EITHER);                                           \
+    }
+QL_DECODE_CELLS_VARIANTS(CELLS_KERNEL)

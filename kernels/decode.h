@@ -38,6 +38,10 @@ enum { QL_DECODE_PAIRS_BYTES = 65536 };
     ((code) != QL_CODE_TABLE4 && (tokens) == 4 &&                                                                      \
      ((code) == QL_CODE_INT3 ? (groups) < 8 : (code) != QL_CODE_INT2 || (groups) < 16))
 
+/* 2 to 8 rows of x with its columns in another order lie in shared memory column by column: bytes of one (cells.cuh). A thread
+ * brings so many pieces of 8 columns at most. */
+enum { QL_DECODE_CELL = 16, QL_CELLS_PIECES = 2 };
+
 /* The groups of a batch whose absmax may be in two blocks of the second level; 1 where all are in one, as there are registers
  * for no more, or few groups. */
 #define QL_DECODE_DIVIDED(tokens, groups) ((tokens) == 16 || (groups) < 4 ? 1 : (groups))

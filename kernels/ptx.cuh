@@ -73,6 +73,16 @@ static __device__ __forceinline__ uint2 load_stream_8(const void *from) {
     return value;
 }
 
+/* Bytes that another kernel may have written since this one started: not out of the first-level cache. */
+static __device__ __forceinline__ uint4 load_late_16(const void *from) {
+    uint4 value;
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "l"(from)
+                 : "memory");
+    return value;
+}
+
 /* Into the second-level cache. */
 static __device__ __forceinline__ void prefetch_line(const void *line) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
@@ -214,6 +224,14 @@ static __device__ __forceinline__ void load_matrices(uint32_t low[2], uint32_t h
                  : "memory");
 }
 
+/* The same, turned over: rows become columns. */
+static __device__ __forceinline__ void load_matrices_transposed(uint32_t low[2], uint32_t high[2], uint32_t row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(low[0]), "=r"(low[1]), "=r"(high[0]), "=r"(high[1])
+                 : "r"(row)
+                 : "memory");
+}
+
 /* sum += a b: 16 x 16 by 16 x 8, in fp32. */
 static __device__ __forceinline__ void multiply_16816(float sum[4], const uint32_t a[4], const uint32_t b[2],
                                                       int type) {
@@ -253,6 +271,11 @@ static __device__ __forceinline__ void multiply_16832_e4m3(float sum[4], const u
 /* index: a constant. */
 static __device__ __forceinline__ uint32_t word_of(uint4 words, int index) {
     return index == 0 ? words.x : index == 1 ? words.y : index == 2 ? words.z : words.w;
+}
+
+/* The low or the high halves of two words. */
+static __device__ __forceinline__ uint32_t halves_of(uint32_t first, uint32_t second, int high) {
+    return __byte_perm(first, second, high ? 0x7632 : 0x5410);
 }
 
 /* bits >> by, or << -by. */

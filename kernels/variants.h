@@ -138,6 +138,16 @@
     QL_DECODE_TYPES(X, QL_CODE_TABLE4, table4, 1, 8)                                                                   \
     QL_DECODE_TYPES(X, QL_CODE_TABLE4, table4, 1, 16)
 
+/* X(name, source, code, type of x, tokens, groups): those of them for columns in another order (cells.cuh), groups of 128. */
+#define QL_DECODE_CELLS_TYPES(X, code, name, groups)                                                                   \
+    X(ql_decode_##name##_f16_4_cells, decode, code, QL_VALUE_F16, 4, groups)                                           \
+    X(ql_decode_##name##_f16_8_cells, decode, code, QL_VALUE_F16, 8, groups)                                           \
+    X(ql_decode_##name##_bf16_4_cells, decode, code, QL_VALUE_BF16, 4, groups)                                         \
+    X(ql_decode_##name##_bf16_8_cells, decode, code, QL_VALUE_BF16, 8, groups)
+#define QL_DECODE_CELLS_VARIANTS(X)                                                                                    \
+    QL_DECODE_CELLS_TYPES(X, QL_CODE_INT4, int4, 4)                                                                    \
+    QL_DECODE_CELLS_TYPES(X, QL_CODE_INT8, int8, 2)
+
 /* X(name, source, code, groups, tokens): products of up to `tokens` tokens of 8-bit weights and activations. groups: scales
  * change every 128 columns. */
 #define QL_W8A8_DECODE_VARIANTS(X)                                                                                     \
@@ -244,6 +254,7 @@
     QL_LINEAR_VARIANTS(X)                                                                                              \
     QL_DEQUANTIZE_VARIANTS(X)                                                                                          \
     QL_DECODE_VARIANTS(X)                                                                                              \
+    QL_DECODE_CELLS_VARIANTS(X)                                                                                        \
     QL_MMA_VARIANTS(X)                                                                                                 \
     QL_WGMMA_VARIANTS(X)                                                                                               \
     QL_W8A8_DECODE_VARIANTS(X)                                                                                         \

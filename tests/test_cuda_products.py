@@ -172,10 +172,23 @@ def test_columns_in_another_order(order, K):
     torch.manual_seed(K)
     layer = gptq(4, 64, order=ORDERS[order])(48, K)
     oracle = Oracle(layer)
-    for m, dtype in itertools.product((1, 2, 4, 9, 130, 300, 1030), DTYPES):
+    for m, dtype in itertools.product((1, 2, 4, 8, 9, 130, 300, 1030), DTYPES):
         for offset, pad in ((0, 0), (8, 8), (1, 3)):
             x = torch.randn(offset + m * (K + pad), device="cuda").to(dtype)
             x = x[offset:].as_strided((m, K), (K + pad, 1), offset)
+            oracle.check(x, layer(x))
+
+
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_few_rows_of_columns_in_another_order(bits, size):
+    """As many columns as a block puts in order itself, fewer than a batch of its warps, more, and between."""
+    torch.manual_seed(bits + size)
+    for K in (128, 2176, 4096, 7168, 8192, 8320):
+        layer = gptq(bits, size, order=shuffled)(96, K)
+        oracle = Oracle(layer)
+        for m, dtype in itertools.product(range(1, 9), DTYPES):
+            x = torch.randn(m, K, device="cuda").to(dtype)
             oracle.check(x, layer(x))
 
 

@@ -38,7 +38,8 @@ static bool lay_ordered(ql_cuda_grid *grid, const ql_arrange_params *p, const ql
     /* Few blocks are quicker if a multiprocessor has room for one, or two, as each asks for more than half of its shared memory, or
      * near half. */
     const int64_t blocks = p->m * parts, all = gpu->multiprocessors, sixteenth = gpu->shared_bytes / 16;
-    const int64_t asked = blocks <= all && parts <= 2 ? 9 * sixteenth : blocks <= 2 * all ? 7 * sixteenth : 0;
+    const bool is_few = blocks <= (parts <= 2 ? all : all / 2);
+    const int64_t asked = is_few ? 9 * sixteenth : blocks <= 2 * all ? 7 * sixteenth : 0;
     grid->shared_bytes = (int)(bytes < asked ? asked : bytes);
     grid->x = p->m;
     grid->y = parts;

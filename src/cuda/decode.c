@@ -18,6 +18,8 @@ enum { MOST_ORDERED = 16384 };
 #define ENTRY(name, source, code, type, tokens, groups)                                                                \
     [code][(type) == QL_VALUE_BF16][TOKEN_TILE(tokens)][groups] = QL_KERNEL_##name + 1,
 static const int kernels[QL_CODE_COUNT][2][4][MOST_GROUPS + 1] = {QL_DECODE_VARIANTS(ENTRY)};
+/* Those for 2 to 8 rows whose columns are in another order, by the same. */
+static const int cells_kernels[QL_CODE_COUNT][2][4][MOST_GROUPS + 1] = {QL_DECODE_CELLS_VARIANTS(ENTRY)};
 #undef ENTRY
 
 /* log2 of a power of two, or -1. */
@@ -52,8 +54,32 @@ static form form_of(int code, int64_t m, int64_t k, int64_t group_size, bool nes
     return (form){tokens, groups_of_batch(code, tokens, k, group_size)};
 }
 
+/* Whether pieces of 16 bytes of x can be copied. */
+static bool is_aligned(const ql_packed_params *p) {
+    return (uintptr_t)p->x % 16 == 0 && (p->x_stride % 8 == 0 || p->m == 1);
+}
+
+/* Columns that a block of so many threads puts into cells (cells.cuh). */
+static int64_t most_cells(int threads) { return QL_CELLS_PIECES * 8 * (int64_t)threads; }
+
+/* The most tokens of the kernel that does. That for 4 puts many columns of some rows in order slower than that for 8: 4 rows of
+ * 8192x10240 take 14.5 us and 13.3 on an H200, of 4096x6144 5.7 and 6.2. */
+static int cells_tokens(const ql_packed_params *p) {
+    return p->m <= 4 && 2 * p->k <= most_cells(QL_DECODE_THREADS) ? 4 : 8;
+}
+
+/* The kernel that puts columns of x in order as cells, or UNWANTED. One row is stored as quickly column by column (order.cuh). */
+static int cells_kernel_of(const ql_packed_params *p) {
+    if (!p->order || p->m < 2 || p->m > 8 || p->k % 8 || p->k > most_cells(QL_DECODE_THREADS) || !is_aligned(p))
+        return UNWANTED;
+    const int groups = groups_of_batch(p->code, 8, p->k, group_columns(p));
+    if (groups < 0) return UNWANTED;
+    return cells_kernels[p->code][p->x_type == QL_VALUE_BF16][TOKEN_TILE(cells_tokens(p))][groups] - 1;
+}
+
 static form form_of_product(const ql_packed_params *p) {
-    return form_of(p->code, p->m, p->k, group_columns(p), p->nested_table != NULL);
+    const int64_t rows = cells_kernel_of(p) == UNWANTED ? p->m : cells_tokens(p);
+    return form_of(p->code, rows, p->k, group_columns(p), p->nested_table != NULL);
 }
 
 /* The kernel, or UNWANTED. Whether absmax is quantized is no part of a problem, nor of a choice. */
@@ -61,11 +87,6 @@ static int kernel_of(const ql_cuda_problem *problem, bool nested) {
     const form is = form_of(problem->code, problem->m, problem->k, problem->group_size, nested);
     if (is.groups < 0 || problem->m < 1 || problem->m > MOST_ROWS) return UNWANTED;
     return kernels[problem->code][problem->x_type == QL_VALUE_BF16][TOKEN_TILE(is.tokens)][is.groups] - 1;
-}
-
-/* Whether pieces of 16 bytes of x can be copied. */
-static bool is_aligned(const ql_packed_params *p) {
-    return (uintptr_t)p->x % 16 == 0 && (p->x_stride % 8 == 0 || p->m == 1);
 }
 
 static int take(int *at, int64_t bytes) {
@@ -98,7 +119,7 @@ static int cut(ql_decode_params *p, const ql_packed_params *product, const ql_cu
     const form is = form_of_product(product);
     const int tokens = is.tokens, groups = is.groups, abreast = QL_DECODE_ABREAST(code, tokens);
     const int batch_k = QL_DECODE_BATCH_K(code, tokens), batch_tiles = QL_DECODE_BATCH_TILES(code, tokens);
-    const bool zeros = QL_DECODE_ZEROS(code, tokens, groups);
+    const bool zeros = QL_DECODE_ZEROS(code, tokens, groups), cells = cells_kernel_of(product) != UNWANTED;
     *p = (ql_decode_params){.codes = product->codes,
                             .scales = product->scales,
                             .zeros = product->zeros,
@@ -140,7 +161,7 @@ static int cut(ql_decode_params *p, const ql_packed_params *product, const ql_cu
     p->hop_entries = (int32_t)((int64_t)p->hop * abreast * p->pairs * 32);
     p->walk_bytes = warps * QL_DECODE_BATCH_BYTES(code, tokens);
     p->walk_entries = warps * (groups / 2) * 32;
-    p->walk_x = warps * batch_k * 2;
+    p->walk_x = warps * batch_k * (cells ? QL_DECODE_CELL : 2);
     p->walk_sums = warps * groups * tokens * 4;
     p->rounds = (int32_t)ql_ceil_div(p->bands, p->hop);
     p->token_part = (int32_t)((65536 + m - 1) / m);
@@ -151,7 +172,9 @@ static int cut(ql_decode_params *p, const ql_packed_params *product, const ql_cu
     if (table) take(&at, QL_DECODE_PAIRS_BYTES);
     p->x_aligned = !product->order && is_aligned(product);
     p->x_pitch = p->block_batches * batch_k * 2;
-    p->x_at = take(&at, zeros ? (m + 1) * p->x_pitch + 64 : m * p->x_pitch);
+    p->x_at = take(&at, cells   ? (int64_t)p->block_batches * batch_k * QL_DECODE_CELL
+                        : zeros ? (m + 1) * p->x_pitch + 64
+                                : m * p->x_pitch);
     p->sums_at = take(&at, table ? 0 : (int64_t)p->teams * (groups ? groups * p->block_batches : warps) * tokens * 4);
     p->exchange_at =
         take(&at, cluster > 1 ? ql_ceil_div(p->rounds, cluster) * p->teams * cluster * m * 64 * abreast : 0);
@@ -279,14 +302,20 @@ static bool prepare(ql_cuda_prepared *prepared, const ql_cuda_device *device, co
     ql_decode_params *params = &prepared->decode;
     const int bytes = cut(params, p, &device->properties, warps, cluster_shift);
     if (bytes > device->properties.shared_bytes) return false;
-    /* Columns that are loaded one by one are for one row, and as they are. */
-    if (!params->x_aligned && !params->stage_columns && (p->m > 1 || p->order)) return false;
-    if (p->order && p->m * p->k > MOST_ORDERED) return false;
-    prepared->kernel = (ql_cuda_kernel)kernel_of(&problem, p->nested_table != NULL);
+    const int threads = params->teams * warps * 32, cells_kernel = cells_kernel_of(p);
+    if (cells_kernel != UNWANTED) {
+        if (cluster_shift || p->k > most_cells(threads)) return false;
+        prepared->kernel = (ql_cuda_kernel)cells_kernel;
+    } else {
+        /* Columns that are loaded one by one are for one row, and as they are. */
+        if (!params->x_aligned && !params->stage_columns && (p->m > 1 || p->order)) return false;
+        if (p->order && p->m * p->k > MOST_ORDERED) return false;
+        prepared->kernel = (ql_cuda_kernel)kernel_of(&problem, p->nested_table != NULL);
+    }
     if (!device->kernels[prepared->kernel]) return false;
     prepared->grid = (ql_cuda_grid){.x = (int64_t)params->blocks << cluster_shift,
                                     .y = 1,
-                                    .threads = params->teams * warps * 32,
+                                    .threads = threads,
                                     .shared_bytes = bytes,
                                     .cluster = 1 << cluster_shift,
                                     .overlaps = true};

@@ -58,8 +58,8 @@ static __device__ __forceinline__ void load_late_tiles(ql_batch_codes *codes, in
 }
 
 /* The first round whose sums are held, found again where registers are few; `begin` is it. */
-static __device__ __forceinline__ int first_held(const ql_decode_params *p, int round, int begin) {
-    return QL_DECODE_LEADS ? begin : round - round % p->flush_rounds;
+static __device__ __forceinline__ int first_held(const ql_decode_params *p, bool counted, int round, int begin) {
+    return counted ? begin : round - round % p->flush_rounds;
 }
 
 /* Of `tiles` tiles those that a batch has. */
@@ -203,7 +203,7 @@ static __device__ __forceinline__ uint32_t x_at_anew(const ql_decode_params *p, 
 #define HALVES_AHEAD(code, type, tokens)                                                                               \
     ((code) == QL_CODE_INT2     ? (type) == QL_VALUE_BF16 && (tokens) == 4                                             \
      : (code) == QL_CODE_TABLE4 ? (tokens) == 4                                                                        \
-                                : (code) == QL_CODE_INT4 && (tokens) == 4)
+                                : ((code) == QL_CODE_INT4 || (code) == QL_CODE_INT8) && (tokens) == 4)
 #endif
 #define AHEAD(code, type, tokens, groups)                                                                              \
     ((groups) < 2                             ? true                                                                   \
@@ -533,14 +533,13 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     if (one) hide(is_step, 8);
     if (slots == 2 && !zeros) hide(is_side, 2);
     int begin = 0; /* the first round whose sums are held */
-    int rest = 0;  /* tiles of the batch at hand, or 0 where all are asked for */
+    const bool counted = QL_DECODE_LEADS || code != QL_CODE_TABLE4;
+    int rest = 0; /* tiles of the batch at hand, or 0 where all are asked for */
     /* One warp goes through the end of a round before its first, without sums: instructions and parameters that are met for the
      * first time are far, and the whole block would wait for them. */
     const bool leads = QL_DECODE_LEADS && warp == (int)(blockDim.x >> 5) - 1;
 #pragma unroll 1
     for (int round = leads ? -1 : 0; round < p->rounds; round++) {
-        if (!QL_DECODE_LEADS && groups >= 8 && code != QL_CODE_TABLE4)
-            band = block + ((thread_anew() >> 5) * p->warp_team >> 16) * p->blocks + round * p->hop;
         if (round >= 0 && band < p->bands) {
             float out[8] = {0}, sum[8] = {0}, odd[8] = {0}, row_zero[2][2] = {{0}};
             if (!groups)
@@ -689,12 +688,14 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                 for (int s = 0; s < abreast; s++)
                     complete_sums(sum + s * 4, odd + s * 4, row_zero[s], code, type, tokens, groups, sums);
             leave_sums(p, groups ? out : sum, code, type, tokens, groups, slots, roomy, partials,
-                       round - first_held(p, round, begin));
+                       round - first_held(p, counted, round, begin));
         }
         if (round >= 0) band += p->hop;
-        if (round >= 0 && round + 1 < p->rounds && round + 1 < first_held(p, round, begin) + p->flush_rounds) continue;
+        if (round >= 0 && round + 1 < p->rounds &&
+            (counted ? round + 1 < begin + p->flush_rounds : (round + 1) % p->flush_rounds != 0))
+            continue;
         wait_for_previous_kernel();
-        begin = first_held(p, round, begin);
+        begin = first_held(p, counted, round, begin);
         finish_rounds(p, code, type, tokens, groups, block, rank, begin, round + 1 - begin, partials);
         if (round < 0) continue;
         begin = round + 1;

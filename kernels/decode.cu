@@ -572,11 +572,9 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                 const int next_group = groups == 1 ? next >> p->group_shift : next * groups;
                 float absmax[2][2][2], absmax_of[QL_MOST_HELD][2];
                 /* Where the compiler gives them a scoreboard that nothing soon waits for. */
-                if (!one) load_late_tiles(codes, code, in_turn, abreast, now, now_beside, tiles - late, tiles, missing);
+                load_late_tiles(codes, code, in_turn, abreast, now, now_beside, tiles - late, tiles, missing);
                 if (at_once) {
                     make_sets(absmax_of, &raw[0], p, absmax_kind, loads, shared, (uint32_t)lane * 4);
-                    if (one)
-                        load_late_tiles(codes, code, in_turn, abreast, now, now_beside, tiles - late, tiles, missing);
                     entry += entry_hop;
                     load_sets(&raw[0], p, absmax_kind, loads, spread, entry,
                               have ? p->pairs - next * pairs - own_pair : 0, next_band * 16 + g, next_group);

@@ -533,7 +533,7 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
     if (one) hide(is_step, 8);
     if (slots == 2 && !zeros) hide(is_side, 2);
     int begin = 0; /* the first round whose sums are held */
-    const bool counted = QL_DECODE_LEADS || code != QL_CODE_TABLE4;
+    const bool counted = QL_DECODE_LEADS || (code != QL_CODE_TABLE4 && !cells);
     int rest = 0; /* tiles of the batch at hand, or 0 where all are asked for */
     /* One warp goes through the end of a round before its first, without sums: instructions and parameters that are met for the
      * first time are far, and the whole block would wait for them. */

@@ -558,6 +558,9 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                           sums);
                 const uint8_t *now = at, *now_beside = at_beside;
                 const int missing = rest;
+                /* Here or below, where the compiler gives them a scoreboard that nothing soon waits for. */
+                if (tokens <= 4)
+                    load_late_tiles(codes, code, in_turn, abreast, now, now_beside, tiles - late, tiles, missing);
                 const bool last = batch + walk >= end;
                 const int next_band = last ? band + p->hop : band, next = last ? begins : batch + walk;
                 have = next_band >= p->bands ? 0 : tiles_of(p, next, tiles);
@@ -571,8 +574,8 @@ static __device__ __forceinline__ void decode(const ql_decode_params *p, int cod
                 if (groups == 1) entry = group_entry(p, next_band * abreast, next, g);
                 const int next_group = groups == 1 ? next >> p->group_shift : next * groups;
                 float absmax[2][2][2], absmax_of[QL_MOST_HELD][2];
-                /* Where the compiler gives them a scoreboard that nothing soon waits for. */
-                load_late_tiles(codes, code, in_turn, abreast, now, now_beside, tiles - late, tiles, missing);
+                if (tokens > 4)
+                    load_late_tiles(codes, code, in_turn, abreast, now, now_beside, tiles - late, tiles, missing);
                 if (at_once) {
                     make_sets(absmax_of, &raw[0], p, absmax_kind, loads, shared, (uint32_t)lane * 4);
                     entry += entry_hop;

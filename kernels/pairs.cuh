@@ -36,9 +36,9 @@ static __device__ __forceinline__ void make_pairs(uint8_t *pairs, const ql_packe
 #pragma unroll
     for (int i = 0; i < QL_PAIRS_UNITS; i++) {
         const int unit = warp + i * warps;
-        low[i] = from[unit % 2 * 8 + lane / 4];
-        high[i] = from[unit / 2 % 16];
-        absmax[i] = from[QL_PAIRS_NESTED_AT / 4 + i * 8 + lane / 4];
+        low[i] = unit < 32 ? from[unit % 2 * 8 + lane / 4] : 0.0f;
+        high[i] = unit < 32 ? from[unit / 2] : 0.0f;
+        absmax[i] = unit < 32 ? from[QL_PAIRS_NESTED_AT / 4 + i * 8 + lane / 4] : 0.0f;
     }
     __syncwarp();
 #pragma unroll

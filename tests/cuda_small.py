@@ -7,6 +7,7 @@ activations. quantize: quantizers, and codes from one form to another."""
 import argparse
 import itertools
 import math
+from fnmatch import fnmatch
 
 import test_cuda_quantize as quantizers
 import test_cuda_w8a8 as w8a8
@@ -32,7 +33,7 @@ def candidates(layer, dtype, m, options):
     """Kernels and parameters to run. Without splitting each kernel once."""
     found = _qlinear.candidates(0, *problem(layer, dtype), m)
     found = [one for one in found if not options.engines or engine_of(one[0]) in options.engines]
-    found = [one for one in found if one[0] not in options.skip]
+    found = [one for one in found if not any(fnmatch(one[0], pattern) for pattern in options.skip)]
     if options.unsplit:
         found = [(kernel, parameter if engine_of(kernel) == "decode" else whole(kernel)) for kernel, parameter in found]
     return list(dict.fromkeys(found))
@@ -110,7 +111,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--subjects", nargs="+", default=["packed", "w8a8", "quantize"])
     parser.add_argument("--engines", nargs="+", help="of packed: of decode, wgmma and mma; all where it is not given")
-    parser.add_argument("--skip", nargs="+", default=(), help="of packed: kernels")
+    parser.add_argument("--skip", nargs="+", default=(), help="of packed: kernels, as patterns")
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), help="of packed")
     parser.add_argument("--kinds", nargs="+", default=["int8", "token", "tensor", "group"], help="of w8a8")
     parser.add_argument("--most", type=int, default=1 << 62, help="of w8a8: no shape of more products")

@@ -1,5 +1,6 @@
 """Which kernel runs a packed product: the table's, or the one that was set. On a driver without a GPU (fake_cuda.c)."""
 
+import itertools
 import os
 import shutil
 
@@ -28,23 +29,23 @@ CODES = ("int2", "int3", "int4", "int8", "table4")
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
 
 
-def layer_of_zeros(k=K, act_order=False):
-    """GPTQ-4 on the CPU."""
+def layer_of_zeros(k=K, act_order=False, bits=4):
+    """GPTQ on the CPU."""
     g_idx = (np.arange(k, dtype=np.int32) * 7 % k // GROUP).astype(np.int32) if act_order else None
     return _qlinear.QuantLinear(
-        np.zeros((k // 8, N), np.int32),
-        np.zeros((k // GROUP, N // 8), np.int32),
+        np.zeros((k * bits // 32, N), np.int32),
+        np.zeros((k // GROUP, N * bits // 32), np.int32),
         np.ones((k // GROUP, N), np.float16),
         g_idx,
-        bits=4,
+        bits=bits,
         group_size=GROUP,
         zero_format="gptq",
     )
 
 
-def packed_layer(k=K, act_order=False):
+def packed_layer(k=K, act_order=False, bits=4):
     """Packed on the CPU and said to lie on GPU 0."""
-    packed, spec = layer_of_zeros(k, act_order).pack()
+    packed, spec = layer_of_zeros(k, act_order, bits).pack()
     return _qlinear.PackedLinear(ExchangeArray(packed), spec)
 
 
@@ -158,8 +159,11 @@ def forms():
 
 
 def kernels_tried(driver):
-    """The names of all kernels that the candidates of the forms launch."""
+    """The names of all kernels that the candidates of the forms launch, and few rows of columns in another order, which
+    test_cuda_products has for itself."""
     tried = set()
+    for bits, dtype, rows in itertools.product((4, 8), (np.float16, ml_dtypes.bfloat16), (3, 8)):
+        tried.update(launched(driver, packed_layer(act_order=True, bits=bits), rows, dtype))
     for code, size, layer in forms():
         packed, spec = layer.pack()
         N, K, layer = layer.out_features, layer.in_features, _qlinear.PackedLinear(ExchangeArray(packed.numpy()), spec)
